@@ -1,0 +1,258 @@
+"""The inpainting UNet of the paper, as a table of stages.
+
+Images are ``[N, H, W, C]`` in [-1, 1]; masks ``[N, H, W, 1]``, 1 = valid, 0 = hole.
+
+Reference: Liu et al. 2018, section 3.2 and table 5 of the supplement.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype, PrecisionLike
+from jax.typing import ArrayLike
+
+from pconv_jax import layers, ops
+
+
+class Stage(NamedTuple):
+    """One layer of the UNet: a convolution, then normalization and activation.
+
+    Attributes:
+      features: number of output channels.
+      kernel_size: side of the square kernel.
+      batch_norm: whether batch normalization follows; the convolution then has no bias.
+      negative_slope: of the leaky ReLU; 0 is a ReLU, None no activation.
+      padding: None for ``kernel_size // 2`` zeros (holes) on each side, else as in
+        `ops.partial_conv`.
+    """
+
+    features: int
+    kernel_size: int
+    batch_norm: bool = True
+    negative_slope: float | None = 0.0
+    padding: ops.PaddingLike | None = None
+
+
+def paper_stages(
+    depth: int = 8, width: int = 64, out_features: int = 3
+) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+    """Returns the encoder's and the decoder's stages: PConv1..8 and PConv9..16.
+
+    Args:
+      depth: number of encoder stages, and of decoder stages. The paper has 8 for 512
+        pixels; 7 are common for 256.
+      width: features of the first stage. They double up to eight times as many.
+      out_features: channels of the network's output.
+
+    Raises:
+      ValueError: if the depth or the width is not positive.
+    """
+    if depth < 1 or width < 1:
+        raise ValueError(f"depth and width must be positive, got {depth} and {width}.")
+    features = [width * 2 ** min(level, 3) for level in range(depth)]
+    kernels = [7, 5, 5] + [3] * depth
+    encoder = [
+        Stage(f, k, batch_norm=level > 0)
+        for level, (f, k) in enumerate(zip(features, kernels))
+    ]
+    decoder = [Stage(f, 3, negative_slope=0.2) for f in reversed(features[:-1])]
+    decoder += [Stage(out_features, 3, batch_norm=False, negative_slope=None)]
+    return tuple(encoder), tuple(decoder)
+
+
+class PConvUNet(nn.Module):
+    """UNet of partial convolutions (Liu et al. 2018, section 3.2).
+
+    Every encoder stage halves the size. Every decoder stage doubles it by repeating
+    pixels, of features and mask alike, and takes the encoder's input of the same size
+    along; for the last one that is the image itself, with its hole. Submodules are
+    ``pconv1``, ``pconv2``, ..., with ``bn1``, ``bn2``, ... where there are any::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from pconv_jax.unet import PConvUNet
+      >>> model = PConvUNet(depth=4, width=8)
+      >>> images, mask = jnp.zeros((1, 32, 32, 3)), jnp.ones((1, 32, 32, 1))
+      >>> variables = model.init(jax.random.key(0), images, mask)
+      >>> outputs, new_mask = model.apply(variables, images, mask)
+      >>> outputs.shape, new_mask.shape
+      ((1, 32, 32, 3), (1, 32, 32, 1))
+
+    Attributes:
+      depth: number of encoder stages; sizes must be multiples of ``2**depth``.
+      width: features of the first stage.
+      out_features: channels of the output.
+      conv: ``'partial'``, or ``'standard'`` for the same network of ordinary
+        convolutions that the paper compares with: it is given the mask as one more
+        channel of the input, and its whole output counts as valid.
+      stages: an encoder's and a decoder's stages, instead of `paper_stages`.
+      dtype: of the computation, e.g. bfloat16. Mask counts and the statistics of batch
+        normalization are float32 all the same, and so is the output.
+      param_dtype: of the parameters.
+      precision: of the convolutions.
+      axis_name: of the mapped axis over which batch statistics are averaged.
+    """
+
+    depth: int = 8
+    width: int = 64
+    out_features: int = 3
+    conv: Literal["partial", "standard"] = "partial"
+    stages: tuple[Sequence[Stage], Sequence[Stage]] | None = None
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    axis_name: str | None = None
+
+    @property
+    def encoder(self) -> Sequence[Stage]:
+        """The encoder's stages."""
+        return self._stages()[0]
+
+    @property
+    def decoder(self) -> Sequence[Stage]:
+        """The decoder's stages."""
+        return self._stages()[1]
+
+    @property
+    def size_multiple(self) -> int:
+        """The number that heights and widths must be multiples of."""
+        return 2 ** len(self.encoder)
+
+    @property
+    def encoder_norms(self) -> tuple[str, ...]:
+        """Names of the encoder's normalizations, which the second phase freezes."""
+        return tuple(
+            f"bn{i}" for i, stage in enumerate(self.encoder, 1) if stage.batch_norm
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        images: ArrayLike,
+        mask: ArrayLike,
+        *,
+        train: bool = False,
+        freeze_encoder_norm: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Fills holes.
+
+        Args:
+          images: ``[N, H, W, C]``, usually in [-1, 1]. What a hole holds is ignored.
+          mask: ``[N, H, W, 1]`` or ``[N, H, W, C]``, 1 = valid, 0 = hole.
+          train: whether to normalize by the statistics of the batch, and update the
+            running ones (collection ``batch_stats``), rather than use the latter.
+          freeze_encoder_norm: use the running statistics in the encoder even in
+            training, as the second phase of the paper does: holes distort the
+            statistics of the batch there.
+
+        Returns:
+          The output ``[N, H, W, out_features]`` in float32, for valid pixels too (see
+          `ops.composite`), and its mask ``[N, H, W, 1]``: 0, and the output 0, where a
+          hole was too wide to be closed.
+
+        Raises:
+          ValueError: if shapes do not fit the depth or a mask is not binary.
+        """
+        images, mask = jnp.asarray(images), jnp.asarray(mask)
+        self._check(images, mask, train)
+        if self.conv == "standard":
+            images = jnp.where(mask > 0.5, images, 0)
+            images = jnp.concatenate([images, mask.astype(images.dtype)], axis=-1)
+
+        h, m = images, mask
+        skips = []
+        for i, stage in enumerate(self.encoder, 1):
+            skips.append((h, m))
+            h, m = self._conv(f"pconv{i}", stage, h, m, strides=2)
+            running = not train or freeze_encoder_norm
+            h = self._norm_and_activation(f"bn{i}", stage, h, running)
+        for i, stage in enumerate(self.decoder, len(self.encoder) + 1):
+            skip, skip_mask = skips.pop()
+            sources = upsample(h), skip
+            h, m = self._conv(f"pconv{i}", stage, sources, (upsample(m), skip_mask))
+            h = self._norm_and_activation(f"bn{i}", stage, h, not train)
+        return h.astype(jnp.promote_types(h.dtype, jnp.float32)), m
+
+    def _stages(self):
+        if self.stages is not None:
+            return self.stages
+        return paper_stages(self.depth, self.width, self.out_features)
+
+    def _conv(self, name, stage, inputs, mask, strides=1):
+        pad = stage.kernel_size // 2 if stage.padding is None else stage.padding
+        fields = dict(
+            features=stage.features,
+            kernel_size=(stage.kernel_size,) * 2,
+            strides=strides,
+            padding=pad,
+            use_bias=not stage.batch_norm,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=nn.initializers.he_normal(),
+            name=name,
+        )
+        if self.conv == "partial":
+            return layers.PartialConv(**fields)(inputs, mask)
+        if isinstance(inputs, tuple):
+            inputs = jnp.concatenate(inputs, axis=-1)
+        h = nn.Conv(**fields)(inputs)
+        return h, jnp.ones((*h.shape[:-1], 1), jnp.float32)
+
+    def _norm_and_activation(self, name, stage, h, use_running_average):
+        if stage.batch_norm:
+            h = nn.BatchNorm(
+                use_running_average=use_running_average,
+                momentum=0.9,
+                epsilon=1e-5,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                axis_name=self.axis_name,
+                name=name,
+            )(h)
+        if stage.negative_slope is None:
+            return h
+        return jax.nn.leaky_relu(h, stage.negative_slope)
+
+    def _check(self, images, mask, train):
+        if self.conv not in ("partial", "standard"):
+            raise ValueError(
+                f"conv must be 'partial' or 'standard', got {self.conv!r}."
+            )
+        if len(self.encoder) != len(self.decoder):
+            raise ValueError(
+                "stages must have as many decoder as encoder stages, got "
+                f"{len(self.encoder)} and {len(self.decoder)}."
+            )
+        if images.ndim != 4:
+            raise ValueError(f"images must be [N, H, W, C], got {images.shape}.")
+        ops.check_mask(mask, images)
+        height, width = images.shape[1:3]
+        step = self.size_multiple
+        if height % step or width % step or not height * width:
+            sizes = [
+                " or ".join(
+                    str(s) for s in (n // step * step, -(-n // step) * step) if s
+                )
+                for n in (height, width)
+            ]
+            raise ValueError(
+                f"images of {height} x {width} cannot be halved {len(self.encoder)} "
+                f"times: height and width must be multiples of {step}, e.g. a height "
+                f"of {sizes[0]} and a width of {sizes[1]}; or set a smaller depth."
+            )
+        values = images.shape[0] * (height // step) * (width // step)
+        if train and self.encoder[-1].batch_norm and values == 1 and not self.axis_name:
+            raise ValueError(
+                "training needs more than one value a channel to normalize by, and the "
+                f"innermost stage has 1 x 1 pixels of a batch of 1 for {height} x "
+                f"{width} images at depth {len(self.encoder)}: use a larger batch or "
+                "image, or a smaller depth."
+            )
+
+
+def upsample(x: ArrayLike) -> jax.Array:
+    """Doubles height and width of ``[N, H, W, C]`` by repeating pixels."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
