@@ -9,14 +9,23 @@ Reference: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-S
 Image Recognition", 2015, https://arxiv.org/abs/1409.1556.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 from flax.typing import Dtype
 from jax.typing import ArrayLike
+from safetensors.numpy import save_file
+
+from pconv_jax import convert
+
+Params = Mapping[str, Any]
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -87,14 +96,118 @@ class VGG19Features(VGGFeatures):
 
 
 def vgg16_features(
-    params: Mapping[str, Any], images: ArrayLike, *, dtype: Dtype | None = None
+    params: Params, images: ArrayLike, *, dtype: Dtype | None = None
 ) -> tuple[jax.Array, ...]:
     """Returns ``pool1``, ``pool2`` and ``pool3`` of a VGG16; see `VGGFeatures`."""
     return VGG16Features(dtype=dtype).apply({"params": params}, images)
 
 
 def vgg19_features(
-    params: Mapping[str, Any], images: ArrayLike, *, dtype: Dtype | None = None
+    params: Params, images: ArrayLike, *, dtype: Dtype | None = None
 ) -> tuple[jax.Array, ...]:
     """Returns ``pool1``, ``pool2`` and ``pool3`` of a VGG19; see `VGGFeatures`."""
     return VGG19Features(dtype=dtype).apply({"params": params}, images)
+
+
+def features_of(params: Params) -> Callable[..., tuple[jax.Array, ...]]:
+    """Returns the function that the parameters are of: VGG16's or VGG19's."""
+    return vgg19_features if "conv3_4" in params else vgg16_features
+
+
+def random_params(key: jax.Array) -> Params:
+    """Returns a VGG16 of random (He) weights.
+
+    Its features make the loss well defined where nothing better is to be had, but they
+    are no substitute for trained ones.
+    """
+    return VGG16Features().init(key, jnp.zeros((1, 8, 8, 3)))["params"]
+
+
+def load_params(source: str = "imagenet") -> Params:
+    """Loads trained weights, of a VGG16 or a VGG19.
+
+    Args:
+      source: a ``.safetensors`` or ``.npz`` file; or ``'imagenet'``, a VGG16 looked for
+        in the file that ``PCONV_VGG16`` names, then in the cache (``PCONV_CACHE``, by
+        default ``~/.cache/pconv_jax``), then on the Hugging Face Hub (550 MB, once).
+
+    Returns:
+      The parameter tree of `VGG16Features` or `VGG19Features`, as NumPy arrays.
+
+    Raises:
+      ValueError: if there are none, saying where to put which file; if the file is no
+        VGG, naming all that is missing or mis-shaped.
+    """
+    if source != "imagenet":
+        return _to_params(convert.read_arrays(source), source)
+    if path := os.environ.get("PCONV_VGG16"):
+        return _to_params(convert.read_arrays(path), path)
+    cache = Path(os.environ.get("PCONV_CACHE", "~/.cache/pconv_jax")).expanduser()
+    path = cache / "vgg16.safetensors"
+    if path.exists():
+        return _to_params(convert.read_arrays(path), path)
+    try:
+        downloaded = _download()
+    except OSError as error:
+        raise ValueError(
+            f"There are no VGG16 weights: {_HUB_REPOSITORY} cannot be downloaded "
+            f"({type(error).__name__}). On a machine with a network, fetch "
+            f"https://huggingface.co/{_HUB_REPOSITORY}/resolve/main/{_HUB_FILE} "
+            f"(550 MB), and put it here as {path}, or name it in PCONV_VGG16."
+        ) from error
+    params = _to_params(convert.read_arrays(downloaded), downloaded)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    save_file(traverse_util.flatten_dict(params, sep="."), partial)
+    partial.replace(path)
+    return params
+
+
+_HUB_REPOSITORY = "timm/vgg16.tv_in1k"
+_HUB_FILE = "model.safetensors"
+
+
+def _download() -> str:
+    import huggingface_hub  # Not needed by those who have the file.
+
+    # Asked for first, because a download without a network retries for long.
+    url = huggingface_hub.hf_hub_url(_HUB_REPOSITORY, _HUB_FILE)
+    try:
+        huggingface_hub.get_hf_file_metadata(url, timeout=10)
+    except Exception as error:  # The HTTP client's errors are no OSErrors.
+        raise OSError(str(error)) from error
+    return huggingface_hub.hf_hub_download(_HUB_REPOSITORY, _HUB_FILE)
+
+
+def _to_params(arrays: Mapping[str, np.ndarray], source: str | Path) -> Params:
+    """Returns the parameter tree up to ``pool3`` from a file's arrays."""
+    arrays = _rename(arrays)
+    network = VGG19Features() if "conv3_4.kernel" in arrays else VGG16Features()
+    shapes = jax.eval_shape(
+        lambda: network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    )
+    return convert.to_tree(arrays, shapes, source)
+
+
+def _rename(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Names arrays ``conv1_1.kernel``, ..., and turns PyTorch's kernels to HWIO."""
+    if "features.0.weight" not in arrays:
+        return {
+            n.replace("_kernel", ".kernel").replace("_bias", ".bias"): a
+            for n, a in arrays.items()
+        }
+    # torchvision counts ReLUs and poolings too. The last convolution of a VGG19 is 34.
+    convs = (2, 2, 4) if "features.34.weight" in arrays else (2, 2, 3)
+    renamed, index = {}, 0
+    for block, count in enumerate(convs, 1):
+        for conv in range(1, count + 1):
+            weight, bias = (
+                arrays.get(f"features.{index}.{k}") for k in ("weight", "bias")
+            )
+            if weight is not None and weight.ndim == 4:
+                renamed[f"conv{block}_{conv}.kernel"] = weight.transpose(2, 3, 1, 0)
+            if bias is not None:
+                renamed[f"conv{block}_{conv}.bias"] = bias
+            index += 2
+        index += 1
+    return renamed

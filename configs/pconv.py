@@ -1,0 +1,43 @@
+"""The paper's recipe on the photos that scikit-image carries.
+
+Liu et al. 2018, section 4.1: 512 x 512, batches of 6, Adam, 2e-4 and then 5e-5 with
+the encoder's batch normalization frozen, and all six terms of the loss.
+
+    python train.py --config configs/pconv.py
+
+runs anywhere: it needs no download, and takes random VGG features if there are no
+trained ones (it says so). The paper's results need the paper's data; see places2.py,
+imagenet.py and celeba_hq.py, and folder.py for pictures of your own.
+
+    python train.py --config configs/pconv.py:quickstart
+
+is the same code with a small network on small crops. It takes under 5 minutes on two
+CPU cores; the README shows what comes out.
+"""
+
+from ml_collections import ConfigDict
+
+from pconv_jax import config as experiment
+
+
+def get_config(variant: str = "paper") -> ConfigDict:
+    config = experiment.paper()
+    config.vgg = "auto"
+    if variant == "quickstart":
+        config.image_size = 64
+        config.batch_size = 8
+        config.model.depth = 4
+        config.model.width = 16
+        config.phase1.steps = 400
+        config.phase1.learning_rate = 2e-3
+        config.phase2.steps = 100
+        config.phase2.learning_rate = 5e-4
+        config.log_every = 10
+        config.picture_every = 100
+        config.validate_every = 100
+        config.validation_examples = 8
+        config.checkpoint_every = 100
+        config.evaluation_examples = 24
+    elif variant != "paper":
+        raise ValueError(f"the variants are 'paper' and 'quickstart', got {variant!r}")
+    return config

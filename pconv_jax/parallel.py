@@ -1,0 +1,167 @@
+"""Devices and processes: the only module that knows of ``jax.pmap`` and of hosts.
+
+States are held once for each process, without a leading device axis, and a batch is
+divided among the devices within the call, so that no code outside of this module
+depends on how many there are.
+"""
+
+import contextlib
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "batch"
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins this process to a run on several hosts.
+
+    To be called once, before anything touches a device, by every process. On most
+    clusters the arguments are found by `jax.distributed.initialize`.
+    """
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+def process_index() -> int:
+    """Returns this process's number among `process_count`."""
+    return jax.process_index()
+
+
+def process_count() -> int:
+    """Returns the number of processes that share the run."""
+    return jax.process_count()
+
+
+def device_count() -> int:
+    """Returns the number of devices of all processes."""
+    return jax.device_count()
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Checks that every device gets an equal share of a batch.
+
+    Raises:
+      ValueError: if it does not; with the batch sizes next to it that would do.
+    """
+    devices = device_count()
+    if batch_size < 1 or batch_size % devices:
+        below, above = (
+            batch_size // devices * devices,
+            -(-batch_size // devices) * devices,
+        )
+        sizes = " or ".join(str(n) for n in (below, above) if n > 0) or str(devices)
+        raise ValueError(
+            f"batch_size = {batch_size} cannot be divided among {devices} devices: "
+            f"use {sizes}, or fewer devices."
+        )
+
+
+def replicate(tree: Any) -> Any:
+    """Puts a tree of host or device arrays on every device of this process."""
+    # By way of the host: a copy to several devices may share its source's buffers, and
+    # donating it would then delete the source.
+    tree = jax.tree.map(np.asarray, tree)
+    return jax.device_put(tree, _replicated())
+
+
+def compile_train_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles ``step(state, batch, extra, *, axis_name)`` for all devices.
+
+    The state is donated: the one passed in is gone after the call.
+
+    Returns:
+      A function ``(state, batch, extra) -> (state, scalars)``. The batch is this
+      process's share, and the scalars are means over the batch of all processes.
+    """
+    if device_count() == 1:
+        return jax.jit(step, donate_argnums=0)
+    mapped = jax.pmap(
+        functools.partial(step, axis_name=AXIS),
+        axis_name=AXIS,
+        in_axes=(None, 0, None),
+        out_axes=(None, None),
+        donate_argnums=0,
+    )
+    return lambda state, batch, extra: mapped(state, _divide(batch), extra)
+
+
+def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles ``step(variables, batch)``, whose results have a leading batch axis.
+
+    Returns:
+      A function of the same arguments, for this process's share of a batch.
+    """
+    if jax.local_device_count() == 1:
+        return jax.jit(step)
+    mapped = jax.pmap(step, in_axes=(None, 0), devices=jax.local_devices())
+
+    def divide_and_join(variables, batch):
+        results = mapped(variables, _divide(batch))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+    return divide_and_join
+
+
+def gather(tree: Any) -> Any:
+    """Returns the arrays of all processes, joined along the leading axis, in NumPy."""
+    tree = jax.tree.map(np.asarray, tree)
+    if process_count() == 1:
+        return tree
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def own_share(array: np.ndarray) -> np.ndarray:
+    """Returns this process's part of an array that all processes hold.
+
+    `gather` puts the parts together again.
+    """
+    return np.split(array, process_count())[process_index()]
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields a function that tells, once a step, whether the run is asked to stop.
+
+    A run is asked to by SIGTERM or Ctrl-C; a second Ctrl-C interrupts it at once. With
+    several processes it is enough to ask one: all of them stop after the same step.
+    """
+    if process_count() > 1:
+        # JAX has taken SIGTERM over, to agree with the others on a step.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False  # Signals are none of this thread's business.
+        return
+    asked = threading.Event()
+
+    def ask(number, frame):
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _divide(batch: Any) -> Any:
+    local = jax.local_device_count()
+    return jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch)
+
+
+def _replicated() -> NamedSharding:
+    # The axis must have pmap's name, or pmap compiles a second time.
+    return NamedSharding(Mesh(jax.local_devices(), (AXIS,)), PartitionSpec())

@@ -1,0 +1,182 @@
+"""One step of training and of evaluation, as pure functions.
+
+A batch is a dict of arrays, as `pconv_jax.data` yields them: ``image``, uint8
+``[N, H, W, 3]``; and either ``mask``, ``[N, H, W, 1]`` with 1 = valid, or ``seed``,
+uint32 ``[N]``, from which each example's mask is drawn on the device. Nothing depends
+on where in the batch, or on which device, an example is.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from pconv_jax import losses, metrics, ops
+from pconv_jax.unet import PConvUNet
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# Draws a mask [H, W, 1] from a key.
+DrawMask = Callable[[jax.Array], jax.Array]
+# Maps a parameter tree and images to feature maps, e.g. vgg.vgg16_features.
+ApplyFeatures = Callable[[Any, jax.Array], Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step of training reads and returns.
+
+    Attributes:
+      step: number of updates done, int32.
+      params: the network's parameters.
+      batch_stats: its running statistics of batch normalization.
+      opt_state: the optimizer's state.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def create_state(
+    key: jax.Array,
+    *,
+    model: PConvUNet,
+    optimizer: optax.GradientTransformation,
+    image_size: int,
+) -> TrainState:
+    """Returns the state before the first step, for square images of some size."""
+
+    @jax.jit
+    def init():
+        images = jnp.zeros((2, image_size, image_size, model.out_features))
+        variables = model.init(key, images, jnp.ones((*images.shape[:-1], 1)))
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=optimizer.init(params),
+        )
+
+    return init()
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    feature_params: Any,
+    *,
+    model: PConvUNet,
+    optimizer: optax.GradientTransformation,
+    apply_features: ApplyFeatures | None,
+    loss_weights: losses.LossWeights = losses.PAPER_WEIGHTS,
+    draw_mask: DrawMask | None = None,
+    freeze_encoder_norm: bool = False,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Makes one update.
+
+    Args:
+      state: the state before.
+      batch: see the module; under ``jax.pmap`` this device's part of it.
+      feature_params: parameters of ``apply_features``.
+      model: the network.
+      optimizer: of `TrainState.opt_state`.
+      apply_features: the network of the perceptual and style terms; None leaves them
+        out.
+      loss_weights: weights of the loss terms.
+      draw_mask: for batches without masks.
+      freeze_encoder_norm: see `PConvUNet`.
+      axis_name: of the mapped axis over which a batch is divided, if it is.
+
+    Returns:
+      The state after, and means over the whole batch: each loss term and ``total``,
+      ``gradient_norm`` and ``hole_ratio``.
+    """
+    model = model.clone(axis_name=axis_name)
+    images, mask = prepare_batch(batch, draw_mask)
+    features_fn = apply_features and functools.partial(apply_features, feature_params)
+
+    def loss_fn(params):
+        (output, _), updates = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            images,
+            mask,
+            train=True,
+            freeze_encoder_norm=freeze_encoder_norm,
+            mutable=["batch_stats"],
+        )
+        terms = losses.inpainting_loss(
+            output, images, mask, features_fn=features_fn, weights=loss_weights
+        )
+        terms = jax.tree.map(jnp.mean, terms)
+        return terms["total"], (terms, updates.get("batch_stats", {}))
+
+    grads, (terms, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+    scalars = terms | {"hole_ratio": 1 - mask.mean()}
+    if axis_name is not None:
+        # Gradients, not the loss, are averaged: the mean of a loss inside of pmap has a
+        # gradient of its own. The statistics agree already but for rounding.
+        grads, batch_stats, scalars = lax.pmean(
+            (grads, batch_stats, scalars), axis_name
+        )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    state = TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+    )
+    return state, scalars | {"gradient_norm": optax.tree.norm(grads)}
+
+
+def eval_step(
+    variables: Any, batch: Batch, *, model: PConvUNet
+) -> tuple[dict[str, jax.Array], Metrics]:
+    """Fills the holes of a batch, and compares with the truth.
+
+    Args:
+      variables: ``params`` and ``batch_stats``.
+      batch: see the module; it has masks.
+      model: the network.
+
+    Returns:
+      Pictures in [-1, 1], ``output`` and ``composite``; and ``[N]`` numbers for
+      each of `pconv_jax.metrics` on the composite, and for the ``hole_ratio``.
+    """
+    images, mask = prepare_batch(batch)
+    output, _ = model.apply(variables, images, mask)
+    comp = ops.composite(output, images, mask)
+    # Metrics are of pictures that can be shown, in [0, 1].
+    shown, truth = (jnp.clip((x + 1) / 2, 0, 1) for x in (comp, images))
+    scores = {
+        "l1": metrics.l1(shown, truth),
+        "l1_hole": metrics.l1_hole(shown, truth, mask),
+        "psnr": metrics.psnr(shown, truth),
+        "ssim": metrics.ssim(shown, truth),
+        "hole_ratio": 1 - mask.mean(axis=(1, 2, 3)),
+    }
+    return {"output": output, "composite": comp}, scores
+
+
+def prepare_batch(
+    batch: Batch, draw_mask: DrawMask | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns images in [-1, 1] and masks, both float32.
+
+    Args:
+      batch: see the module.
+      draw_mask: maps a key to a mask ``[H, W, 1]``, for batches without masks.
+    """
+    images = batch["image"].astype(jnp.float32) / 127.5 - 1
+    if "mask" in batch:
+        return images, batch["mask"].astype(jnp.float32)
+    keys = jax.vmap(jax.random.key)(batch["seed"])
+    return images, jax.vmap(draw_mask)(keys)

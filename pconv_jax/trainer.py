@@ -1,0 +1,395 @@
+"""Training, from an experiment to its last checkpoint.
+
+A workdir holds all of a run: ``config.json``, ``checkpoints/``, ``metrics.jsonl``,
+``tensorboard/``, ``pictures/`` and ``summary.json``. Started again in the same workdir,
+a run goes on where it stopped, and ends with the same weights, bit for bit, as one that
+was never stopped: what a step sees depends on nothing but its number.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from ml_collections import ConfigDict
+
+from pconv_jax import config as experiment
+from pconv_jax import (
+    data,
+    evaluator,
+    losses,
+    masks,
+    optim,
+    parallel,
+    steps,
+    vgg,
+    writers,
+)
+from pconv_jax.checkpoint import Checkpoints
+
+_ITEMS = ("params", "batch_stats", "opt_state")
+_BORDERS = {"any": None, "always": True, "never": False}
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or a gradient is not finite."""
+
+
+class Phase(NamedTuple):
+    """A stretch of training with an optimizer of its own, from step to step."""
+
+    name: str
+    start: int
+    stop: int
+    learning_rate: float
+    freeze_encoder_norm: bool
+
+
+def get_phases(config: ConfigDict) -> tuple[Phase, Phase]:
+    """Returns the two phases of the paper, either of which may be empty."""
+    first, second = config.phase1, config.phase2
+    stop = first.steps + second.steps
+    return (
+        Phase("phase1", 0, first.steps, first.learning_rate, False),
+        Phase("phase2", first.steps, stop, second.learning_rate, True),
+    )
+
+
+def train_and_evaluate(
+    config: ConfigDict, workdir: str | pathlib.Path
+) -> dict[str, Any]:
+    """Trains a network, or goes on training it, and validates it.
+
+    Args:
+      config: the experiment, see `pconv_jax.config.paper`.
+      workdir: of the run; made if it is not there.
+
+    Returns:
+      What is written to ``summary.json`` too: ``step``; ``finished``, False if the run
+      was asked to stop before its last step; ``validation``, mean metrics of the
+      network at that step if finished; ``warnings``.
+
+    Raises:
+      ValueError: if the experiment makes no sense, or is not the one that the workdir
+        belongs to, or if its pictures or weights are not to be had.
+      TrainingDiverged: if a loss is not finite, naming the term and the step. The
+        newest checkpoint is from before.
+    """
+    experiment.check(config)
+    parallel.check_batch_size(config.batch_size)
+    workdir = pathlib.Path(workdir)
+    _claim(workdir, config)
+    with _Run(config, workdir) as run, parallel.stop_requests() as stop_requested:
+        for phase in get_phases(config):
+            run.train(phase, stop_requested)
+        return run.summarize()
+
+
+def default_workdir(config_filename: str) -> str:
+    """Returns ``runs/pconv-quickstart`` for ``configs/pconv.py:quickstart``."""
+    path, _, variant = config_filename.partition(":")
+    name = pathlib.Path(path).stem
+    return f"runs/{name}-{variant}" if variant else f"runs/{name}"
+
+
+def format_summary(summary: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
+    """Returns what `train_and_evaluate` returned, for people."""
+    if summary["finished"]:
+        numbers = ", ".join(f"{k} {v:.4g}" for k, v in summary["validation"].items())
+        lines = [f"Finished at step {summary['step']}. Validation: {numbers}."]
+    else:
+        lines = [f"Stopped at step {summary['step']}, to go on by the same command."]
+    lines += [f"Checkpoints, metrics and pictures are in {workdir}."]
+    return "\n".join(lines + [f"WARNING: {w}" for w in summary["warnings"]])
+
+
+class _Run:
+    """A run under way: its state, and what it reads from and writes to."""
+
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
+        self.config = config
+        self.workdir = workdir
+        self.primary = parallel.process_index() == 0
+        self.warnings: list[str] = []
+        self.model = experiment.get_model(config)
+        self.train_source = experiment.get_source(config, "train")
+        self.validation_source = experiment.get_source(config, "validation")
+        feature_params = self._load_feature_params()
+        self.features = feature_params and vgg.features_of(feature_params)
+        self.feature_params = parallel.replicate(feature_params)
+        self.last_step = get_phases(config)[-1].stop
+        self.stopped = False
+        self.validation: dict[str, float] = {}
+        self.scalars: list[steps.Metrics] = []  # Since the last line of the log.
+        with contextlib.ExitStack() as stack:
+            self.checkpoints = stack.enter_context(
+                Checkpoints(
+                    workdir / "checkpoints",
+                    keep=config.keep_checkpoints,
+                    best_metric="psnr",
+                )
+            )
+            self.state = parallel.replicate(self._restore_or_create())
+            self.step = int(self.state.step)
+            self.writer = stack.enter_context(
+                writers.MetricWriter(
+                    workdir, first_step=self.step + 1, enabled=self.primary
+                )
+            )
+            self.progress = stack.enter_context(
+                writers.Progress(self.last_step, self.step, enabled=self.primary)
+            )
+            self._resources = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    def train(self, phase: Phase, stop_requested: Callable[[int], bool]) -> None:
+        """Trains until the phase ends or the run is asked to stop."""
+        if self.stopped or self.step >= phase.stop:
+            return
+        self.progress.write(f"{phase.name}: to step {phase.stop}")
+        if self.step == phase.start > 0:
+            # As if the phase was a run of its own, started from the other's weights.
+            opt_state = self._optimizer(phase).init(self.state.params)
+            self.state = parallel.replicate(self.state.replace(opt_state=opt_state))
+        train_step = self._compile(phase)
+        self.started = time.monotonic()
+        with contextlib.closing(self._open_batches()) as batches:
+            while self.step < phase.stop and not self.stopped:
+                batch = next(batches)
+                self.state, scalars = train_step(self.state, batch, self.feature_params)
+                self.step += 1
+                self.scalars.append(scalars)
+                self.stopped = stop_requested(self.step)
+                self._after_step(phase)
+            self._note_unreadable(batches.unreadable)
+
+    def summarize(self) -> dict[str, Any]:
+        """Ends the run: validates if that was not done yet, and sums up."""
+        finished = self.step >= self.last_step
+        if finished and not self.validation:
+            self._validate()
+        summary = {
+            "step": self.step,
+            "finished": finished,
+            "validation": self.validation if finished else {},
+            "warnings": self.warnings,
+        }
+        if self.primary:
+            text = json.dumps(summary, indent=1) + "\n"
+            writers.write_atomically(self.workdir / "summary.json", text.encode())
+        return summary
+
+    def _compile(self, phase: Phase) -> Callable[..., Any]:
+        config = self.config
+        draw_mask = functools.partial(
+            masks.random_mask,
+            shape=(config.image_size,) * 2,
+            hole_ratio=tuple(config.masks.hole_ratio),
+            kind=config.masks.kind,
+            border=_BORDERS[config.masks.border],
+        )
+        return parallel.compile_train_step(
+            functools.partial(
+                steps.train_step,
+                model=self.model,
+                optimizer=self._optimizer(phase),
+                apply_features=self.features,
+                loss_weights=losses.LossWeights(**config.loss),
+                draw_mask=draw_mask,
+                freeze_encoder_norm=phase.freeze_encoder_norm,
+            )
+        )
+
+    def _optimizer(self, phase: Phase) -> optax.GradientTransformation:
+        frozen = self.model.encoder_norms if phase.freeze_encoder_norm else ()
+        return optim.make_optimizer(phase.learning_rate, frozen=frozen)
+
+    def _open_batches(self) -> data.TrainBatches:
+        config, mask_folder = self.config, None
+        if config.masks.folder:
+            mask_folder = masks.MaskFolder(
+                config.masks.folder,
+                hole=config.masks.hole,
+                hole_ratio=tuple(config.masks.hole_ratio),
+            )
+        return data.train_batches(
+            self.train_source,
+            batch_size=config.batch_size,
+            image_size=config.image_size,
+            seed=config.seed,
+            start_step=self.step,
+            process_index=parallel.process_index(),
+            process_count=parallel.process_count(),
+            workers=config.data.workers,
+            scale=tuple(config.data.scale),
+            mask_folder=mask_folder,
+        )
+
+    def _after_step(self, phase: Phase) -> None:
+        """Logs, draws, validates and saves, whatever is due."""
+
+        def due(event: str) -> bool:
+            every = self.config[f"{event}_every"]
+            return self.step % every == 0 or self.step == phase.stop
+
+        self.progress.update()
+        if due("log") or self.stopped:
+            self._log(phase)
+        if self.stopped:  # Whoever asked may not wait for long.
+            self._save()
+            return
+        if due("picture"):
+            self._draw_pictures()
+        if due("validate"):
+            self._validate()
+            self._save(self.validation)
+        elif due("checkpoint"):
+            self._save()
+        if not self.scalars:  # The pace is that of training alone.
+            self.started = time.monotonic()
+
+    def _wait_for_scalars(self) -> None:
+        """Brings the numbers of the last steps to the host, and looks at them."""
+        self.scalars = jax.device_get(self.scalars)
+        first = self.step - len(self.scalars) + 1
+        for step, scalars in enumerate(self.scalars, first):
+            for name, value in scalars.items():
+                if not np.isfinite(value):
+                    raise TrainingDiverged(
+                        f"{name} is {value} at step {step}. The newest checkpoint is "
+                        f"of step {self.checkpoints.latest_step()}; a smaller learning "
+                        "rate, or another seed, may get the run past this point."
+                    )
+
+    def _log(self, phase: Phase) -> None:
+        self._wait_for_scalars()
+        means = {
+            name: float(np.mean([s[name] for s in self.scalars], dtype=np.float64))
+            for name in self.scalars[0]
+        }
+        seconds = time.monotonic() - self.started
+        pace = len(self.scalars) * self.config.batch_size / seconds
+        extra = {"learning_rate": phase.learning_rate, "images_per_second": pace}
+        self.writer.write_scalars(
+            self.step, {f"train/{k}": v for k, v in (means | extra).items()}
+        )
+        self.progress.set_postfix(means | {"images/s": pace})
+        self.scalars = []
+
+    def _save(self, metrics: Mapping[str, float] | None = None) -> None:
+        self._wait_for_scalars()
+        items = {name: getattr(self.state, name) for name in _ITEMS}
+        meta = {"config": self.config.to_dict(), "warnings": self.warnings}
+        self.checkpoints.save(self.step, items, meta, metrics)
+
+    def _variables(self) -> dict[str, Any]:
+        return {"params": self.state.params, "batch_stats": self.state.batch_stats}
+
+    def _draw_pictures(self) -> None:
+        if self.primary:
+            picture = evaluator.draw_pictures(
+                self.model,
+                self._variables(),
+                self.validation_source,
+                image_size=self.config.image_size,
+            )
+            self.writer.write_picture(self.step, "validation", picture)
+
+    def _validate(self) -> None:
+        evaluation = evaluator.evaluate(
+            self.model,
+            self._variables(),
+            self.validation_source,
+            image_size=self.config.image_size,
+            batch_size=self.config.batch_size,
+            examples=self.config.validation_examples,
+            progress=self.primary,
+        )
+        self.validation = evaluation.mean()
+        self.writer.write_scalars(
+            self.step, {f"validation/{k}": v for k, v in self.validation.items()}
+        )
+        numbers = "  ".join(f"{k} {v:.4g}" for k, v in self.validation.items())
+        self.progress.write(f"validation at step {self.step}: {numbers}")
+
+    def _restore_or_create(self) -> steps.TrainState:
+        """Returns the state of the newest checkpoint, or else the first one."""
+        create = functools.partial(
+            steps.create_state,
+            jax.random.key(self.config.seed),
+            model=self.model,
+            optimizer=self._optimizer(get_phases(self.config)[0]),
+            image_size=self.config.image_size,
+        )
+        shapes = jax.eval_shape(create)
+        targets = {name: getattr(shapes, name) for name in _ITEMS}
+        restored = self.checkpoints.restore(targets)
+        if restored:
+            step, items, _ = restored
+            logging.info("Going on from step %d.", step)
+            return steps.TrainState(step=jnp.asarray(step, jnp.int32), **items)
+        state = create()
+        if not self.config.init_from:
+            return state
+        directory = pathlib.Path(self.config.init_from) / "checkpoints"
+        del targets["opt_state"]
+        with Checkpoints(directory) as checkpoints:
+            restored = checkpoints.restore(targets)
+        if not restored:
+            raise ValueError(f"init_from: there is no checkpoint in {directory}.")
+        return state.replace(**restored[1])
+
+    def _load_feature_params(self) -> vgg.Params | None:
+        source = self.config.vgg
+        if source == "none":
+            return None
+        if source != "auto":
+            return vgg.load_params(source)
+        try:
+            return vgg.load_params()
+        except ValueError as error:
+            self._warn(
+                "The perceptual and style terms are those of a RANDOM VGG16, which is "
+                f"no substitute for a trained one. {error}"
+            )
+            return jax.jit(vgg.random_params)(jax.random.key(0))
+
+    def _note_unreadable(self, names: Sequence[str]) -> None:
+        if names:
+            self._warn(f"{len(names)} pictures could not be read: {', '.join(names)}")
+
+    def _warn(self, warning: str) -> None:
+        self.warnings.append(warning)
+        logging.warning(warning)
+
+
+def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Writes the experiment into a new workdir, or compares it with the old one's."""
+    path = workdir / "config.json"
+    if path.exists():
+        changed = experiment.differences(json.loads(path.read_text()), config.to_dict())
+        if changed:
+            changes = "; ".join(
+                f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items()
+            )
+            raise ValueError(
+                f"workdir {workdir} belongs to another configuration ({changes}). Use "
+                "another workdir, or start from this one's weights with init_from."
+            )
+    if parallel.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config.to_dict(), indent=1) + "\n"
+        writers.write_atomically(path, text.encode())

@@ -1,0 +1,134 @@
+import importlib.util
+import json
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+
+from pconv_jax import config as experiment
+
+EXPERIMENTS = sorted(pathlib.Path(__file__).parents[1].glob("configs/*.py"))
+
+
+def load(path, *arguments):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arguments)
+
+
+def test_paper_has_the_numbers_of_the_paper():
+    config = experiment.paper()
+    assert (config.image_size, config.batch_size) == (512, 6)
+    assert (config.model.depth, config.model.width) == (8, 64)
+    rates = config.phase1.learning_rate, config.phase2.learning_rate
+    assert rates == (2e-4, 5e-5)
+    assert config.loss.to_dict() == {
+        "valid": 1.0,
+        "hole": 6.0,
+        "perceptual": 0.05,
+        "style_out": 120.0,
+        "style_comp": 120.0,
+        "total_variation": 0.1,
+    }
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_is_valid_and_strict_about_vgg(path):
+    config = load(path)
+    experiment.check(config)
+    assert config.is_locked
+    assert config.vgg == ("auto" if path.stem == "pconv" else "imagenet")
+    assert "python train.py --config configs/" in path.read_text()
+
+
+def test_experiments_are_the_ones_that_are_tested():
+    names = {path.stem for path in EXPERIMENTS}
+    assert names >= {"pconv", "places2", "imagenet", "celeba_hq", "folder"}
+
+
+def test_quickstart_and_unknown_variants():
+    path = next(path for path in EXPERIMENTS if path.stem == "pconv")
+    experiment.check(load(path, "quickstart"))
+    with pytest.raises(ValueError, match="'paper' and 'quickstart', got 'fast'"):
+        load(path, "fast")
+
+
+def test_unknown_field_cannot_be_set():
+    with pytest.raises(AttributeError, match="batch_sise"):
+        experiment.paper().batch_sise = 3
+
+
+def test_all_wrong_fields_are_named_at_once():
+    config = experiment.paper().to_dict()
+    config["batch_sise"] = 3
+    config["model"]["width"] = "64"
+    del config["seed"]
+    with pytest.raises(ValueError) as error:
+        experiment.check(config)
+    assert str(error.value) == (
+        "config: batch_sise is unknown; model.width must be of type int, got '64'; "
+        "seed is missing."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("data.source", "web", "data.source must be one of bundled, folder, tar, tfds"),
+        ("model.conv", "gated", "model.conv must be one of partial, standard"),
+        ("model.dtype", "float16", "model.dtype must be one of float32, bfloat16"),
+        ("masks.hole", "grey", "masks.hole must be one of white, black"),
+        ("masks.border", "some", "masks.border must be one of any, always, never"),
+        ("log_every", 0, "log_every must be positive, got 0"),
+        ("batch_size", -1, "batch_size must be positive, got -1"),
+        ("phase1.steps", -1, "phase1.steps must not be negative, got -1"),
+        ("image_size", 500, "use 256 or 512, or a smaller depth"),
+        ("image_size", 100, "use 256, or a smaller depth"),
+    ],
+)
+def test_values_that_make_no_sense(name, value, message):
+    config = experiment.paper()
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=message):
+        experiment.check(config)
+
+
+def test_integers_will_do_for_floats():
+    config = experiment.paper().to_dict()
+    config["loss"]["hole"] = 6
+    experiment.check(config)
+
+
+def test_differences_leave_out_what_may_change_on_the_way():
+    old = json.loads(experiment.paper().to_json())
+    config = experiment.paper()
+    assert experiment.differences(old, config.to_dict()) == {}
+    config.log_every = 1
+    config.phase2.steps = 1
+    assert experiment.differences(old, config.to_dict()) == {}
+    config.model.width = 8
+    config.seed = 3
+    changes = experiment.differences(old, config.to_dict())
+    assert changes == {"model.width": (64, 8), "seed": (0, 3)}
+
+
+def test_model_and_source_of_an_experiment():
+    config = experiment.paper()
+    config.model.dtype = "bfloat16"
+    model = experiment.get_model(config)
+    assert (model.depth, model.width, model.conv) == (8, 64, "partial")
+    assert model.dtype == jnp.bfloat16
+    names = [
+        {source.name(i) for i in range(len(source))}
+        for source in (
+            experiment.get_source(config, split) for split in ("train", "validation")
+        )
+    ]
+    assert all(names) and not names[0] & names[1]
+
+
+def test_folder_without_a_path():
+    path = next(path for path in EXPERIMENTS if path.stem == "folder")
+    with pytest.raises(ValueError, match="path is needed for kind 'folder'"):
+        experiment.get_source(load(path), "train")

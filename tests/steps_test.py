@@ -1,0 +1,217 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pconv_jax import losses, masks, metrics, ops, optim, parallel, steps
+from pconv_jax.unet import PConvUNet
+
+SIZE = 32
+MODEL = PConvUNet(depth=3, width=4)
+OPTIMIZER = optim.make_optimizer(1e-3)
+DRAW = functools.partial(masks.random_mask, shape=(SIZE, SIZE), kind="rectangles")
+
+
+def features(params, images):
+    """Stands in for VGG: a map of the images and one of their 2 x 2 means."""
+    small = images.reshape(len(images), SIZE // 2, 2, SIZE // 2, 2, 3).mean((2, 4))
+    return params["gain"] * images, params["gain"] * small
+
+
+def make_batch(size=8, *, with_mask=False):
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (size, SIZE, SIZE, 3), np.uint8),
+        "seed": rng.integers(2**32, size=size, dtype=np.uint32),
+    }
+    if with_mask:
+        _, mask = steps.prepare_batch(batch, DRAW)
+        batch["mask"] = np.asarray(mask, np.uint8)
+    return batch
+
+
+def make_state():
+    create = functools.partial(
+        steps.create_state,
+        jax.random.key(0),
+        model=MODEL,
+        optimizer=OPTIMIZER,
+        image_size=SIZE,
+    )
+    return create()
+
+
+def make_step(**options):
+    defaults = dict(
+        model=MODEL, optimizer=OPTIMIZER, apply_features=features, draw_mask=DRAW
+    )
+    return functools.partial(steps.train_step, **(defaults | options))
+
+
+EXTRA = {"gain": np.float32(0.5)}
+
+
+def test_scalars_are_the_terms_of_the_loss_and_the_update_is_adams():
+    state, batch = make_state(), make_batch()
+    new_state, scalars = jax.jit(make_step())(state, batch, EXTRA)
+
+    images, mask = steps.prepare_batch(batch, DRAW)
+
+    def loss(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        (output, _), updates = MODEL.apply(
+            variables, images, mask, train=True, mutable=["batch_stats"]
+        )
+        terms = losses.inpainting_loss(
+            output, images, mask, features_fn=lambda x: features(EXTRA, x)
+        )
+        terms = {name: term.mean() for name, term in terms.items()}
+        return terms["total"], (terms, updates["batch_stats"])
+
+    grads, (terms, batch_stats) = jax.grad(loss, has_aux=True)(state.params)
+    for name, term in terms.items():
+        np.testing.assert_allclose(scalars[name], term, rtol=1e-5, err_msg=name)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(scalars["gradient_norm"], norm, rtol=1e-4)
+    np.testing.assert_allclose(scalars["hole_ratio"], 1 - mask.mean(), rtol=1e-5)
+    chex.assert_trees_all_close(new_state.batch_stats, batch_stats, rtol=1e-4)
+    assert new_state.step == 1
+    moved = jax.tree.map(
+        lambda new, old: jnp.abs(new - old).max(), new_state.params, state.params
+    )
+    # One step of Adam moves every parameter by the learning rate at most.
+    assert all(0 < m <= 1.001e-3 for m in jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_four_devices_do_what_one_does(with_mask):
+    assert jax.device_count() == 4
+    batch = make_batch(8, with_mask=with_mask)
+    one, scalars_one = jax.jit(make_step())(make_state(), batch, EXTRA)
+    compiled = parallel.compile_train_step(make_step())
+    four, scalars_four = compiled(parallel.replicate(make_state()), batch, EXTRA)
+    for name in scalars_one:
+        np.testing.assert_allclose(scalars_four[name], scalars_one[name], rtol=1e-5)
+    chex.assert_trees_all_close(four.batch_stats, one.batch_stats, rtol=0, atol=1e-6)
+    # Adam's first step is the learning rate times the gradient's sign, which is hard on
+    # gradients near zero: moments are compared instead, and parameters by plain SGD.
+    chex.assert_trees_all_close(four.opt_state, one.opt_state, rtol=1e-4, atol=1e-6)
+
+
+def test_four_devices_update_as_one_does_by_gradient_descent():
+    import optax
+
+    step = make_step(optimizer=optax.sgd(0.01))
+    batch, state = make_batch(8), make_state().replace(opt_state=optax.EmptyState())
+    state = state.replace(opt_state=optax.sgd(0.01).init(state.params))
+    one, _ = jax.jit(step)(state, batch, EXTRA)
+    compiled = parallel.compile_train_step(step)
+    four, _ = compiled(parallel.replicate(state), batch, EXTRA)
+    chex.assert_trees_all_close(four.params, one.params, rtol=0, atol=1e-6)
+
+
+def test_order_in_the_batch_does_not_matter():
+    batch = make_batch(4)
+    shuffled = {name: x[[2, 0, 3, 1]] for name, x in batch.items()}
+    step = jax.jit(make_step())
+    _, a = step(make_state(), batch, EXTRA)
+    _, b = step(make_state(), shuffled, EXTRA)
+    chex.assert_trees_all_close(a, b, rtol=1e-4)
+    _, mask = steps.prepare_batch(batch, DRAW)
+    _, shuffled_mask = steps.prepare_batch(shuffled, DRAW)
+    np.testing.assert_array_equal(mask[jnp.array([2, 0, 3, 1])], shuffled_mask)
+
+
+def test_steps_are_traced_once():
+    chex.clear_trace_counter()
+    training_step = make_step()
+
+    @chex.assert_max_traces(n=1)
+    def step(*arguments):
+        return training_step(*arguments)
+
+    step = jax.jit(step)
+    state = make_state()
+    for _ in range(3):
+        state, _ = step(state, make_batch(4), EXTRA)
+    assert state.step == 3
+
+
+def test_mapped_steps_are_traced_once():
+    traces = []
+
+    def step(*arguments, axis_name=None):
+        traces.append(axis_name)
+        return make_step()(*arguments, axis_name=axis_name)
+
+    compiled = parallel.compile_train_step(step)
+    state = parallel.replicate(make_state())
+    for _ in range(3):
+        state, _ = compiled(state, make_batch(4), EXTRA)
+    assert traces == [parallel.AXIS]
+
+
+def test_second_phase_leaves_the_encoders_normalization_alone():
+    frozen = MODEL.encoder_norms
+    assert frozen == ("bn2", "bn3")
+    state = make_state()
+    optimizer = optim.make_optimizer(1e-2, frozen=frozen)
+    step = jax.jit(make_step(optimizer=optimizer, freeze_encoder_norm=True))
+    new_state, _ = step(state, make_batch(4), EXTRA)
+    for name in state.batch_stats:
+        same = [
+            np.array_equal(a, b)
+            for tree in ("params", "batch_stats")
+            for a, b in zip(
+                jax.tree.leaves(getattr(state, tree)[name]),
+                jax.tree.leaves(getattr(new_state, tree)[name]),
+            )
+        ]
+        assert all(same) if name in frozen else not any(same), name
+
+
+def test_no_feature_terms_without_features():
+    _, scalars = jax.jit(make_step(apply_features=None))(
+        make_state(), make_batch(4), None
+    )
+    assert "perceptual" not in scalars and "style_out" not in scalars
+    weights = losses.PAPER_WEIGHTS
+    total = (
+        weights.valid * scalars["valid"]
+        + weights.hole * scalars["hole"]
+        + weights.total_variation * scalars["total_variation"]
+    )
+    np.testing.assert_allclose(scalars["total"], total, rtol=1e-6)
+
+
+def test_eval_step_scores_the_composite():
+    state, batch = make_state(), make_batch(4, with_mask=True)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    step = parallel.compile_eval_step(functools.partial(steps.eval_step, model=MODEL))
+    pictures, scores = step(variables, batch)
+    images, mask = steps.prepare_batch(batch)
+    output, _ = MODEL.apply(variables, images, mask)
+    np.testing.assert_allclose(pictures["output"], output, rtol=1e-4, atol=1e-5)
+    comp = ops.composite(pictures["output"], images, mask)
+    np.testing.assert_allclose(pictures["composite"], comp, rtol=0, atol=2e-7)
+    shown, truth = jnp.clip((comp + 1) / 2, 0, 1), (images + 1) / 2
+    expected = {
+        "l1": jnp.abs(shown - truth).mean((1, 2, 3)),
+        "psnr": metrics.psnr(shown, truth),
+        "ssim": metrics.ssim(shown, truth),
+        "hole_ratio": masks.hole_ratio(mask),
+    }
+    # All errors lie in the hole.
+    expected["l1_hole"] = expected["l1"] / expected["hole_ratio"]
+    chex.assert_trees_all_close(scores, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_images_are_scaled_to_the_ends_of_the_range():
+    image = np.array([0, 51, 255], np.uint8).reshape(1, 1, 3, 1)
+    mask = np.array([1, 0, 1], np.uint8).reshape(1, 1, 3, 1)
+    images, mask = steps.prepare_batch({"image": image, "mask": mask})
+    np.testing.assert_allclose(images.ravel(), [-1, -0.6, 1], rtol=1e-6)
+    np.testing.assert_array_equal(mask.ravel(), [1.0, 0.0, 1.0])

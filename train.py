@@ -1,0 +1,44 @@
+"""Trains an inpainting network.
+
+    python train.py --config configs/pconv.py:quickstart
+
+Started again with the same workdir, it goes on where it stopped. Fields of the
+experiment can be set here: --config.batch_size=2 --config.phase1.steps=1000
+"""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from pconv_jax import parallel, trainer
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment, in configs/."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run; by default runs/ and the experiment's name."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Whether this is one of the processes of a run on many hosts."
+)
+
+
+def main(_):
+    """Runs the experiment, and says how it ended."""
+    logging.set_verbosity(logging.WARNING)
+    if _DISTRIBUTED.value:
+        parallel.initialize()
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = _WORKDIR.value or trainer.default_workdir(name)
+    try:
+        summary = trainer.train_and_evaluate(_CONFIG.value, workdir)
+    except (ValueError, trainer.TrainingDiverged) as error:
+        logging.debug("", exc_info=True)  # For --verbosity=1.
+        sys.exit(f"train.py: {error}")
+    print(trainer.format_summary(summary, workdir))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
