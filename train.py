@@ -4,6 +4,10 @@
 
 Started again with the same workdir, it goes on where it stopped. Fields of the
 experiment can be set here: --config.batch_size=2 --config.phase1.steps=1000
+
+All GPUs of a machine are used. For several machines, start one process on each, on a
+common file system, with --distributed; where JAX cannot find out about the others by
+itself, also with --coordinator_address, --num_processes and --process_id.
 """
 
 import sys
@@ -19,16 +23,19 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; by default runs/ and the experiment's name."
 )
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Whether this is one of the processes of a run on many hosts."
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several.")
+_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "Host and port of number 0."
 )
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "The number of this one.")
 
 
 def main(_):
     """Runs the experiment, and says how it ended."""
     logging.set_verbosity(logging.WARNING)
     if _DISTRIBUTED.value:
-        parallel.initialize()
+        parallel.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or trainer.default_workdir(name)
     try:

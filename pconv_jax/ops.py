@@ -238,12 +238,14 @@ def check_mask(mask: ArrayLike, inputs: ArrayLike) -> None:
             f"mask must be of shape {(*shape[:-1], 1)} (one plane for all channels) or "
             f"{shape} (a plane for each), got {jnp.shape(mask)}."
         )
-    if isinstance(mask, jax.core.Tracer) or mask.dtype == bool:
+    if isinstance(mask, jax.core.Tracer):
         return
-    if not jnp.all((mask == 0) | (mask == 1)):
+    # By NumPy: under jax.jit even operations on constants are traced.
+    values = np.asarray(mask)
+    if values.dtype != bool and not np.all((values == 0) | (values == 1)):
         raise ValueError(
             "mask must be binary, 1 = valid and 0 = hole, got values from "
-            f"{mask.min()} to {mask.max()}; binarise it first, e.g. mask > 0.5."
+            f"{values.min()} to {values.max()}; binarise it first, e.g. mask > 0.5."
         )
 
 

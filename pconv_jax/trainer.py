@@ -11,7 +11,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -119,6 +119,7 @@ class _Run:
         self.workdir = workdir
         self.primary = parallel.process_index() == 0
         self.warnings: list[str] = []
+        self.unreadable: set[str] = set()
         self.model = experiment.get_model(config)
         self.train_source = experiment.get_source(config, "train")
         self.validation_source = experiment.get_source(config, "validation")
@@ -174,13 +175,16 @@ class _Run:
                 self.scalars.append(scalars)
                 self.stopped = stop_requested(self.step)
                 self._after_step(phase)
-            self._note_unreadable(batches.unreadable)
+            self.unreadable |= set(batches.unreadable)
 
     def summarize(self) -> dict[str, Any]:
         """Ends the run: validates if that was not done yet, and sums up."""
         finished = self.step >= self.last_step
         if finished and not self.validation:
             self._validate()
+        if self.unreadable:
+            names = ", ".join(sorted(self.unreadable))
+            self._warn(f"{len(self.unreadable)} unreadable picture(s): {names}")
         summary = {
             "step": self.step,
             "finished": finished,
@@ -366,10 +370,6 @@ class _Run:
                 f"no substitute for a trained one. {error}"
             )
             return jax.jit(vgg.random_params)(jax.random.key(0))
-
-    def _note_unreadable(self, names: Sequence[str]) -> None:
-        if names:
-            self._warn(f"{len(names)} pictures could not be read: {', '.join(names)}")
 
     def _warn(self, warning: str) -> None:
         self.warnings.append(warning)

@@ -4,15 +4,22 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from pconv_jax import losses, masks, metrics, ops, optim, parallel, steps
 from pconv_jax.unet import PConvUNet
 
-SIZE = 32
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+SIZE = 16
 MODEL = PConvUNet(depth=3, width=4)
 OPTIMIZER = optim.make_optimizer(1e-3)
-DRAW = functools.partial(masks.random_mask, shape=(SIZE, SIZE), kind="rectangles")
+
+
+def draw(key):
+    """Stands in for masks.random_mask, which takes long to compile."""
+    return (jax.random.uniform(key, (SIZE, SIZE, 1)) > 0.3).astype(jnp.float32)
 
 
 def features(params, images):
@@ -28,25 +35,25 @@ def make_batch(size=8, *, with_mask=False):
         "seed": rng.integers(2**32, size=size, dtype=np.uint32),
     }
     if with_mask:
-        _, mask = steps.prepare_batch(batch, DRAW)
+        _, mask = steps.prepare_batch(batch, draw)
         batch["mask"] = np.asarray(mask, np.uint8)
     return batch
 
 
+@functools.cache
+def first_state():
+    key = jax.random.key(0)
+    state = steps.create_state(key, model=MODEL, optimizer=OPTIMIZER, image_size=SIZE)
+    return jax.tree.map(np.asarray, state)
+
+
 def make_state():
-    create = functools.partial(
-        steps.create_state,
-        jax.random.key(0),
-        model=MODEL,
-        optimizer=OPTIMIZER,
-        image_size=SIZE,
-    )
-    return create()
+    return jax.tree.map(jnp.array, first_state())
 
 
 def make_step(**options):
     defaults = dict(
-        model=MODEL, optimizer=OPTIMIZER, apply_features=features, draw_mask=DRAW
+        model=MODEL, optimizer=OPTIMIZER, apply_features=features, draw_mask=draw
     )
     return functools.partial(steps.train_step, **(defaults | options))
 
@@ -58,7 +65,7 @@ def test_scalars_are_the_terms_of_the_loss_and_the_update_is_adams():
     state, batch = make_state(), make_batch()
     new_state, scalars = jax.jit(make_step())(state, batch, EXTRA)
 
-    images, mask = steps.prepare_batch(batch, DRAW)
+    images, mask = steps.prepare_batch(batch, draw)
 
     def loss(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -71,7 +78,7 @@ def test_scalars_are_the_terms_of_the_loss_and_the_update_is_adams():
         terms = {name: term.mean() for name, term in terms.items()}
         return terms["total"], (terms, updates["batch_stats"])
 
-    grads, (terms, batch_stats) = jax.grad(loss, has_aux=True)(state.params)
+    grads, (terms, batch_stats) = jax.jit(jax.grad(loss, has_aux=True))(state.params)
     for name, term in terms.items():
         np.testing.assert_allclose(scalars[name], term, rtol=1e-5, err_msg=name)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
@@ -102,8 +109,6 @@ def test_four_devices_do_what_one_does(with_mask):
 
 
 def test_four_devices_update_as_one_does_by_gradient_descent():
-    import optax
-
     step = make_step(optimizer=optax.sgd(0.01))
     batch, state = make_batch(8), make_state().replace(opt_state=optax.EmptyState())
     state = state.replace(opt_state=optax.sgd(0.01).init(state.params))
@@ -120,8 +125,8 @@ def test_order_in_the_batch_does_not_matter():
     _, a = step(make_state(), batch, EXTRA)
     _, b = step(make_state(), shuffled, EXTRA)
     chex.assert_trees_all_close(a, b, rtol=1e-4)
-    _, mask = steps.prepare_batch(batch, DRAW)
-    _, shuffled_mask = steps.prepare_batch(shuffled, DRAW)
+    _, mask = steps.prepare_batch(batch, draw)
+    _, shuffled_mask = steps.prepare_batch(shuffled, draw)
     np.testing.assert_array_equal(mask[jnp.array([2, 0, 3, 1])], shuffled_mask)
 
 
@@ -193,7 +198,7 @@ def test_eval_step_scores_the_composite():
     step = parallel.compile_eval_step(functools.partial(steps.eval_step, model=MODEL))
     pictures, scores = step(variables, batch)
     images, mask = steps.prepare_batch(batch)
-    output, _ = MODEL.apply(variables, images, mask)
+    output, _ = jax.jit(MODEL.apply)(variables, images, mask)
     np.testing.assert_allclose(pictures["output"], output, rtol=1e-4, atol=1e-5)
     comp = ops.composite(pictures["output"], images, mask)
     np.testing.assert_allclose(pictures["composite"], comp, rtol=0, atol=2e-7)

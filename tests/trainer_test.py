@@ -1,0 +1,364 @@
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from pconv_jax import config as experiment
+from pconv_jax import trainer, vgg
+from pconv_jax.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = {
+    "image_size": 16,
+    "batch_size": 4,
+    "model.depth": 2,
+    "model.width": 4,
+    "masks.kind": "rectangles",
+    "vgg": "none",
+    "phase1.steps": 4,
+    "phase2.steps": 2,
+    "log_every": 1,
+    "picture_every": 3,
+    "validate_every": 3,
+    "validation_examples": 2,
+    "evaluation_examples": 2,
+    "checkpoint_every": 2,
+}
+
+
+def tiny(**fields):
+    config = experiment.paper()
+    config.update_from_flattened_dict(TINY | fields)
+    return config
+
+
+def read_checkpoint(workdir, step=None):
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step, items, _ = checkpoints.restore(
+            ("params", "batch_stats", "opt_state"), step=step
+        )
+    return step, items
+
+
+def read_metrics(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same_checkpoint(a, b):
+    (step, items), (other_step, other_items) = read_checkpoint(a), read_checkpoint(b)
+    assert step == other_step
+    jax.tree.map(np.testing.assert_array_equal, items, other_items)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of both phases, and its summary."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, trainer.train_and_evaluate(tiny(), workdir)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    workdir, summary = finished
+    assert summary["step"] == 6 and summary["finished"] and not summary["warnings"]
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(
+        tiny().to_json()
+    )
+    pictures = sorted(path.name for path in (workdir / "pictures").iterdir())
+    # Every third step, and where a phase ends.
+    assert pictures == [f"validation_{step:07d}.png" for step in (3, 4, 6)]
+    grid = cv2.imread(str(workdir / "pictures" / pictures[0]))
+    assert grid.shape[1] == 4 * 16 + 3 * 2
+    assert list((workdir / "tensorboard").iterdir())
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert len(steps) >= 3 and steps[-1] == 6
+
+
+def test_a_run_logs_every_term_once_a_step(finished):
+    workdir, summary = finished
+    lines = read_metrics(workdir)
+    train = [line for line in lines if "train/total" in line]
+    assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+    terms = {"total", "valid", "hole", "total_variation", "gradient_norm", "hole_ratio"}
+    extra = {"learning_rate", "images_per_second"}
+    assert set(train[0]) == {"step", "time"} | {f"train/{t}" for t in terms | extra}
+    rates = [line["train/learning_rate"] for line in train]
+    assert rates == [2e-4] * 4 + [5e-5] * 2
+    validation = [line for line in lines if "validation/psnr" in line]
+    assert [line["step"] for line in validation] == [3, 4, 6]
+    assert validation[-1]["validation/psnr"] == summary["validation"]["psnr"]
+
+
+def test_second_phase_starts_by_itself(finished):
+    workdir, _ = finished
+    _, before = read_checkpoint(workdir, 4)
+    _, after = read_checkpoint(workdir, 6)
+    for tree in ("params", "batch_stats"):
+        # The encoder's normalization is frozen, the decoder's is not.
+        jax.tree.map(
+            np.testing.assert_array_equal, before[tree]["bn2"], after[tree]["bn2"]
+        )
+        for a, b in zip(before[tree]["bn3"].values(), after[tree]["bn3"].values()):
+            assert not np.array_equal(a, b)
+    assert not np.array_equal(
+        before["params"]["pconv1"]["kernel"], after["params"]["pconv1"]["kernel"]
+    )
+    counts = [
+        [int(x) for x in jax.tree.leaves(items["opt_state"]) if np.ndim(x) == 0]
+        for items in (before, after)
+    ]
+    assert counts == [[4], [2]]  # A new optimizer.
+
+
+def test_a_finished_run_is_only_validated_again(finished):
+    workdir, summary = finished
+    lines = read_metrics(workdir)
+    again = trainer.train_and_evaluate(tiny(), workdir)
+    assert again["validation"] == pytest.approx(summary["validation"])
+    assert [x for x in read_metrics(workdir) if "train/total" in x] == [
+        x for x in lines if "train/total" in x
+    ]
+
+
+def test_a_longer_second_phase_goes_on_bit_for_bit(finished, tmp_path):
+    workdir = tmp_path / "run"
+    trainer.train_and_evaluate(tiny(**{"phase2.steps": 1}), workdir)
+    assert read_checkpoint(workdir)[0] == 5
+    trainer.train_and_evaluate(tiny(), workdir)
+    assert_same_checkpoint(workdir, finished[0])
+
+
+def test_second_phase_from_another_run(finished, tmp_path):
+    workdir, source = tmp_path / "run", finished[0]
+    fields = {"init_from": str(source), "phase1.steps": 0, "phase2.steps": 1}
+    trainer.train_and_evaluate(tiny(**fields), workdir)
+    _, before = read_checkpoint(source)
+    _, after = read_checkpoint(workdir)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        before["batch_stats"]["bn2"],
+        after["batch_stats"]["bn2"],
+    )
+    kernels = (x["params"]["pconv1"]["kernel"] for x in (before, after))
+    # One step of Adam at 5e-5.
+    assert 0 < np.abs(np.subtract(*kernels)).max() <= 5.01e-5
+
+
+def test_init_from_nothing(tmp_path):
+    with pytest.raises(ValueError, match="init_from: there is no checkpoint in"):
+        trainer.train_and_evaluate(
+            tiny(init_from=str(tmp_path / "nowhere")), tmp_path / "run"
+        )
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(finished):
+    workdir, _ = finished
+    step = read_checkpoint(workdir)[0]
+    with pytest.raises(ValueError, match=r"model.width: 4, now 8.*another workdir"):
+        trainer.train_and_evaluate(tiny(**{"model.width": 8}), workdir)
+    assert read_checkpoint(workdir)[0] == step
+    assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 4
+
+
+def test_divergence_names_term_and_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny(**{"phase1.learning_rate": 1e30, "checkpoint_every": 1})
+    with pytest.raises(trainer.TrainingDiverged) as error:
+        trainer.train_and_evaluate(config, tmp_path)
+    step, items = read_checkpoint(tmp_path)
+    message = str(error.value)
+    assert f"at step {step + 1}. The newest checkpoint is of step {step}" in message
+    assert message.split(" is ")[0] in {"total", "valid", "hole", "gradient_norm"}
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(items["params"]))
+
+
+def test_divergence_between_two_logs_is_found_before_saving(tmp_path):
+    fields = {"phase1.learning_rate": 1e30, "log_every": 100, "validate_every": 100}
+    with pytest.raises(trainer.TrainingDiverged, match="at step 2"):
+        trainer.train_and_evaluate(tiny(**fields), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_batch_that_devices_cannot_share(tmp_path):
+    with pytest.raises(ValueError, match="batch_size = 6 .* 4 devices: use 4 or 8"):
+        trainer.train_and_evaluate(tiny(batch_size=6), tmp_path)
+
+
+def test_unreadable_pictures_are_in_the_summary(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(45):
+        image = rng.integers(0, 256, (24, 24, 3), np.uint8)
+        cv2.imwrite(str(folder / f"{i:02d}.png"), image)
+    config = tiny(**{"data.source": "folder", "data.path": str(folder)})
+    config.phase1.steps = 12
+    source = experiment.get_source(config, "train")
+    name = source.name(3)
+    pathlib.Path(name).write_bytes(b"")
+    summary = trainer.train_and_evaluate(config, tmp_path / "run")
+    assert summary["finished"]
+    assert summary["warnings"] == [f"1 unreadable picture(s): {name}"]
+
+
+def test_random_features_are_warned_of_until_the_end(tmp_path, monkeypatch):
+    def no_network():
+        raise OSError("no network")
+
+    monkeypatch.setattr(vgg, "_download", no_network)
+    monkeypatch.setenv("PCONV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PCONV_VGG16", raising=False)
+    fields = {"phase1.steps": 1, "phase2.steps": 0, "vgg": "auto"}
+    summary = trainer.train_and_evaluate(tiny(**fields), tmp_path / "run")
+    (warning,) = summary["warnings"]
+    assert "RANDOM VGG16" in warning and "PCONV_VGG16" in warning
+    assert f"WARNING: {warning}" in trainer.format_summary(summary, tmp_path)
+    assert "train/style_comp" in read_metrics(tmp_path / "run")[0]
+    with pytest.raises(ValueError, match="There are no VGG16 weights"):
+        trainer.train_and_evaluate(tiny(vgg="imagenet"), tmp_path / "strict")
+
+
+def test_default_workdir():
+    assert trainer.default_workdir("configs/pconv.py:quickstart") == (
+        "runs/pconv-quickstart"
+    )
+    assert trainer.default_workdir("configs/folder.py") == "runs/folder"
+
+
+# Real processes.
+
+
+def command(workdir, *arguments, **fields):
+    fields = TINY | {"phase1.steps": 30, "phase2.steps": 10} | fields
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = f"--config={ROOT}/configs/pconv.py"
+    program = [sys.executable, str(ROOT / "train.py")]
+    return [*program, config, *flags, f"--workdir={workdir}", *arguments]
+
+
+def environment(devices=1):
+    return os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+    }
+
+
+def run(arguments):
+    return subprocess.run(
+        arguments, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def start_and_signal(arguments, workdir, number, after):
+    """Sends a signal as soon as there is a checkpoint of some step, and waits."""
+    process = subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 240
+    while not (workdir / "checkpoints" / str(after)).exists():
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output.decode()
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_runs_end_as_one_that_never_was(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = run(command(whole))
+    assert result.returncode == 0, result.stderr
+    assert "Finished at step 40" in result.stdout
+
+    # With the weights killed in mid-flight, and then by a scheduler's polite request.
+    code, _ = start_and_signal(command(broken), broken, signal.SIGKILL, after=6)
+    assert code == -signal.SIGKILL
+    first = read_checkpoint(broken)[0]
+    code, output = start_and_signal(
+        command(broken), broken, signal.SIGTERM, after=first + 4
+    )
+    second = read_checkpoint(broken)[0]
+    assert first + 4 <= second < 40
+    assert code == 0 and f"Stopped at step {second}, to go on by the same" in output
+    assert json.loads((broken / "summary.json").read_text())["finished"] is False
+
+    result = run(command(broken))
+    assert "Finished at step 40" in result.stdout
+    assert_same_checkpoint(whole, broken)
+    losses = [
+        {
+            line["step"]: line["train/total"]
+            for line in read_metrics(workdir)[:-1]
+            if "train/total" in line
+        }
+        for workdir in (whole, broken)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 40
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    fields = {"phase1.steps": 3, "phase2.steps": 1, "masks.kind": "blobs"}
+    result = run(command(tmp_path / "one", **fields))
+    assert result.returncode == 0, result.stderr
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            command(
+                tmp_path / "two",
+                "--distributed",
+                f"--coordinator_address=127.0.0.1:{port}",
+                "--num_processes=2",
+                f"--process_id={number}",
+                **fields,
+            ),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output.decode()
+    (_, one), (_, two) = (read_checkpoint(tmp_path / name) for name in ("one", "two"))
+    for name in ("params", "batch_stats"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+            one[name],
+            two[name],
+        )
+    a, b = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    assert a[0]["train/total"] == pytest.approx(b[0]["train/total"], rel=1e-4)
+    assert a[-1]["validation/l1"] == pytest.approx(b[-1]["validation/l1"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.source": "folder", "data.path": "/no/such"}, "/no/such"),
+        ({"image_size": 18}, "use 16 or 20, or a smaller depth"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(tmp_path, fields, message):
+    result = run(command(tmp_path, **fields))
+    assert result.returncode == 1
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "config.json").exists() or "folder" in fields.values()
