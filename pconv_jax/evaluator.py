@@ -45,9 +45,16 @@ class Evaluation(NamedTuple):
     examples: list[dict[str, Any]]
 
     def mean(self, **where: Any) -> dict[str, float]:
-        """Returns mean metrics, e.g. ``mean(hole_bin=3, border=True)``; or of all."""
+        """Returns mean metrics, e.g. ``mean(hole_bin=3, border=True)``; or of all.
+
+        The PSNR of a perfect composite is infinite, and is left out of its mean.
+        """
         chosen = [e for e in self.examples if where.items() <= e.items()]
-        return {name: float(np.mean([e[name] for e in chosen])) for name in _UNITS}
+        means = {}
+        for name in _UNITS:
+            values = np.array([example[name] for example in chosen])
+            means[name] = float(values[np.isfinite(values)].mean())
+        return means
 
     def table(self) -> list[dict[str, Any]]:
         """Returns a row for each class of masks, and one for all."""
@@ -203,7 +210,12 @@ def draw_pictures(
     mask = np.where(index[:, None, None, None] % 2, with_, without)
     pictures, _ = _compile(model)(variables, batch | {"mask": mask})
     truth = batch["image"] / np.float32(127.5) - 1
-    columns = {"input": writers.show_hole(truth, mask), **pictures, "truth": truth}
+    columns = {
+        "input": writers.show_hole(truth, mask),
+        "output": pictures["output"],
+        "composite": pictures["composite"],
+        "truth": truth,
+    }
     return writers.picture_grid(columns, max_rows=count)
 
 
