@@ -74,8 +74,8 @@ def train_and_evaluate(
 
     Returns:
       What is written to ``summary.json`` too: ``step``; ``finished``, False if the run
-      was asked to stop before its last step; ``validation``, mean metrics of the
-      network at that step if finished; ``warnings``.
+      was asked to stop before its last step; if finished, ``validation``, the mean
+      metrics at the last step, and ``table``, those of each hole bin; ``warnings``.
 
     Raises:
       ValueError: if the experiment makes no sense, or is not the one that the workdir
@@ -86,8 +86,9 @@ def train_and_evaluate(
     experiment.check(config)
     parallel.check_batch_size(config.batch_size)
     workdir = pathlib.Path(workdir)
-    _claim(workdir, config)
+    _check_workdir(workdir, config)
     with _Run(config, workdir) as run, parallel.stop_requests() as stop_requested:
+        run.write_json("config.json", config.to_dict())
         for phase in get_phases(config):
             run.train(phase, stop_requested)
         return run.summarize()
@@ -104,7 +105,8 @@ def format_summary(summary: Mapping[str, Any], workdir: str | pathlib.Path) -> s
     """Returns what `train_and_evaluate` returned, for people."""
     if summary["finished"]:
         numbers = ", ".join(f"{k} {v:.4g}" for k, v in summary["validation"].items())
-        lines = [f"Finished at step {summary['step']}. Validation: {numbers}."]
+        lines = [writers.format_table(summary["table"], decimals=3), ""]
+        lines += [f"Finished at step {summary['step']}. Validation: {numbers}."]
     else:
         lines = [f"Stopped at step {summary['step']}, to go on by the same command."]
     lines += [f"Checkpoints, metrics and pictures are in {workdir}."]
@@ -128,7 +130,7 @@ class _Run:
         self.feature_params = parallel.replicate(feature_params)
         self.last_step = get_phases(config)[-1].stop
         self.stopped = False
-        self.validation: dict[str, float] = {}
+        self.evaluation: evaluator.Evaluation | None = None
         self.scalars: list[steps.Metrics] = []  # Since the last line of the log.
         with contextlib.ExitStack() as stack:
             self.checkpoints = stack.enter_context(
@@ -180,7 +182,7 @@ class _Run:
     def summarize(self) -> dict[str, Any]:
         """Ends the run: validates if that was not done yet, and sums up."""
         finished = self.step >= self.last_step
-        if finished and not self.validation:
+        if finished and not self.evaluation:
             self._validate()
         if self.unreadable:
             names = ", ".join(sorted(self.unreadable))
@@ -188,13 +190,18 @@ class _Run:
         summary = {
             "step": self.step,
             "finished": finished,
-            "validation": self.validation if finished else {},
+            "validation": self.evaluation.mean() if finished else {},
+            "table": self.evaluation.table() if finished else [],
             "warnings": self.warnings,
         }
-        if self.primary:
-            text = json.dumps(summary, indent=1) + "\n"
-            writers.write_atomically(self.workdir / "summary.json", text.encode())
+        self.write_json("summary.json", summary)
         return summary
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a file into the workdir."""
+        if self.primary:
+            text = json.dumps(value, indent=1) + "\n"
+            writers.write_atomically(self.workdir / name, text.encode())
 
     def _compile(self, phase: Phase) -> Callable[..., Any]:
         config = self.config
@@ -259,7 +266,7 @@ class _Run:
             self._draw_pictures()
         if due("validate"):
             self._validate()
-            self._save(self.validation)
+            self._save(self.evaluation.mean())
         elif due("checkpoint"):
             self._save()
         if not self.scalars:  # The pace is that of training alone.
@@ -313,7 +320,7 @@ class _Run:
             self.writer.write_picture(self.step, "validation", picture)
 
     def _validate(self) -> None:
-        evaluation = evaluator.evaluate(
+        self.evaluation = evaluator.evaluate(
             self.model,
             self._variables(),
             self.validation_source,
@@ -322,11 +329,11 @@ class _Run:
             examples=self.config.validation_examples,
             progress=self.primary,
         )
-        self.validation = evaluation.mean()
+        mean = self.evaluation.mean()
         self.writer.write_scalars(
-            self.step, {f"validation/{k}": v for k, v in self.validation.items()}
+            self.step, {f"validation/{name}": x for name, x in mean.items()}
         )
-        numbers = "  ".join(f"{k} {v:.4g}" for k, v in self.validation.items())
+        numbers = "  ".join(f"{name} {x:.4g}" for name, x in mean.items())
         self.progress.write(f"validation at step {self.step}: {numbers}")
 
     def _restore_or_create(self) -> steps.TrainState:
@@ -343,6 +350,11 @@ class _Run:
         restored = self.checkpoints.restore(targets)
         if restored:
             step, items, _ = restored
+            if any(parallel.gather(np.array([step])) != step):
+                raise ValueError(
+                    "the processes of this run cannot read the same checkpoint in "
+                    f"{self.workdir / 'checkpoints'}; is it on a common file system?"
+                )
             logging.info("Going on from step %d.", step)
             return steps.TrainState(step=jnp.asarray(step, jnp.int32), **items)
         state = create()
@@ -376,20 +388,15 @@ class _Run:
         logging.warning(warning)
 
 
-def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Writes the experiment into a new workdir, or compares it with the old one's."""
+def _check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Checks that a workdir is new, or this experiment's."""
     path = workdir / "config.json"
-    if path.exists():
-        changed = experiment.differences(json.loads(path.read_text()), config.to_dict())
-        if changed:
-            changes = "; ".join(
-                f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items()
-            )
-            raise ValueError(
-                f"workdir {workdir} belongs to another configuration ({changes}). Use "
-                "another workdir, or start from this one's weights with init_from."
-            )
-    if parallel.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config.to_dict(), indent=1) + "\n"
-        writers.write_atomically(path, text.encode())
+    if not path.exists():
+        return
+    changed = experiment.differences(json.loads(path.read_text()), config.to_dict())
+    if changed:
+        changes = "; ".join(f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items())
+        raise ValueError(
+            f"workdir {workdir} belongs to another configuration ({changes}). Use "
+            "another workdir, or start from this one's weights with init_from."
+        )
