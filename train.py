@@ -35,7 +35,11 @@ def main(_):
     """Runs the experiment, and says how it ended."""
     logging.set_verbosity(logging.WARNING)
     if _DISTRIBUTED.value:
-        parallel.initialize(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
+        parallel.initialize(
+            coordinator_address=_ADDRESS.value,
+            num_processes=_PROCESSES.value,
+            process_id=_PROCESS.value,
+        )
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or trainer.default_workdir(name)
     try:

@@ -45,7 +45,7 @@ class Checkpoints:
         with Checkpoints("runs/pconv/checkpoints", best_metric="psnr") as checkpoints:
             restored = checkpoints.restore({"params": params})
             ...
-            checkpoints.save(1000, {"params": params}, meta, metrics={"psnr": 28.3})
+            checkpoints.save(1000, {"params": params}, metrics={"psnr": 28.3})
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class Checkpoints:
         self,
         step: int,
         items: Mapping[str, PyTree],
+        *,
         meta: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> bool:

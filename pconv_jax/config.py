@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from pconv_jax import data
-from pconv_jax.unet import PConvUNet
+from pconv_jax.unet import IMAGENET, PConvUNet
 
 # Fields that may differ from what a run was started with when it goes on: they do not
 # change what is computed, but for where it ends.
@@ -38,6 +38,7 @@ def paper() -> ConfigDict:
     config.model.depth = 8  # Encoder stages; image_size is a multiple of 2**depth.
     config.model.width = 64  # Features of the first stage.
     config.model.conv = "partial"  # Or 'standard', what the paper compares with.
+    config.model.normalization = "none"  # Of images, inside; or 'imagenet'.
     config.model.dtype = "float32"  # Of the convolutions; or 'bfloat16'.
 
     config.data = ConfigDict()
@@ -79,7 +80,9 @@ def paper() -> ConfigDict:
     config.phase2 = ConfigDict()  # With the encoder's batch normalization frozen.
     config.phase2.steps = 500_000
     config.phase2.learning_rate = 5e-5
-    config.init_from = ""  # Workdir of a run whose newest weights to start from.
+    # Weights to start from: the newest of a run, by its workdir; or a release file, see
+    # pconv_jax.pretrained, of the same network.
+    config.init_from = ""
 
     config.log_every = 100
     config.picture_every = 5_000
@@ -121,6 +124,7 @@ def check(config: Mapping[str, Any]) -> None:
         "masks.hole": ("white", "black"),
         "model.conv": ("partial", "standard"),
         "model.dtype": ("float32", "bfloat16"),
+        "model.normalization": ("none", "imagenet"),
     }.items():
         if given[name] not in choices:
             raise ValueError(
@@ -145,6 +149,7 @@ def get_model(config: ConfigDict) -> PConvUNet:
         depth=config.model.depth,
         width=config.model.width,
         conv=config.model.conv,
+        normalization=IMAGENET if config.model.normalization == "imagenet" else None,
         dtype=dtype,
     )
 
@@ -160,14 +165,14 @@ def get_source(config: ConfigDict, split: str) -> data.Source:
     return data.open_source(kind, split=split, **fields)
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns ``{'data.path': ..., ...}``, with sequences as tuples."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
-            flat |= flatten(value, f"{prefix}{name}.")
+            flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
         else:
-            flat[prefix + name] = tuple(value) if isinstance(value, list) else value
+            flat[name] = tuple(value) if isinstance(value, list) else value
     return flat
 
 

@@ -112,7 +112,9 @@ def evaluate(
         ):
             share = jax.tree.map(parallel.own_share, batch)
             for hole_bin, border in MASK_CLASSES:
-                mask = draw_masks(share["index"], hole_bin, border, image_size, seed)
+                mask = draw_masks(
+                    share["index"], hole_bin, border, image_size, seed=seed
+                )
                 _, scores = step(variables, share | {"mask": mask})
                 records += _records(parallel.gather(scores), batch, hole_bin, border)
                 bar.update()
@@ -204,7 +206,7 @@ def draw_pictures(
     index = batch["index"]
     hole_bin = index % len(masks.HOLE_BINS)
     without, with_ = (
-        draw_masks(index, hole_bin, border, image_size, seed)
+        draw_masks(index, hole_bin, border, image_size, seed=seed)
         for border in (False, True)
     )
     mask = np.where(index[:, None, None, None] % 2, with_, without)
@@ -224,6 +226,7 @@ def draw_masks(
     hole_bin: int | np.ndarray,
     border: bool,
     image_size: int,
+    *,
     seed: int = 0,
 ) -> np.ndarray:
     """Returns the masks of some examples, uint8 ``[N, H, W, 1]``.

@@ -85,11 +85,10 @@ class PartialConv(nn.Module):
         kernel_size = self.kernel_size
         kernel_size = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
         channels = sum(jnp.shape(x)[-1] for x in _flat(inputs))
-        if channels % self.feature_group_count or (
-            self.features % self.feature_group_count
-        ):
+        groups = self.feature_group_count
+        if groups < 1 or channels % groups or self.features % groups:
             raise ValueError(
-                f"feature_group_count = {self.feature_group_count} must divide the "
+                f"feature_group_count = {groups} must divide the "
                 f"input channels, {channels}, and features = {self.features}."
             )
         kernel = self.param(
@@ -109,11 +108,9 @@ class PartialConv(nn.Module):
         ndim = len(kernel_size)
         batch = arrays[0].shape[: -(ndim + 1)]
         many = isinstance(inputs, list | tuple)
-        arrays = [_merge_batch(x, ndim) for x in arrays]
-        masks = None if mask is None else [_merge_batch(m, ndim) for m in _flat(mask)]
         outputs, mask = ops.partial_conv(
-            arrays if many else arrays[0],
-            masks if many or masks is None else masks[0],
+            _merge_batch(arrays if many else arrays[0], batch),
+            None if mask is None else _merge_batch(mask, batch),
             kernel,
             bias,
             strides=self.strides,
@@ -146,8 +143,11 @@ def _flat(value: ops.ArrayOrSequence) -> Sequence[ArrayLike]:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _merge_batch(x: ArrayLike, ndim: int) -> jax.Array:
-    """Flattens the batch axes, of which there may be none, into one."""
+def _merge_batch(x: ops.ArrayOrSequence, batch: tuple[int, ...]) -> ops.ArrayOrSequence:
+    """Makes one of the batch axes; an array with others is left, to be refused."""
+    if isinstance(x, list | tuple):
+        return [_merge_batch(source, batch) for source in x]
     x = jnp.asarray(x)
-    batch = x.shape[: -(ndim + 1)]
+    if x.shape[: len(batch)] != batch:
+        return x
     return x.reshape(math.prod(batch), *x.shape[len(batch) :])

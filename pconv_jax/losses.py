@@ -137,6 +137,8 @@ def gram(features: ArrayLike) -> jax.Array:
       features: P, ``[N, h, w, c]``; K is 1 / (c h w).
     """
     features = jnp.asarray(features)
+    if features.ndim != 4:
+        raise ValueError(f"features must be [N, h, w, c], got {features.shape}.")
     height, width, channels = features.shape[1:]
     # Summed in float32 at least, at full precision: tf32 would do for the features, but
     # the loss is a difference of these sums.
@@ -164,10 +166,14 @@ def total_variation(comp: ArrayLike, mask: ArrayLike) -> jax.Array:
     Raises:
       ValueError: if shapes do not fit.
     """
-    comp, _, mask = _check(comp, comp, mask)
+    comp, mask = jnp.asarray(comp), jnp.asarray(mask)
+    if comp.ndim != 4:
+        raise ValueError(f"comp must be [N, H, W, C], got {comp.shape}.")
+    _check(comp, comp, mask)
     # A window around a pixel holds a hole where a window of *holes* covers it.
     region = ops.update_mask(mask <= 0.5, (3, 3))
     size = comp[0].size
+    wide = jnp.promote_types(comp.dtype, jnp.float32)
     total = 0
     for axis in (1, 2):
         length = comp.shape[axis]
@@ -176,7 +182,7 @@ def total_variation(comp: ArrayLike, mask: ArrayLike) -> jax.Array:
             lax.slice_in_dim(region, 1, length, axis=axis)
         )
         difference = jnp.where(both, jnp.abs(a - b), 0)
-        total += difference.sum(axis=(1, 2, 3)) / size
+        total += difference.sum(axis=(1, 2, 3), dtype=wide) / size
     return total
 
 
@@ -195,12 +201,13 @@ def _check(output, target, mask) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _pairs(features, target_features):
-    for a, b in zip(features, target_features, strict=True):
-        if a.shape != b.shape:
-            raise ValueError(
-                f"features must be of the target's shapes, got {a.shape} and {b.shape}."
-            )
-        yield a, b
+    shapes, target_shapes = ([x.shape for x in f] for f in (features, target_features))
+    if shapes != target_shapes:
+        raise ValueError(
+            "features must be of target_features' shapes, got "
+            f"{shapes} and {target_shapes}."
+        )
+    return zip(features, target_features)
 
 
 def _mean(x: jax.Array) -> jax.Array:

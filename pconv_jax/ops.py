@@ -21,6 +21,7 @@ Convolutions", ECCV 2018, https://arxiv.org/abs/1804.07723, section 3.1.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-IntOrSequence = int | Sequence[int]
+IntOrSequence = int | Sequence[int] | None
 PaddingLike = str | int | Sequence[int | str | tuple[int, int]]
 ArrayOrSequence = ArrayLike | Sequence[ArrayLike]
 
@@ -190,7 +191,7 @@ def mask_coverage(
     mask = jnp.asarray(mask)
     check_mask(mask, mask)
     window = _make_window(
-        mask.shape[1:-1], tuple(kernel_size), strides, padding, kernel_dilation
+        mask.shape[1:-1], kernel_size, strides, padding, kernel_dilation
     )
     channels = mask.shape[-1]
     valid = _window_sum(_count_valid(mask > 0.5, channels, 1), window)
@@ -260,6 +261,8 @@ class _Window(NamedTuple):
 
 
 def _make_window(spatial, size, strides, padding, kernel_dilation) -> _Window:
+    if not isinstance(size, Sequence):
+        raise ValueError(f"kernel_size must be a number for each axis, got {size!r}.")
     ndim = len(size)
     if len(spatial) != ndim or not 1 <= ndim <= 3:
         raise ValueError(
@@ -271,39 +274,43 @@ def _make_window(spatial, size, strides, padding, kernel_dilation) -> _Window:
     extents = [(k - 1) * d + 1 for k, d in zip(size, dilation)]
     if isinstance(padding, str) and padding.upper() in ("SAME", "VALID"):
         padding = lax.padtype_to_pads(spatial, extents, strides, padding.upper())
-    if isinstance(padding, str | int):
-        padding = (padding,) * ndim
-    if len(padding) != ndim:
-        raise ValueError(
-            f"padding must be one value or one for each of {ndim} spatial axes, "
-            f"got {padding!r}."
-        )
+    pads = (
+        (padding,) * ndim if isinstance(padding, str) or _is_int(padding) else padding
+    )
     zeros, continued = [], []
-    for pad, extent in zip(padding, extents):
-        if isinstance(pad, str):
-            if pad.upper() not in _CONTINUATIONS:
-                raise ValueError(
-                    "padding must be 'SAME', 'VALID', 'CIRCULAR', 'REFLECT', a number "
-                    f"or (low, high) pairs, got {pad!r}."
-                )
-            mode = _CONTINUATIONS[pad.upper()]
-            continued.append(((extent - 1) // 2, extent // 2, mode))
-            zeros.append((0, 0))
-        else:
-            low, high = (pad, pad) if isinstance(pad, int) else pad
-            zeros.append((int(low), int(high)))
-            continued.append((0, 0, None))
+    try:
+        for pad, extent in zip(pads, extents, strict=True):
+            if isinstance(pad, str):
+                mode = _CONTINUATIONS[pad.upper()]
+                continued.append(((extent - 1) // 2, extent // 2, mode))
+                zeros.append((0, 0))
+            else:
+                low, high = (pad, pad) if _is_int(pad) else pad
+                zeros.append((operator.index(low), operator.index(high)))
+                continued.append((0, 0, None))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            "padding must be 'SAME', 'VALID', 'CIRCULAR', 'REFLECT' or a number; or, "
+            f"for each of {ndim} spatial axes, a number, a (low, high) pair, "
+            f"'CIRCULAR' or 'REFLECT'; got {padding!r}."
+        ) from None
     return _Window(tuple(size), strides, dilation, tuple(zeros), tuple(continued))
 
 
 def _per_axis(name: str, value: IntOrSequence, ndim: int) -> tuple[int, ...]:
-    values = (value,) * ndim if isinstance(value, int) else tuple(value)
-    if len(values) != ndim or min(values) < 1:
+    if value is None:  # As Flax has it.
+        value = 1
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
+    if len(values) != ndim or not all(_is_int(v) and v > 0 for v in values):
         raise ValueError(
             f"{name} must be a positive number, or one for each of {ndim} spatial axes,"
             f" got {value!r}."
         )
     return values
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int | np.integer)
 
 
 def _continue(x: jax.Array, window: _Window) -> jax.Array:
@@ -356,6 +363,8 @@ def _as_sources(inputs, mask):
     """Returns lists of inputs and of boolean masks, and the dtype of new masks."""
     many = isinstance(inputs, list | tuple)
     inputs = [jnp.asarray(x) for x in (inputs if many else [inputs])]
+    if not inputs:
+        raise ValueError("inputs must be an array or a sequence of at least one.")
     for x in inputs:
         if x.ndim < 3 or x.shape[:-1] != inputs[0].shape[:-1]:
             raise ValueError(
@@ -378,7 +387,7 @@ def _as_sources(inputs, mask):
 
 
 def _check_kernel(kernel, bias, channels, groups) -> None:
-    per_group, features = kernel.shape[-2:]
+    per_group, features = (0, 0, *kernel.shape)[-2:]
     if per_group * groups != sum(channels) or features % groups:
         raise ValueError(
             "kernel must be [*kernel_size, C_in // feature_group_count, features] with "

@@ -21,6 +21,7 @@ AXIS = "batch"
 
 
 def initialize(
+    *,
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -30,7 +31,11 @@ def initialize(
     To be called once, before anything touches a device, by every process. On most
     clusters the arguments are found by `jax.distributed.initialize`.
     """
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    jax.distributed.initialize(
+        coordinator_address=coordinator_address,
+        num_processes=num_processes,
+        process_id=process_id,
+    )
 
 
 def process_index() -> int:

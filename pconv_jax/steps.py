@@ -101,7 +101,7 @@ def train_step(
       ``gradient_norm`` and ``hole_ratio``.
     """
     model = model.clone(axis_name=axis_name)
-    images, mask = prepare_batch(batch, draw_mask)
+    images, mask = prepare_batch(batch, draw_mask=draw_mask)
     features_fn = apply_features and functools.partial(apply_features, feature_params)
 
     def loss_fn(params):
@@ -167,7 +167,7 @@ def eval_step(
 
 
 def prepare_batch(
-    batch: Batch, draw_mask: DrawMask | None = None
+    batch: Batch, *, draw_mask: DrawMask | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns images in [-1, 1] and masks, both float32.
 

@@ -29,6 +29,7 @@ from pconv_jax import (
     masks,
     optim,
     parallel,
+    pretrained,
     steps,
     vgg,
     writers,
@@ -304,7 +305,7 @@ class _Run:
         self._wait_for_scalars()
         items = {name: getattr(self.state, name) for name in _ITEMS}
         meta = {"config": self.config.to_dict(), "warnings": self.warnings}
-        self.checkpoints.save(self.step, items, meta, metrics)
+        self.checkpoints.save(self.step, items, meta=meta, metrics=metrics)
 
     def _variables(self) -> dict[str, Any]:
         return {"params": self.state.params, "batch_stats": self.state.batch_stats}
@@ -360,6 +361,8 @@ class _Run:
         state = create()
         if not self.config.init_from:
             return state
+        if self.config.init_from.endswith(".safetensors"):
+            return state.replace(**self._read_release())
         directory = pathlib.Path(self.config.init_from) / "checkpoints"
         del targets["opt_state"]
         with Checkpoints(directory) as checkpoints:
@@ -367,6 +370,20 @@ class _Run:
         if not restored:
             raise ValueError(f"init_from: there is no checkpoint in {directory}.")
         return state.replace(**restored[1])
+
+    def _read_release(self) -> dict[str, Any]:
+        release = pretrained.from_pretrained(self.config.init_from)
+        theirs, ours = map(pretrained.model_config, (release.model, self.model))
+        if differences := [name for name in ours if ours[name] != theirs[name]]:
+            raise ValueError(
+                f"init_from: the network of {self.config.init_from} has other "
+                f"{', '.join(differences)} than the experiment's, which config.model "
+                "sets; it has "
+                f"{len(release.model.encoder)} encoder stages of "
+                f"{[stage.features for stage in release.model.encoder]} features and "
+                f"the normalization {release.model.normalization}."
+            )
+        return release.variables
 
     def _load_feature_params(self) -> vgg.Params | None:
         source = self.config.vgg

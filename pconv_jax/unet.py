@@ -37,7 +37,7 @@ class Stage(NamedTuple):
 
 
 def paper_stages(
-    depth: int = 8, width: int = 64, out_features: int = 3
+    *, depth: int = 8, width: int = 64, out_features: int = 3
 ) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
     """Returns the encoder's and the decoder's stages: PConv1..8 and PConv9..16.
 
@@ -85,8 +85,8 @@ class PConvUNet(nn.Module):
       width: features of the first stage.
       out_features: channels of the output.
       conv: ``'partial'``, or ``'standard'`` for the same network of ordinary
-        convolutions that the paper compares with: it is given the mask as one more
-        channel of the input, and its whole output counts as valid.
+        convolutions that the paper compares with: the mask is appended to the channels
+        of its input, and its whole output counts as valid.
       stages: an encoder's and a decoder's stages, instead of `paper_stages`.
       dtype: of the computation, e.g. bfloat16. Mask counts and the statistics of batch
         normalization are float32 all the same, and so is the output.
@@ -156,7 +156,7 @@ class PConvUNet(nn.Module):
           ValueError: if shapes do not fit the depth or a mask is not binary.
         """
         images, mask = jnp.asarray(images), jnp.asarray(mask)
-        self._check(images, mask, train)
+        self._check(images, mask, train and not freeze_encoder_norm)
         if self.conv == "standard":
             images = jnp.where(mask > 0.5, images, 0)
             images = jnp.concatenate([images, mask.astype(images.dtype)], axis=-1)
@@ -178,7 +178,9 @@ class PConvUNet(nn.Module):
     def _stages(self):
         if self.stages is not None:
             return self.stages
-        return paper_stages(self.depth, self.width, self.out_features)
+        return paper_stages(
+            depth=self.depth, width=self.width, out_features=self.out_features
+        )
 
     def _conv(self, name, stage, inputs, mask, strides=1):
         pad = stage.kernel_size // 2 if stage.padding is None else stage.padding
@@ -221,7 +223,7 @@ class PConvUNet(nn.Module):
             raise ValueError(
                 f"conv must be 'partial' or 'standard', got {self.conv!r}."
             )
-        if len(self.encoder) != len(self.decoder):
+        if len(self.encoder) != len(self.decoder) or not self.encoder:
             raise ValueError(
                 "stages must have as many decoder as encoder stages, got "
                 f"{len(self.encoder)} and {len(self.decoder)}."
@@ -234,7 +236,9 @@ class PConvUNet(nn.Module):
         if height % step or width % step or not height * width:
             sizes = [
                 " or ".join(
-                    str(s) for s in (n // step * step, -(-n // step) * step) if s
+                    str(s)
+                    for s in sorted({max(n // step, 1) * step, -(-n // step) * step})
+                    if s
                 )
                 for n in (height, width)
             ]

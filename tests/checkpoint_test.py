@@ -57,7 +57,7 @@ def assert_trees_equal(actual, expected):
 def save_steps(directory, steps):
     with Checkpoints(directory, keep=10) as checkpoints:
         for step in steps:
-            checkpoints.save(step, make_items(step), {"step": step})
+            checkpoints.save(step, make_items(step), meta={"step": step})
 
 
 def run(script, *args, **env):
@@ -74,7 +74,7 @@ def test_round_trip_keeps_classes_dtypes_and_values(tmp_path):
     items = make_items(1)
     meta = {"config": {"lr": 2e-4, "hole": [1, 2]}, "phase": 1, "note": None}
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        assert checkpoints.save(7, items, meta)
+        assert checkpoints.save(7, items, meta=meta)
         assert checkpoints.latest_step() == 7
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         step, restored, restored_meta = checkpoints.restore(
@@ -255,7 +255,7 @@ def test_a_corrupt_newest_step_falls_back_to_the_older(tmp_path, caplog, corrupt
         )
         # The run goes on and comes past the broken step.
         caplog.clear()
-        assert checkpoints.save(2, items, meta)
+        assert checkpoints.save(2, items, meta=meta)
         (record,) = caplog.records
         assert record.getMessage().startswith("Deleting the checkpoint of step 2")
         assert checkpoints.restore(make_items(0))[0] == 2
@@ -372,10 +372,10 @@ def test_a_new_run_does_not_overwrite_another(tmp_path):
 def test_meta_is_what_json_makes_of_it(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         meta = {"size": (512, 512), 1: "one"}
-        checkpoints.save(1, {"params": {"w": np.ones(2)}}, meta)
+        checkpoints.save(1, {"params": {"w": np.ones(2)}}, meta=meta)
         assert checkpoints.restore([])[2] == json.loads(json.dumps(meta))
         with pytest.raises(ValueError, match="meta must be JSON-able.*ndarray"):
-            checkpoints.save(2, {"params": {"w": np.ones(2)}}, {"x": np.ones(2)})
+            checkpoints.save(2, {"params": {"w": np.ones(2)}}, meta={"x": np.ones(2)})
         assert checkpoints.steps() == [1]
 
 

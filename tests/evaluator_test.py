@@ -54,7 +54,7 @@ def test_masks_keep_to_their_class_and_depend_on_the_seed_alone(border):
     mixed = evaluator.draw_masks(index, bins, border, 64)
     np.testing.assert_array_equal(mixed[1], mask[1])
     assert masks.hole_bin(masks.hole_ratio(mixed)).tolist() == bins.tolist()
-    assert not np.array_equal(evaluator.draw_masks(index, 2, border, 64, 1), mask)
+    assert not np.array_equal(evaluator.draw_masks(index, 2, border, 64, seed=1), mask)
 
 
 def test_numbers_are_those_of_the_examples(evaluation, variables):
@@ -139,7 +139,7 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path, variables):
     )
     meta = {"config": config.to_dict(), "warnings": ["a warning"]}
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(7, dict(variables), meta)
+        checkpoints.save(7, dict(variables), meta=meta)
     evaluation = evaluator.evaluate_run(tmp_path)
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert results["step"] == 7 and results["warnings"] == ["a warning"]

@@ -35,7 +35,7 @@ def make_batch(size=8, *, with_mask=False):
         "seed": rng.integers(2**32, size=size, dtype=np.uint32),
     }
     if with_mask:
-        _, mask = steps.prepare_batch(batch, draw)
+        _, mask = steps.prepare_batch(batch, draw_mask=draw)
         batch["mask"] = np.asarray(mask, np.uint8)
     return batch
 
@@ -65,7 +65,7 @@ def test_scalars_are_the_terms_of_the_loss_and_the_update_is_adams():
     state, batch = make_state(), make_batch()
     new_state, scalars = jax.jit(make_step())(state, batch, EXTRA)
 
-    images, mask = steps.prepare_batch(batch, draw)
+    images, mask = steps.prepare_batch(batch, draw_mask=draw)
 
     def loss(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -125,8 +125,8 @@ def test_order_in_the_batch_does_not_matter():
     _, a = step(make_state(), batch, EXTRA)
     _, b = step(make_state(), shuffled, EXTRA)
     chex.assert_trees_all_close(a, b, rtol=1e-4)
-    _, mask = steps.prepare_batch(batch, draw)
-    _, shuffled_mask = steps.prepare_batch(shuffled, draw)
+    _, mask = steps.prepare_batch(batch, draw_mask=draw)
+    _, shuffled_mask = steps.prepare_batch(shuffled, draw_mask=draw)
     np.testing.assert_array_equal(mask[jnp.array([2, 0, 3, 1])], shuffled_mask)
 
 

@@ -1,0 +1,149 @@
+"""Rules that hold for the package as a whole: its imports and its signatures."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import pconv_jax
+
+ROOT = pathlib.Path(pconv_jax.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text())
+    for path in sorted(ROOT.rglob("*.py"))
+}
+
+# What a module may import: of this package, and of others but the standard library.
+NUMERICS = {
+    "ops": {"jax", "numpy"},
+    "layers": {".ops", "jax", "flax"},
+    "unet": {".layers", ".ops", "jax", "flax"},
+    "vgg": {"jax", "flax"},
+    "losses": {".ops", "jax"},
+    "masks": {"jax", "numpy", "cv2"},
+    "metrics": {".masks", "jax", "numpy"},
+    "optim": {"jax", "optax"},
+    "steps": {".losses", ".metrics", ".ops", ".optim", ".unet"}
+    | {"jax", "flax", "optax"},
+}
+
+# Names that only one module, or package, knows.
+OWNERS = {
+    "orbax": "checkpoint",
+    "grain": "data",
+    "tensorflow_datasets": "data",
+    "tensorboardX": "writers",
+    "pmap": "parallel",
+    "shard_map": "parallel",
+    "jax.distributed": "parallel",
+    "multihost_utils": "parallel",
+    "tensorflow": None,
+    "torch": None,
+}
+
+
+def imports(tree):
+    """Yields the dotted name of all that is imported, anywhere in a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "import absolutely"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def names(tree):
+    """Yields all dotted names, imported or used, with each of their parts."""
+    used = (ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute))
+    for name in (*imports(tree), *used):
+        parts = name.split(".")
+        yield from parts
+        yield from map(".".join, zip(parts, parts[1:]))
+
+
+def functions(tree):
+    """Yields public functions, and public methods of public classes."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from functions(node)
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "modules", [[], ["ops", "layers", "unet", "vgg", "losses"]], ids=["package", "core"]
+)
+def test_importing_is_light_and_touches_no_device(modules):
+    heavy = [
+        "cv2",
+        "grain",
+        "orbax",
+        "skimage",
+        "tensorboardX",
+        "tensorflow",
+        "tensorflow_datasets",
+        "torch",
+    ]
+    result = run(f"""
+import importlib, sys
+import pconv_jax
+for module in {modules}:
+    importlib.import_module("pconv_jax." + module)
+loaded = set({heavy}) & {{name.split(".")[0] for name in sys.modules}}
+assert not loaded, loaded
+# JAX refuses this once devices are there.
+import jax
+jax.config.update("jax_num_cpu_devices", 3)
+assert len(jax.devices("cpu")) == 3
+""")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("module", sorted(NUMERICS))
+def test_numeric_modules_import_what_they_may(module):
+    tops = set()
+    for name in imports(MODULES[module]):
+        top, *rest = name.split(".")
+        tops.add("." + rest[0] if top == "pconv_jax" else top)
+    assert tops - set(sys.stdlib_module_names) <= NUMERICS[module]
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_one_module_alone_knows(name):
+    knowing = {m.split(".")[0] for m, tree in MODULES.items() if name in names(tree)}
+    assert knowing <= {OWNERS[name]}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_signatures(module):
+    faults = []
+    for function in functions(MODULES[module]):
+        arguments = [*function.args.posonlyargs, *function.args.args]
+        optional = arguments[len(arguments) - len(function.args.defaults) :]
+        arguments = [a for a in arguments if a.arg not in ("self", "cls")]
+        every = [*arguments, *function.args.kwonlyargs]
+        types = {a.arg: a.annotation and ast.unparse(a.annotation) for a in every}
+        # Options are keyword-only. All else that may be left out is an array, or the
+        # one argument there is.
+        for name in (a.arg for a in optional if len(arguments) > 1):
+            if "Array" not in types[name]:
+                faults.append(f"{function.name}: {name} must be keyword-only")
+        if "key" in types and every[0].arg != "key":
+            faults.append(f"{function.name}: key must be first")
+        if types.get("rng", "np.random.Generator") != "np.random.Generator":
+            faults.append(f"{function.name}: rng must be NumPy's; JAX's is key")
+        if None in types.values() or function.returns is None:
+            faults.append(f"{function.name}: types are missing")
+    assert not faults

@@ -1,0 +1,583 @@
+import functools
+import json
+import pathlib
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from pconv_jax import ops
+
+GOLDEN = np.load(pathlib.Path(__file__).parent / "testdata" / "nvidia_partialconv.npz")
+CASES = json.loads(str(GOLDEN["meta"]))
+
+ONE_PLANE, EACH_CHANNEL, NO_MASK = "one plane", "a plane for each channel", "no mask"
+
+
+def make_case(
+    spatial=(8, 7),
+    size=(3, 3),
+    *,
+    planes=ONE_PLANE,
+    channels=4,
+    features=6,
+    groups=1,
+    seed=0,
+):
+    """Returns random inputs, mask (with whole windows of holes), kernel and bias."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2, *spatial, channels))
+    mask = rng.random((2, *spatial, channels if planes == EACH_CHANNEL else 1)) > 0.5
+    mask[:, : size[0] + 1] = 0
+    kernel = rng.standard_normal((*size, channels // groups, features))
+    bias = rng.standard_normal(features)
+    x, kernel, bias = (a.astype(np.float32) for a in (x, kernel, bias))
+    return x, None if planes == NO_MASK else mask, kernel, bias
+
+
+def gradients(x, mask, kernel, bias, **options):
+    """Returns outputs, and the gradients of all that has one."""
+
+    def loss(x, kernel, bias):
+        y, _ = ops.partial_conv(x, mask, kernel, bias, **options)
+        return jnp.sum(jnp.sin(y)), y
+
+    grads, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, kernel, bias)
+    return y, *grads
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Compares trees, each array in terms of its largest value."""
+    chex.assert_trees_all_equal_shapes(actual, expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+# Other implementations.
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_equals_nvidia_partialconv(number, x64):
+    case, dtype = CASES[number], np.float64 if x64 else np.float32
+    golden = {
+        key.split("/")[1]: GOLDEN[key]
+        for key in GOLDEN.files
+        if key.startswith(f"{number:03d}/")
+    }
+    names = [name for name in ("x", "kernel", "bias") if name in golden]
+
+    def apply(x, kernel, bias=None):
+        return ops.partial_conv(
+            x,
+            golden.get("mask"),
+            kernel,
+            bias,
+            strides=case["strides"],
+            padding=case["padding"],
+            kernel_dilation=case["dilation"],
+            feature_group_count=case["groups"],
+        )
+
+    with jax.enable_x64(x64):
+        arguments = [golden[name].astype(dtype) for name in names]
+        y, pull_back, new_mask = jax.vjp(apply, *arguments, has_aux=True)
+        cotangents = pull_back(jnp.asarray(golden["dy"], dtype))
+    assert y.dtype == dtype
+    actual = dict(zip(("y", *("d" + name for name in names)), (y, *cotangents)))
+    expected = {name: golden[name] for name in actual}
+    assert_close(actual, expected, 1e-6 if x64 else 1e-5)
+    # The other one has a mask for each feature, or one for all examples.
+    chex.assert_shape(new_mask, (*y.shape[:-1], 1))
+    np.testing.assert_array_equal(
+        np.broadcast_to(new_mask, y.shape), np.broadcast_to(golden["new_mask"], y.shape)
+    )
+
+
+# An independent reference.
+
+
+def check_reference(*shape, groups=1, options, **case):
+    x, mask, kernel, bias = make_case(*shape, groups=groups, **case)
+    options = dict(options, feature_group_count=groups)
+    y, new_mask = jax.jit(functools.partial(ops.partial_conv, **options))(
+        x, mask, kernel, bias
+    )
+    expected, expected_mask = reference.partial_conv(
+        x, True if mask is None else mask, kernel, bias, **options
+    )
+    assert_close(y, expected, 1e-6)
+    planes = expected.shape[-1] if groups > 1 and case["planes"] == EACH_CHANNEL else 1
+    chex.assert_shape(new_mask, (*expected.shape[:-1], planes))
+    np.testing.assert_array_equal(
+        np.broadcast_to(new_mask, expected.shape), expected_mask
+    )
+
+
+@pytest.mark.parametrize("planes", [ONE_PLANE, EACH_CHANNEL, NO_MASK])
+@pytest.mark.parametrize("strides", [1, (2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "padding",
+    [
+        "SAME",
+        "VALID",
+        "CIRCULAR",
+        "REFLECT",
+        2,
+        ((0, 3), (2, 1)),
+        ("CIRCULAR", 1),
+        ((2, 1), "REFLECT"),
+    ],
+    ids=str,
+)
+def test_equals_reference(padding, strides, planes):
+    options = dict(padding=padding, strides=strides)
+    check_reference((8, 7), (3, 4), planes=planes, options=options)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", "REFLECT", 3])
+@pytest.mark.parametrize("planes", [ONE_PLANE, EACH_CHANNEL])
+def test_equals_reference_with_dilation(padding, planes):
+    options = dict(padding=padding, kernel_dilation=(2, 3), strides=(1, 2))
+    check_reference((9, 8), (3, 2), planes=planes, options=options)
+
+
+@pytest.mark.parametrize("planes", [ONE_PLANE, EACH_CHANNEL, NO_MASK])
+@pytest.mark.parametrize("groups", [2, 4])  # 4 is a channel a group: depthwise.
+def test_equals_reference_with_groups(groups, planes):
+    options = dict(strides=2, padding=1)
+    check_reference(planes=planes, groups=groups, features=8, options=options)
+
+
+@pytest.mark.parametrize("planes", [ONE_PLANE, EACH_CHANNEL, NO_MASK])
+@pytest.mark.parametrize(
+    ("spatial", "size"), [((11,), (4,)), ((5, 4, 6), (3, 2, 3))], ids=["1-D", "3-D"]
+)
+@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR", "VALID"])
+def test_equals_reference_in_1d_and_3d(spatial, size, padding, planes):
+    options = dict(padding=padding, strides=2)
+    check_reference(spatial, size, planes=planes, options=options)
+
+
+@st.composite
+def geometries(draw):
+    ndim = draw(st.integers(1, 2))
+
+    def each(elements):
+        return draw(st.tuples(*[elements] * ndim))
+
+    pair = st.tuples(st.integers(0, 4), st.integers(0, 4))
+    pads = st.one_of(pair, st.sampled_from(["CIRCULAR", "REFLECT"]))
+    pads = st.tuples(*[pads] * ndim)
+    return dict(
+        spatial=each(st.integers(7, 10)),
+        size=each(st.integers(1, 4)),
+        groups=draw(st.sampled_from([1, 2])),
+        planes=draw(st.sampled_from([ONE_PLANE, EACH_CHANNEL, NO_MASK])),
+        seed=draw(st.integers(0, 999)),
+        options=dict(
+            strides=each(st.integers(1, 3)),
+            kernel_dilation=each(st.integers(1, 2)),
+            padding=draw(st.one_of(st.sampled_from(["SAME", "VALID"]), pads)),
+        ),
+    )
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(geometries())
+def test_equals_reference_for_any_geometry(geometry):
+    check_reference(**geometry)
+
+
+# Arithmetic.
+
+
+def test_zero_padding_does_not_darken_the_border():
+    # 9 in the interior, 6 * 9 / 6 at an edge, 4 * 9 / 4 in a corner.
+    y, _ = ops.partial_conv(np.ones((1, 5, 6, 1)), None, np.ones((3, 3, 1, 1)))
+    np.testing.assert_array_equal(y, np.full((1, 5, 6, 1), 9))
+
+
+def test_coverage_of_a_window_at_the_border():
+    coverage = ops.mask_coverage(np.ones((1, 3, 4, 2)), (3, 3))
+    assert coverage.dtype == np.float32
+    expected = np.outer([2, 3, 2], [2, 3, 3, 2]) / 9
+    np.testing.assert_array_equal(coverage[0, ..., 0], expected.astype(np.float32))
+
+
+def test_coverage_is_the_inverse_of_the_scale():
+    x, mask, kernel, _ = make_case(planes=EACH_CHANNEL)
+    options = dict(strides=2, padding=((1, 2), "CIRCULAR"), kernel_dilation=2)
+    y, new_mask = ops.partial_conv(x, mask, kernel, **options)
+    coverage = ops.mask_coverage(mask, (3, 3), **options)
+    unscaled, _ = ops.partial_conv(np.where(mask, x, 0), None, kernel, **options)
+    unscaled *= ops.mask_coverage(np.ones_like(mask), (3, 3), **options)
+    np.testing.assert_allclose(y * coverage, unscaled, atol=1e-5)
+    np.testing.assert_array_equal(new_mask, coverage > 0)
+
+
+def test_bias_reaches_valid_outputs_alone():
+    mask = np.zeros((1, 1, 8, 1))
+    mask[..., 0, :] = 1
+    bias = np.array([5.0, -7.0])
+    y, new_mask = ops.partial_conv(mask, mask, np.zeros((1, 3, 1, 2)), bias)
+    np.testing.assert_array_equal(new_mask[0, 0, :, 0], [1, 1, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(y, new_mask * bias)
+
+
+# Invariants.
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("padding", ["VALID", "CIRCULAR"])
+@pytest.mark.parametrize("given_mask", [True, False], ids=["mask of ones", "no mask"])
+def test_without_holes_it_is_a_convolution_bit_for_bit(given_mask, padding, dtype):
+    x, mask, kernel, bias = make_case((9, 8))
+    x, kernel, bias = (a.astype(dtype) for a in (x, kernel, bias))
+    mask = np.ones_like(mask) if given_mask else None
+    y, new_mask = ops.partial_conv(x, mask, kernel, bias, strides=2, padding=padding)
+    conv = nn.Conv(6, (3, 3), strides=2, padding=padding)
+    expected = conv.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(new_mask, np.ones((*expected.shape[:-1], 1)))
+
+
+@pytest.mark.parametrize("content", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("planes", [ONE_PLANE, EACH_CHANNEL])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("padding", ["SAME", "REFLECT"])
+def test_hole_contents_change_nothing(padding, groups, planes, content):
+    x, mask, kernel, bias = make_case(planes=planes, groups=groups)
+    options = dict(padding=padding, feature_group_count=groups)
+    expected = gradients(np.where(mask, x, 0), mask, kernel, bias, **options)
+    actual = gradients(np.where(mask, x, content), mask, kernel, bias, **options)
+    chex.assert_tree_all_finite(actual)
+    chex.assert_trees_all_equal(actual, expected)
+    assert not np.any(np.where(mask, 0, actual[1]))
+
+
+@pytest.mark.parametrize("content", [0.0, np.nan])
+def test_all_holes_give_zeros_and_zero_gradients(content):
+    x, mask, kernel, bias = make_case()
+    results = gradients(np.full_like(x, content), np.zeros_like(mask), kernel, bias)
+    _, new_mask = ops.partial_conv(x, np.zeros_like(mask), kernel, bias)
+    for result in (*results, new_mask):
+        np.testing.assert_array_equal(result, np.zeros_like(result))
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(seed=st.integers(0, 999), size=st.sampled_from([1, 3, 5]), one=st.booleans())
+def test_masks_only_grow(seed, size, one):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((1, 12, 12, 1)) > rng.random()
+    larger = mask | (rng.random(mask.shape) > 0.9)
+    new = ops.update_mask(mask, (1 if one else size, size))
+    assert np.all(new >= mask)
+    assert np.all(ops.update_mask(larger, (1 if one else size, size)) >= new)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_plane_equals_repeated_planes_bit_for_bit(groups):
+    x, mask, kernel, bias = make_case(groups=groups)
+    options = dict(strides=2, padding=1, feature_group_count=groups)
+    repeated = np.repeat(mask, x.shape[-1], axis=-1)
+    chex.assert_trees_all_equal(
+        gradients(x, mask, kernel, bias, **options),
+        gradients(x, repeated, kernel, bias, **options),
+    )
+    _, new_mask = ops.partial_conv(x, mask, kernel, **options)
+    _, new_masks = ops.partial_conv(x, repeated, kernel, **options)
+    np.testing.assert_array_equal(np.broadcast_to(new_mask, new_masks.shape), new_masks)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("planes", [(1, 1, 1), (1, 2, 1), (3, 2, 1)], ids=str)
+def test_sources_equal_their_concatenation(planes, groups):
+    channels = 3, 2, 1
+    x, mask, kernel, bias = make_case(channels=6, planes=EACH_CHANNEL, groups=groups)
+    options = dict(strides=(1, 2), feature_group_count=groups)
+    sources, masks, dense = [], [], []
+    for c, p in zip(channels, planes):
+        start = sum(s.shape[-1] for s in sources)
+        sources.append(x[..., start : start + c])
+        masks.append(mask[..., start : start + p])
+        dense.append(np.broadcast_to(masks[-1], sources[-1].shape))
+    dense = np.concatenate(dense, axis=-1)
+    y, *expected = gradients(x, dense, kernel, bias, **options)
+    y_sources, dxs, *actual = gradients(sources, masks, kernel, bias, **options)
+    actual.insert(0, np.concatenate(dxs, axis=-1))
+    assert_close([y_sources, *actual], [y, *expected])
+    _, new_mask = ops.partial_conv(sources, masks, kernel, bias, **options)
+    _, new_dense = ops.partial_conv(x, dense, kernel, bias, **options)
+    np.testing.assert_array_equal(new_mask, new_dense)
+
+
+def test_sources_without_a_mask_equal_their_concatenation():
+    x, _, kernel, _ = make_case()
+    y, new_mask = ops.partial_conv((x[..., :1], x[..., 1:]), None, kernel)
+    expected, expected_mask = ops.partial_conv(x, None, kernel)
+    assert_close(y, expected)
+    np.testing.assert_array_equal(new_mask, expected_mask)
+
+
+@pytest.mark.parametrize("planes", [1, 32])
+def test_bfloat16_counts_past_256(planes):
+    # Of inputs of one, a kernel with a single weight of one shows the bare scale,
+    # sum(1) / sum(M). Windows have 7 * 7 * 32 = 1568 inputs.
+    kernel = np.zeros((7, 7, 32, 1), jnp.bfloat16)
+    kernel[3, 3, 0] = 1
+    mask = np.random.default_rng(0).random((1, 16, 16, planes)) > 0.2
+    x = np.ones((1, 16, 16, 32), jnp.bfloat16)
+    y, _ = ops.partial_conv(x, mask, kernel)
+    counts = np.pad(np.broadcast_to(mask, x.shape)[0].sum(axis=-1), 3)
+    windows = np.lib.stride_tricks.sliding_window_view(counts, (7, 7))
+    valid = windows.sum(axis=(-2, -1), dtype=np.float32)
+    assert valid.min() > 256
+    expected = np.where(mask[0, ..., 0], np.float32(1568) / valid, 0)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y[0, ..., 0], expected.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int32, np.float16, jnp.bfloat16])
+def test_any_type_of_mask_gives_the_same_and_is_kept(dtype):
+    x, mask, kernel, bias = make_case()
+    expected, expected_mask = ops.partial_conv(x, mask.astype(np.float32), kernel, bias)
+    y, new_mask = ops.partial_conv(x, mask.astype(dtype), kernel, bias)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(new_mask, expected_mask)
+    updated = ops.update_mask(mask.astype(dtype), (3, 3))
+    np.testing.assert_array_equal(updated, expected_mask)
+    assert new_mask.dtype == updated.dtype == dtype
+    assert expected_mask.dtype == np.float32
+
+
+def test_new_mask_without_a_mask_is_float32_and_has_a_batch():
+    _, new_mask = ops.partial_conv(np.ones((3, 4, 4, 2)), None, np.ones((3, 3, 2, 1)))
+    assert new_mask.dtype == np.float32
+    np.testing.assert_array_equal(new_mask, np.ones((3, 4, 4, 1)))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 1), "CIRCULAR")], ids=str)
+def test_update_mask_is_the_mask_of_partial_conv(padding):
+    x, mask, kernel, _ = make_case(planes=EACH_CHANNEL)
+    options = dict(strides=(1, 2), padding=padding, kernel_dilation=2)
+    _, expected = ops.partial_conv(x, mask, kernel, **options)
+    actual = ops.update_mask(mask, (3, 3), **options)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_padding_may_be_in_lower_case_and_a_number_a_pair():
+    x, mask, kernel, _ = make_case()
+    for a, b in [("same", "SAME"), ("reflect", "REFLECT"), (2, ((2, 2), (2, 2)))]:
+        chex.assert_trees_all_equal(
+            ops.partial_conv(x, mask, kernel, padding=a),
+            ops.partial_conv(x, mask, kernel, padding=b),
+        )
+
+
+# Transformations.
+
+
+class VariantsTest(chex.TestCase):
+    @chex.all_variants
+    def test_partial_conv(self):
+        x, mask, kernel, bias = make_case()
+        actual = self.variant(ops.partial_conv)(x, mask, kernel, bias)
+        assert_close(actual, ops.partial_conv(x, mask, kernel, bias))
+
+    @chex.all_variants
+    def test_update_mask_and_coverage(self):
+        _, mask, _, _ = make_case()
+        for function in (ops.update_mask, ops.mask_coverage):
+            actual = self.variant(lambda m, f=function: f(m, (3, 3)))(mask)
+            chex.assert_trees_all_equal(actual, function(mask, (3, 3)))
+
+    @chex.all_variants
+    def test_composite(self):
+        x, mask, _, _ = make_case()
+        actual = self.variant(ops.composite)(-x, x, mask)
+        chex.assert_trees_all_equal(actual, np.where(mask, x, -x))
+
+
+def test_vmap_over_everything():
+    xs, masks, kernels, biases = zip(*(make_case(seed=seed) for seed in range(3)))
+    stacked = map(np.stack, (xs, masks, kernels, biases))
+    y, new_mask = jax.vmap(ops.partial_conv)(*stacked)
+    for i, case in enumerate(zip(xs, masks, kernels, biases)):
+        expected, expected_mask = ops.partial_conv(*case)
+        assert_close(y[i], expected)
+        np.testing.assert_array_equal(new_mask[i], expected_mask)
+
+
+@pytest.mark.parametrize("to_array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_a_mask_from_outside_of_a_jitted_function(to_array):
+    x, mask, kernel, _ = make_case()
+    mask = to_array(mask, np.float32)
+    y = jax.jit(lambda x: ops.partial_conv(x, mask, kernel)[0])(x)
+    assert_close(y, ops.partial_conv(x, mask, kernel)[0])
+    comp = jax.jit(lambda x: ops.composite(x, -x, mask))(x)
+    np.testing.assert_array_equal(comp, ops.composite(x, -x, mask))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_are_those_of_finite_differences(groups):
+    x, mask, kernel, bias = make_case(
+        (5, 4), planes=EACH_CHANNEL, groups=groups, features=2
+    )
+    apply = functools.partial(ops.partial_conv, strides=2, feature_group_count=groups)
+    with jax.enable_x64(True):
+        arguments = [jnp.asarray(a, np.float64) for a in (x, kernel, bias)]
+        check_grads(
+            lambda x, kernel, bias: apply(x, mask, kernel, bias)[0],
+            arguments,
+            order=1,
+            modes=("fwd", "rev"),
+        )
+
+
+@pytest.mark.parametrize("ones", [True, False], ids=["mask of ones", "no mask"])
+def test_constant_masks_are_not_folded_by_the_compiler(ones):
+    # XLA would take minutes to fold the box filter of a large one.
+    def apply(x):
+        mask = jnp.ones((*x.shape[:-1], 1)) if ones else None
+        return ops.partial_conv(x, mask, jnp.ones((3, 3, 3, 1)))
+
+    compiled = jax.jit(apply).lower(jnp.ones((1, 16, 16, 3))).compile()
+    assert "reduce-window" in compiled.as_text()
+
+
+def test_precision_is_that_of_the_convolution():
+    x, mask, kernel, _ = make_case()
+    for sources in (1, 2):
+        apply = jax.jit(functools.partial(ops.partial_conv, precision="highest"))
+        arguments = [x] * sources, [mask] * sources, np.tile(kernel, (1, 1, sources, 1))
+        lowered = apply.lower(*arguments).as_text()
+        assert lowered.count("stablehlo.convolution") == sources
+        assert lowered.count("precision HIGHEST>, #stablehlo<precision HI") == sources
+
+
+# Composite.
+
+
+def test_composite_takes_the_target_where_it_is_valid_and_nothing_else():
+    rng = np.random.default_rng(0)
+    output, target = rng.standard_normal((2, 2, 4, 4, 3)).astype(np.float32)
+    mask = (rng.random((2, 4, 4, 1)) > 0.5).astype(np.uint8)
+    unknown = np.where(mask == 1, target, np.nan)
+    ignored = np.where(mask == 1, np.nan, output)
+    comp = ops.composite(ignored, unknown, mask)
+    np.testing.assert_array_equal(comp, np.where(mask == 1, target, output))
+    gradient = jax.grad(lambda o: ops.composite(o, unknown, mask).sum())(ignored)
+    np.testing.assert_array_equal(gradient, np.broadcast_to(1 - mask, target.shape))
+    # Without a batch, and with a mask for each channel.
+    masks = rng.random((4, 4, 3)) > 0.5
+    comp = ops.composite(output[0], target[0], masks)
+    np.testing.assert_array_equal(comp, np.where(masks, target[0], output[0]))
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 8, 7), (1, 8, 7, 1), (2, 1, 1, 1), (8, 7, 1), (2, 8, 7, 2), (2, 7, 8, 1), ()],
+    ids=str,
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_a_mask_of_a_wrong_shape_is_not_broadcast(shape, compiled):
+    x, _, kernel, _ = make_case()
+    maybe_jit = jax.jit if compiled else lambda f: f
+    message = r"mask must be of shape \(2, 8, 7, 1\)"
+    with pytest.raises(ValueError, match=message):
+        maybe_jit(ops.partial_conv)(x, np.ones(shape), kernel)
+    with pytest.raises(ValueError, match=message):
+        maybe_jit(ops.composite)(x, x, np.ones(shape))
+
+
+@pytest.mark.parametrize("value", [0.5, 255, -1, np.nan])
+def test_a_mask_must_be_binary(value):
+    x, mask, kernel, _ = make_case()
+    grey = np.where(mask, value, 0).astype(np.float32)
+    calls = [
+        lambda: ops.partial_conv(x, grey, kernel),
+        lambda: ops.partial_conv([x, x], [mask, grey], np.tile(kernel, (1, 1, 2, 1))),
+        lambda: ops.update_mask(grey, (3, 3)),
+        lambda: ops.mask_coverage(grey, (3, 3)),
+        lambda: ops.composite(x, x, grey),
+        lambda: ops.check_mask(grey, x),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="mask must be binary.*binarise it first"):
+            call()
+
+
+X, M, K, B = make_case()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((X, M, K[:, :, :3]), {}, "kernel must be .* C_in = 4"),
+        ((X, M, K), dict(feature_group_count=2), "kernel must be .* C_in"),
+        ((X, M, K), dict(feature_group_count=0), "kernel must be .* C_in"),
+        ((X, M, K[0, 0, 0]), {}, "kernel must be"),
+        ((X, M, K[0, 0]), {}, "as many spatial axes as the kernel, one to three"),
+        ((X, M, K[0]), {}, "as many spatial axes as the kernel, one to three"),
+        ((X[0, 0], M[0, 0], K), {}, r"inputs must be \[N, \*spatial, C\]"),
+        ((X, M, K, B[:5]), {}, r"bias must be of shape \(6,\), got \(5,\)"),
+        ((X, M, K, B[None]), {}, r"bias must be of shape \(6,\), got \(1, 6\)"),
+        ((X, M, K), dict(strides=0), "strides must be a positive number"),
+        ((X, M, K), dict(strides=(1, 2, 1)), "strides must be .* each of 2 spatial"),
+        ((X, M, K), dict(strides=1.5), "strides must be a positive number"),
+        ((X, M, K), dict(kernel_dilation=-1), "kernel_dilation must be a positive"),
+        ((X, M, K), dict(padding="CAUSAL"), "padding must be 'SAME'.*'CAUSAL'"),
+        ((X, M, K), dict(padding=("SAME", 1)), "padding.* for each .*'SAME'"),
+        ((X, M, K), dict(padding=(1,)), "padding must be .* each of 2 spatial axes"),
+        ((X, M, K), dict(padding=((1, 1, 1), (1, 1))), "padding must be"),
+        ((X, M, K), dict(padding=1.5), "padding must be"),
+        (((), (), K), {}, "inputs must be"),
+        (((), None, K), {}, "inputs must be"),
+        (((X, X[:1]), (M, M[:1]), K), {}, "all sources alike but for C"),
+        (((X, X), M, K), {}, "mask must be a sequence as long as inputs"),
+        (((X, X), (M,), K), {}, "mask must be a sequence as long as inputs"),
+        ((X, (M,), K), {}, "mask must be a sequence .* and an array where it is not"),
+    ],
+)
+def test_errors_of_partial_conv(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        ops.partial_conv(*arguments, **options)
+
+
+@pytest.mark.parametrize("function", [ops.update_mask, ops.mask_coverage])
+@pytest.mark.parametrize(
+    ("mask", "size", "message"),
+    [
+        (M, (3,), "as many spatial axes as the kernel"),
+        (M[0, ..., 0], (3, 3), "as many spatial axes as the kernel"),
+        (M, 3, "kernel_size must be"),
+    ],
+    ids=["size", "mask", "number"],
+)
+def test_errors_of_update_mask(function, mask, size, message):
+    with pytest.raises(ValueError, match=message):
+        function(mask, size)
+
+
+def test_composite_wants_one_shape():
+    with pytest.raises(ValueError, match="output and target must have one shape"):
+        ops.composite(X, X[:1], M)
+
+
+def test_numbers_may_be_numpy_integers():
+    options = dict(strides=2, padding=1, kernel_dilation=2)
+    expected = ops.partial_conv(X, M, K, **options)
+    options = {name: np.int64(value) for name, value in options.items()}
+    chex.assert_trees_all_equal(ops.partial_conv(X, M, K, **options), expected)
