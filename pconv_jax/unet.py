@@ -36,6 +36,22 @@ class Stage(NamedTuple):
     padding: ops.PaddingLike | None = None
 
 
+class Normalization(NamedTuple):
+    """What a network is given instead of images: ``(images - mean) / std``.
+
+    Attributes:
+      mean: of each channel, or one number for all.
+      std: of each channel, or one number for all.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+# ImageNet's, of images in [-1, 1].
+IMAGENET = Normalization(mean=(-0.03, -0.088, -0.188), std=(0.458, 0.448, 0.45))
+
+
 def paper_stages(
     *, depth: int = 8, width: int = 64, out_features: int = 3
 ) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
@@ -88,6 +104,10 @@ class PConvUNet(nn.Module):
         convolutions that the paper compares with: the mask is appended to the channels
         of its input, and its whole output counts as valid.
       stages: an encoder's and a decoder's stages, instead of `paper_stages`.
+      normalization: done to the images inside, and undone to the output, for networks
+        that were trained on images of another range.
+      sigmoid_head: whether a 1x1 convolution, ``head``, and a sigmoid follow, as they
+        do in MathiasGruber/PConv-Keras.
       dtype: of the computation, e.g. bfloat16. Mask counts and the statistics of batch
         normalization are float32 all the same, and so is the output.
       param_dtype: of the parameters.
@@ -100,6 +120,8 @@ class PConvUNet(nn.Module):
     out_features: int = 3
     conv: Literal["partial", "standard"] = "partial"
     stages: tuple[Sequence[Stage], Sequence[Stage]] | None = None
+    normalization: Normalization | None = None
+    sigmoid_head: bool = False
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     precision: PrecisionLike = None
@@ -157,6 +179,9 @@ class PConvUNet(nn.Module):
         """
         images, mask = jnp.asarray(images), jnp.asarray(mask)
         self._check(images, mask, train and not freeze_encoder_norm)
+        if self.normalization:
+            mean, std = (jnp.asarray(x) for x in self.normalization)
+            images = (images - mean) / std
         if self.conv == "standard":
             images = jnp.where(mask > 0.5, images, 0)
             images = jnp.concatenate([images, mask.astype(images.dtype)], axis=-1)
@@ -173,7 +198,15 @@ class PConvUNet(nn.Module):
             sources = upsample(h), skip
             h, m = self._conv(f"pconv{i}", stage, sources, (upsample(m), skip_mask))
             h = self._norm_and_activation(f"bn{i}", stage, h, not train)
-        return h.astype(jnp.promote_types(h.dtype, jnp.float32)), m
+        if self.sigmoid_head:
+            head = nn.Conv(
+                h.shape[-1], (1, 1), param_dtype=self.param_dtype, name="head"
+            )
+            h = jnp.where(m > 0, nn.sigmoid(head(h)), 0)
+        h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+        if self.normalization:
+            h = jnp.where(m > 0, h * std + mean, 0)
+        return h, m
 
     def _stages(self):
         if self.stages is not None:

@@ -17,11 +17,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from flax.typing import Dtype
 from jax.typing import ArrayLike
-from safetensors.numpy import save_file
 
 from pconv_jax import convert
 
@@ -127,87 +125,44 @@ def load_params(source: str = "imagenet") -> Params:
     """Loads trained weights, of a VGG16 or a VGG19.
 
     Args:
-      source: a ``.safetensors`` or ``.npz`` file; or ``'imagenet'``, a VGG16 looked for
-        in the file that ``PCONV_VGG16`` names, then in the cache (``PCONV_CACHE``, by
-        default ``~/.cache/pconv_jax``), then on the Hugging Face Hub (550 MB, once).
+      source: a file, see `convert.read_vgg`; or ``'imagenet'``, a VGG16 looked for in
+        the file that ``PCONV_VGG16`` names, then in the cache (``PCONV_CACHE``, by
+        default ``~/.cache/pconv_jax``), then on the Hugging Face Hub (7 MB, once).
 
     Returns:
       The parameter tree of `VGG16Features` or `VGG19Features`, as NumPy arrays.
 
     Raises:
       ValueError: if there are none, saying where to put which file; if the file is no
-        VGG, naming all that is missing or mis-shaped.
+        VGG, naming all that is missing, mis-shaped or not finite.
     """
+    if source == "imagenet":
+        source = os.environ.get("PCONV_VGG16", source)
     if source != "imagenet":
-        return _to_params(convert.read_arrays(source), source)
-    if path := os.environ.get("PCONV_VGG16"):
-        return _to_params(convert.read_arrays(path), path)
+        return _to_params(convert.read_vgg(source), source)
     cache = Path(os.environ.get("PCONV_CACHE", "~/.cache/pconv_jax")).expanduser()
     path = cache / "vgg16.safetensors"
     if path.exists():
-        return _to_params(convert.read_arrays(path), path)
+        return _to_params(convert.read_vgg(path), path)
     try:
-        downloaded = _download()
+        arrays = convert.download_vgg16()
     except OSError as error:
         raise ValueError(
-            f"There are no VGG16 weights: {_HUB_REPOSITORY} cannot be downloaded "
-            f"({type(error).__name__}). On a machine with a network, fetch "
-            f"https://huggingface.co/{_HUB_REPOSITORY}/resolve/main/{_HUB_FILE} "
-            f"(550 MB), and put it here as {path}, or name it in PCONV_VGG16."
+            f"There are no VGG16 weights: {convert.VGG16_URL} cannot be downloaded "
+            f"({error}). On a machine with a network, fetch that file (550 MB), put "
+            f"it here as {path}, or name it in PCONV_VGG16. torchvision's "
+            "vgg16-397923af.pth, or Keras' vgg16_weights_tf_dim_ordering_tf_kernels_"
+            "notop.h5, may be named there as well."
         ) from error
-    params = _to_params(convert.read_arrays(downloaded), downloaded)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    save_file(traverse_util.flatten_dict(params, sep="."), partial)
-    partial.replace(path)
+    params = _to_params(arrays, convert.VGG16_URL)
+    convert.write_cache(path, traverse_util.flatten_dict(params, sep="/"))
     return params
 
 
-_HUB_REPOSITORY = "timm/vgg16.tv_in1k"
-_HUB_FILE = "model.safetensors"
-
-
-def _download() -> str:
-    import huggingface_hub  # Not needed by those who have the file.
-
-    # Asked for first, because a download without a network retries for long.
-    url = huggingface_hub.hf_hub_url(_HUB_REPOSITORY, _HUB_FILE)
-    try:
-        huggingface_hub.get_hf_file_metadata(url, timeout=10)
-    except Exception as error:  # The HTTP client's errors are no OSErrors.
-        raise OSError(str(error)) from error
-    return huggingface_hub.hf_hub_download(_HUB_REPOSITORY, _HUB_FILE)
-
-
-def _to_params(arrays: Mapping[str, np.ndarray], source: str | Path) -> Params:
+def _to_params(arrays: Mapping[str, Any], source: str | Path) -> Params:
     """Returns the parameter tree up to ``pool3`` from a file's arrays."""
-    arrays = _rename(arrays)
-    network = VGG19Features() if "conv3_4.kernel" in arrays else VGG16Features()
+    network = VGG19Features() if "conv3_4/kernel" in arrays else VGG16Features()
     shapes = jax.eval_shape(
         lambda: network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     )
     return convert.to_tree(arrays, shapes, source)
-
-
-def _rename(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names arrays ``conv1_1.kernel``, ..., and turns PyTorch's kernels to HWIO."""
-    if "features.0.weight" not in arrays:
-        return {
-            n.replace("_kernel", ".kernel").replace("_bias", ".bias"): a
-            for n, a in arrays.items()
-        }
-    # torchvision counts ReLUs and poolings too. The last convolution of a VGG19 is 34.
-    convs = (2, 2, 4) if "features.34.weight" in arrays else (2, 2, 3)
-    renamed, index = {}, 0
-    for block, count in enumerate(convs, 1):
-        for conv in range(1, count + 1):
-            weight, bias = (
-                arrays.get(f"features.{index}.{k}") for k in ("weight", "bias")
-            )
-            if weight is not None and weight.ndim == 4:
-                renamed[f"conv{block}_{conv}.kernel"] = weight.transpose(2, 3, 1, 0)
-            if bias is not None:
-                renamed[f"conv{block}_{conv}.bias"] = bias
-            index += 2
-        index += 1
-    return renamed

@@ -20,7 +20,7 @@ NUMERICS = {
     "ops": {"jax", "numpy"},
     "layers": {".ops", "jax", "flax"},
     "unet": {".layers", ".ops", "jax", "flax"},
-    "vgg": {"jax", "flax"},
+    "vgg": {".convert", "jax", "flax"},
     "losses": {".ops", "jax"},
     "masks": {"jax", "numpy", "cv2"},
     "metrics": {".masks", "jax", "numpy"},

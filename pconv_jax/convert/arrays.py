@@ -1,68 +1,138 @@
-"""Weights of other projects: files to arrays, and arrays to parameter trees."""
+"""Weights files to arrays, and arrays to trees."""
 
+import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
+
+from pconv_jax.convert import torch_file
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Reads every array of a weights file.
 
     Args:
-      path: of a ``.safetensors`` or an ``.npz`` file.
+      path: of a ``.safetensors``, ``.npz``, PyTorch's ``.pth`` or ``.pt`` (see
+        `torch_file.read`), or Keras' ``.h5`` (which takes h5py).
 
     Returns:
-      Arrays by name.
+      Arrays by name; where a file has folders, joined by ``/``.
 
     Raises:
-      ValueError: if the file, which it names, is missing, damaged or of another kind.
+      ValueError: if the file, which it names, is missing, damaged or of another kind,
+        or is not the one whose hash is in its name, as in ``vgg16-397923af.pth``.
     """
     path = Path(path).expanduser()
-    readers = {".safetensors": load_file, ".npz": _load_npz}
-    if path.suffix not in readers:
-        raise ValueError(f"weights must be a {' or '.join(readers)} file, got {path}.")
+    if path.suffix not in _READERS:
+        raise ValueError(f"weights must be a {', '.join(_READERS)} file, got {path}.")
     if not path.is_file():
         raise ValueError(f"weights: there is no file {path}.")
+    _check_hash(path)
+    if path.suffix in (".pth", ".pt"):
+        return torch_file.read(path)
     try:
-        return readers[path.suffix](path)
-    except (SafetensorError, OSError, ValueError, EOFError) as error:
+        return _READERS[path.suffix](path)
+    except Exception as error:  # Damaged files raise errors of every kind.
         raise ValueError(f"weights: {path} cannot be read: {error}") from error
 
 
 def to_tree(
-    arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any], source: str | Path
+    arrays: Mapping[str, np.ndarray],
+    shapes: Mapping[str, Any],
+    source: str | Path,
+    *,
+    names: Mapping[str, str] | None = None,
+    strict: bool = False,
 ) -> dict[str, Any]:
-    """Returns a parameter tree of some shapes, as float32.
+    """Returns a tree of some shapes, as float32.
 
     Args:
-      arrays: by path, ``'conv1_1.kernel'``; what the tree has no place for is left out.
+      arrays: by path, ``'conv1_1/kernel'``.
       shapes: the tree of what is expected, of anything with a ``shape``.
       source: where the arrays came from, for the error.
+      names: of arrays, by path, as the source has them, for the error.
+      strict: whether arrays that the tree has no place for are an error; else they are
+        left out.
 
     Raises:
-      ValueError: naming all that is missing, mis-shaped or not finite.
+      ValueError: naming all that is missing, too much, mis-shaped or not finite.
     """
     flat, problems = {}, []
-    for name, expected in traverse_util.flatten_dict(shapes, sep=".").items():
-        array = arrays.get(name)
+    names = names or {}
+    expected = traverse_util.flatten_dict(shapes, sep="/")
+    for path, wanted in expected.items():
+        array, name = arrays.get(path), names.get(path, path)
         if array is None:
             problems.append(f"{name} is missing")
-        elif array.shape != expected.shape:
-            problems.append(f"{name} is {array.shape}, not {expected.shape}")
-        elif not np.isfinite(array).all():
+        elif array.shape != wanted.shape:
+            problems.append(f"{name} is {array.shape}, not {wanted.shape}")
+        elif not np.isfinite(array := _as_float32(array)).all():
             problems.append(f"{name} is not finite")
         else:
-            flat[name] = np.ascontiguousarray(array, np.float32)
+            flat[path] = array
+    if strict:
+        extra = [names.get(path, path) for path in arrays if path not in expected]
+        problems += [f"{name} is not known" for name in extra]
     if problems:
         raise ValueError(f"weights: {source} does not fit: {'; '.join(problems)}.")
-    return traverse_util.unflatten_dict(flat, sep=".")
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _load_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # It is found not to be finite then.
+        return array.astype(np.float32, order="C")
+
+
+def _check_hash(path: Path) -> None:
+    """Compares a file with the hash in its name, a custom of torchvision and mmagic."""
+    match = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    if match:
+        with open(path, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if not actual.startswith(match[1]):
+            raise ValueError(
+                f"weights: {path} is not the file of that name, or is damaged: its "
+                f"SHA-256 begins with {actual[:8]}, not with {match[1]}."
+            )
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    # NumPy leaves a damaged file open that it has opened itself.
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def _read_h5(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import h5py
+    except ImportError:
+        raise ValueError(
+            "Keras' files take h5py: pip install 'pconv-jax[keras]'"
+        ) from None
+    arrays = {}
+
+    def visit(name: str, item: Any) -> None:
+        if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiub":
+            return
+        # Keras does not compress: no dataset is larger than what the file has of it.
+        if item.external or item.id.get_storage_size() < item.nbytes:
+            raise ValueError(f"{name} is not stored in the file")
+        arrays[name] = item[()]
+
+    with h5py.File(path, "r") as file:
+        file.visititems(visit)  # Which does not follow links to other files.
+    return arrays
+
+
+_READERS = {
+    ".safetensors": load_file,
+    ".npz": _read_npz,
+    ".pth": torch_file.read,
+    ".pt": torch_file.read,
+    ".h5": _read_h5,
+}

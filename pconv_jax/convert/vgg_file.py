@@ -1,0 +1,193 @@
+"""VGG's weights, from files of torchvision, timm and Keras, or from the Hub.
+
+Arrays are named ``conv1_1/kernel``, ``conv1_1/bias``, ..., ``conv3_3/bias``. Kernels
+are ``[H, W, in, out]``, for images as torchvision normalizes them.
+"""
+
+import json
+import logging
+import os
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from pconv_jax.convert.arrays import read_arrays
+
+_REPOSITORY = "timm/vgg16.tv_in1k"
+_HUB_FILE = "model.safetensors"
+VGG16_URL = f"https://huggingface.co/{_REPOSITORY}/resolve/main/{_HUB_FILE}"
+
+# Of ImageNet's RGB values: torchvision divides (x / 255 - mean) by std, and Keras has
+# Caffe's x - mean, in the order BGR.
+_TORCH_MEAN = np.array([0.485, 0.456, 0.406]) * 255
+_TORCH_STD = np.array([0.229, 0.224, 0.225]) * 255
+_CAFFE_MEAN = np.array([123.68, 116.779, 103.939])
+
+# torchvision counts ReLUs and poolings too. A VGG19 has a convolution more in block 3.
+_TORCH_BLOCKS = {"VGG16": (2, 2, 3), "VGG19": (2, 2, 4)}
+_KERAS = re.compile(
+    r"(?:.*/)?block(\d)_conv(\d)[/_](kernel|bias|W|b)(?:_\d+)?(?::\d+)?"
+)
+
+_MAX_HEADER = 10_000_000
+
+_logger = logging.getLogger(__name__)
+
+
+def read_vgg(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads the weights of a VGG from a file, and renames them.
+
+    Keras' weights, which are Caffe's, are converted: from BGR to RGB, and to
+    torchvision's normalization. That is exact but for the outermost pixels, where the
+    zeros that pad differ in colour by up to half of a grey level.
+
+    Args:
+      path: of a file that `read_arrays` reads, with the names of torchvision, of Keras,
+        or ``conv1_1_kernel`` and the like.
+
+    Raises:
+      ValueError: as `read_arrays`; or if the file was written by `write_cache` and is
+        not what it was.
+    """
+    arrays = read_arrays(path)
+    if Path(path).suffix == ".safetensors":
+        _check_cache(Path(path).expanduser(), arrays)
+    return _rename(arrays, path)
+
+
+def write_cache(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays with their checksum, for `read_vgg`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    partial = path.with_suffix(f".{os.getpid()}")
+    save_file(dict(arrays), partial, {"crc32": _checksum(arrays)})
+    partial.replace(path)
+
+
+def download_vgg16() -> dict[str, np.ndarray]:
+    """Fetches a VGG16's first three blocks, 7 MB of a file of 550, from the Hub.
+
+    Raises:
+      OSError: if that cannot be done.
+    """
+    import huggingface_hub  # Not needed by those who have the file.
+
+    wanted = set(_torch_names(_TORCH_BLOCKS["VGG16"]).values())
+    url = huggingface_hub.hf_hub_url(_REPOSITORY, _HUB_FILE)
+    try:
+        session = huggingface_hub.get_session()
+        read = _RangeReader(lambda **kwargs: session.get(url, timeout=30, **kwargs))
+        return _rename(_read_remote(read, wanted), url)
+    except Exception as error:  # The HTTP client's errors are no OSErrors.
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+class _RangeReader:
+    """Reads parts of a remote file. A server that knows no parts is read once."""
+
+    def __init__(self, get: Callable[..., Any]):
+        self._get = get
+        self._whole: bytes | None = None
+
+    def __call__(self, start: int, stop: int) -> bytes:
+        if self._whole is None:
+            response = self._get(headers={"Range": f"bytes={start}-{stop - 1}"})
+            response.raise_for_status()
+            if response.status_code == 206:
+                data = response.content
+            else:
+                self._whole = response.content
+        if self._whole is not None:
+            data = self._whole[start:stop]
+        if len(data) != stop - start:
+            raise ValueError(f"got {len(data)} bytes of {stop - start}")
+        return data
+
+
+def _read_remote(
+    read: Callable[[int, int], bytes], wanted: set[str]
+) -> dict[str, np.ndarray]:
+    """Reads some arrays of a safetensors file."""
+    size = int.from_bytes(read(0, 8), "little")
+    if size > _MAX_HEADER:
+        raise ValueError("it is no safetensors file")
+    header = json.loads(read(8, 8 + size))
+    arrays = {}
+    for name in sorted(wanted & header.keys()):
+        if header[name]["dtype"] != "F32":
+            raise ValueError(f"{name} is of type {header[name]['dtype']}, not F32")
+        start, stop = (8 + size + offset for offset in header[name]["data_offsets"])
+        data = np.frombuffer(read(start, stop), "<f4")
+        arrays[name] = data.reshape(header[name]["shape"])
+    return arrays
+
+
+def _check_cache(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with safe_open(path, framework="np") as file:
+        expected = (file.metadata() or {}).get("crc32")
+    if expected not in (None, _checksum(arrays)):
+        raise ValueError(f"weights: {path} is damaged; delete it to have it made anew.")
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    checksum = 0
+    for name in sorted(arrays):
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).data, checksum)
+    return f"{checksum:08x}"
+
+
+def _rename(
+    arrays: Mapping[str, np.ndarray], source: str | Path
+) -> dict[str, np.ndarray]:
+    if "features.0.weight" in arrays:
+        return _from_torch(arrays)
+    if any(map(_KERAS.fullmatch, arrays)):
+        _logger.warning(
+            "%s is of Keras: converted from BGR, and Caffe's means.", source
+        )
+        return _from_keras(arrays)
+    return {re.sub(r"[_.](kernel|bias)$", r"/\1", n): a for n, a in arrays.items()}
+
+
+def _from_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    kind = "VGG19" if "features.34.weight" in arrays else "VGG16"
+    renamed = {}
+    for path, name in _torch_names(_TORCH_BLOCKS[kind]).items():
+        if name in arrays:
+            array = arrays[name]
+            renamed[path] = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+    return renamed
+
+
+def _torch_names(blocks: tuple[int, ...]) -> dict[str, str]:
+    names, index = {}, 0
+    for block, convs in enumerate(blocks, 1):
+        for conv in range(1, convs + 1):
+            names[f"conv{block}_{conv}/kernel"] = f"features.{index}.weight"
+            names[f"conv{block}_{conv}/bias"] = f"features.{index}.bias"
+            index += 2
+        index += 1
+    return names
+
+
+def _from_keras(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    renamed = {}
+    for name, array in arrays.items():
+        if match := _KERAS.fullmatch(name):
+            block, conv, leaf = match.groups()
+            leaf = {"W": "kernel", "b": "bias"}.get(leaf, leaf)
+            renamed[f"conv{block}_{conv}/{leaf}"] = array
+    kernel, bias = renamed.get("conv1_1/kernel"), renamed.get("conv1_1/bias")
+    if bias is not None and np.shape(kernel) == (3, 3, 3, len(bias)):
+        kernel = kernel[:, :, ::-1].astype(np.float64)
+        shift = np.einsum("hwio,i->o", kernel, _TORCH_MEAN - _CAFFE_MEAN)
+        renamed["conv1_1/kernel"] = kernel * _TORCH_STD[:, None]
+        renamed["conv1_1/bias"] = bias + shift
+    return renamed

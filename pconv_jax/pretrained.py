@@ -1,0 +1,242 @@
+"""Trained networks as single files: the form in which they are released.
+
+A release is one ``.safetensors`` file with the parameters and the statistics of batch
+normalization. Its metadata says what network they are of, and what is known about it:
+where it is from, what it was trained on, how well it does. It holds float32 arrays and
+text, and nothing that could be run.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pconv_jax import convert
+from pconv_jax.unet import Normalization, PConvUNet, Stage
+
+# Releases that come with this package, by name.
+BUNDLED: Mapping[str, Path] = {}
+
+_HUB_FILE = "model.safetensors"
+_KEY = "pconv_jax"
+_FORMAT = 1
+
+
+class Pretrained(NamedTuple):
+    """A trained network.
+
+    Attributes:
+      model: takes and gives images ``[N, H, W, C]`` in [-1, 1], if it is of pictures.
+      variables: its ``params`` and ``batch_stats``, NumPy arrays.
+      info: what is known about it, JSON-able: e.g. ``origin``, ``training_data``,
+        ``metrics``, ``notes``.
+    """
+
+    model: PConvUNet
+    variables: dict[str, Any]
+    info: dict[str, Any]
+
+
+def save_pretrained(
+    path: str | Path,
+    model: PConvUNet,
+    variables: Mapping[str, Any],
+    *,
+    info: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a release.
+
+    Args:
+      path: of the ``.safetensors`` file. It appears when it is complete.
+      model: the network.
+      variables: its ``params`` and ``batch_stats``, in float32.
+      info: what is known about it, JSON-able.
+
+    Raises:
+      ValueError: if variables are not the network's, naming all that are missing, too
+        much, mis-shaped or not finite, or not float32; if `info` is not JSON-able.
+    """
+    path = _check_suffix(path)
+    arrays = traverse_util.flatten_dict(dict(variables), sep="/")
+    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    others = [f"{n} is {a.dtype}" for n, a in arrays.items() if a.dtype != np.float32]
+    if others:
+        raise ValueError(f"variables must be float32, but {'; '.join(others)}.")
+    _to_variables(arrays, model, "what is to be saved")
+    header = {"format": _FORMAT, "model": model_config(model), "info": dict(info or {})}
+    try:
+        metadata = {_KEY: json.dumps(header)}
+    except TypeError as error:
+        raise ValueError(f"info must be JSON-able, but: {error}.") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(arrays, partial, metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def from_pretrained(source: str | Path) -> Pretrained:
+    """Reads a release.
+
+    Args:
+      source: a ``.safetensors`` file; the name of a bundled network; or a repository on
+        the Hugging Face Hub, ``user/name``, whose ``model.safetensors`` is downloaded,
+        once.
+
+    Raises:
+      ValueError: if there is none, saying how to get one; if the file is damaged, of
+        another kind, or has not all of the network.
+    """
+    path = _find(source)
+    header = _read_header(path)
+    model = model_from_config(header.get("model"), path)
+    variables = _to_variables(convert.read_arrays(path), model, path)
+    return Pretrained(model, variables, header.get("info", {}))
+
+
+def is_release(path: str | Path) -> bool:
+    """Returns whether a file is a release of this package, by its metadata."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return _KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def model_config(model: PConvUNet) -> dict[str, Any]:
+    """Returns what makes a network what it is, JSON-able. Two networks are compared so.
+
+    What only says how it is computed, such as the dtype, is left out.
+    """
+    return {
+        "conv": model.conv,
+        "stages": [
+            [stage._asdict() for stage in side]
+            for side in (model.encoder, model.decoder)
+        ],
+        "normalization": model.normalization and model.normalization._asdict(),
+        "sigmoid_head": model.sigmoid_head,
+    }
+
+
+def model_from_config(config: Mapping[str, Any], source: str | Path) -> PConvUNet:
+    """Returns the network that `model_config` is of.
+
+    Args:
+      config: of a network.
+      source: where it came from, for the error.
+
+    Raises:
+      ValueError: if it makes no sense.
+    """
+    try:
+        fields = dict(config)
+        fields["stages"] = tuple(
+            tuple(Stage(**_tuples(stage)) for stage in side)
+            for side in fields["stages"]
+        )
+        if fields["normalization"]:
+            fields["normalization"] = Normalization(**_tuples(fields["normalization"]))
+        return PConvUNet(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{source} has the configuration of no network that is known here: {error}."
+        ) from error
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _check_suffix(path)
+    if str(source) in BUNDLED:
+        return BUNDLED[str(source)]
+    # A folder of that name is meant rather than the Hub.
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or path.exists():
+        raise ValueError(
+            f"source: there is no file {source}, and {_bundled_names()}. Give the path "
+            "of a .safetensors file, or a repository on the Hugging Face Hub, "
+            "'user/name'; or make a file of another project's weights or of a run by "
+            "'pconv convert SOURCE OUT.safetensors'."
+        )
+    import huggingface_hub  # Not needed by those who have the file.
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(str(source), _HUB_FILE))
+    except Exception as error:  # The HTTP client's errors are of many kinds.
+        url = f"https://huggingface.co/{source}/resolve/main/{_HUB_FILE}"
+        raise ValueError(
+            f"source: there is no file {source}, and {_HUB_FILE} of the repository of "
+            f"that name on the Hugging Face Hub cannot be downloaded "
+            f"({type(error).__name__}). Where there is a network, fetch {url}, and "
+            "give its path instead."
+        ) from error
+
+
+def _bundled_names() -> str:
+    if not BUNDLED:
+        return "no network is bundled with this version"
+    return f"the bundled networks are {', '.join(BUNDLED)}"
+
+
+def _check_suffix(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"a release is a .safetensors file, got {path}. Weights of other projects "
+            "are made one by 'pconv convert SOURCE OUT.safetensors'."
+        )
+    return path
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="np") as file:
+            header = json.loads((file.metadata() or {})[_KEY])
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no release of pconv_jax: its metadata lacks {_KEY!r}, or is "
+            "damaged. If it is of another project, see 'pconv convert'."
+        ) from error
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} is a release of another version of pconv_jax; this one reads "
+            f"format {_FORMAT}."
+        )
+    return header
+
+
+def _to_variables(
+    arrays: Mapping[str, np.ndarray], model: PConvUNet, source: str | Path
+) -> dict[str, Any]:
+    kernel = arrays.get("params/pconv1/kernel", np.empty(0))
+    channels = kernel.shape[2] if kernel.ndim == 4 else 3
+    channels -= model.conv == "standard"  # Which is given the mask, too.
+    try:
+        size = model.size_multiple
+        images, mask = (
+            jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (channels, 1)
+        )
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images, mask)
+    except Exception as error:  # JAX's and Flax's are of many kinds.
+        raise ValueError(f"{source} is of an impossible network: {error}") from error
+    return convert.to_tree(arrays, shapes, source, strict=True)
+
+
+def _tuples(value: Any) -> Any:
+    """Turns lists, as JSON has them, to tuples, which can be hashed."""
+    if isinstance(value, Mapping):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
