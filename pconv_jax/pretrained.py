@@ -172,6 +172,12 @@ def _find(source: str | Path) -> Path:
     import huggingface_hub  # Not needed by those who have the file.
 
     try:
+        cached = huggingface_hub.try_to_load_from_cache(str(source), _HUB_FILE)
+        if isinstance(cached, str):
+            return Path(cached)
+        # Asked for first, because a download without a network retries for long.
+        url = huggingface_hub.hf_hub_url(str(source), _HUB_FILE)
+        huggingface_hub.get_hf_file_metadata(url, timeout=10)
         return Path(huggingface_hub.hf_hub_download(str(source), _HUB_FILE))
     except Exception as error:  # The HTTP client's errors are of many kinds.
         url = f"https://huggingface.co/{source}/resolve/main/{_HUB_FILE}"

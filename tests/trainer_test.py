@@ -218,7 +218,7 @@ def test_random_features_are_warned_of_until_the_end(tmp_path, monkeypatch):
     def no_network():
         raise OSError("no network")
 
-    monkeypatch.setattr(vgg, "_download", no_network)
+    monkeypatch.setattr(vgg.convert, "download_vgg16", no_network)
     monkeypatch.setenv("PCONV_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("PCONV_VGG16", raising=False)
     fields = {"phase1.steps": 1, "phase2.steps": 0, "vgg": "auto"}
