@@ -10,7 +10,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pconv_jax import evaluator
+from pconv_jax import config, evaluator
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment; by default the one that the workdir belongs to."
@@ -34,4 +34,4 @@ def main(_):
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("workdir")
-    app.run(main)
+    app.run(main, flags_parser=config.parse_flags)

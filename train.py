@@ -15,7 +15,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pconv_jax import parallel, trainer
+from pconv_jax import config, parallel, trainer
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, in configs/."
@@ -52,4 +52,4 @@ def main(_):
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=config.parse_flags)

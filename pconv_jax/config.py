@@ -3,10 +3,13 @@
 An experiment file (configs/) starts from `paper` and changes what it has to.
 """
 
-from collections.abc import Mapping
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from absl import flags
 from ml_collections import ConfigDict
 
 from pconv_jax import data
@@ -184,6 +187,23 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
         for name in sorted(old.keys() | new.keys())
         if name not in RESUMABLE and old.get(name) != new.get(name)
     }
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line for `absl.app.run`; a mistake ends in a sentence."""
+    try:
+        rest = flags.FLAGS(list(argv))
+        if len(rest) > 1:
+            raise ValueError(f"unknown arguments: {' '.join(rest[1:])}")
+        if flags.FLAGS.config is not None:
+            flags.FLAGS.config.keys()  # If it could not be loaded, it says so now.
+        return rest
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, flags.Error) as e:
+        # ml_collections puts its whole traceback, or another error, into some messages.
+        message = str(e).strip().splitlines()[-1].strip()
+        if isinstance(e, AttributeError):
+            message = message.strip("'").replace("\\'", "'").replace("\\n", ". ")
+        sys.exit(f"{pathlib.Path(argv[0]).name}: {message}")
 
 
 def _same_type(expected: Any, value: Any) -> bool:

@@ -11,6 +11,8 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from pconv_jax import config as experiment
 from pconv_jax import trainer, vgg
@@ -352,6 +354,35 @@ def test_two_processes_train_as_one(tmp_path):
     assert [line["step"] for line in a] == [line["step"] for line in b]
     assert a[0]["train/total"] == pytest.approx(b[0]["train/total"], rel=1e-4)
     assert a[-1]["validation/l1"] == pytest.approx(b[-1]["validation/l1"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.batch_sise=2"], 'Did you mean "batch_size"'),
+        (["--config.batch_size=two"], "invalid literal for int"),
+        (["--config=nowhere.py"], "No such file or directory: 'nowhere.py'"),
+        (["--config=configs/pconv.py:fast"], "variants are 'paper' and 'quickstart'"),
+        (["--steps=3"], "Unknown command line flag 'steps'"),
+        (["steps=3"], "unknown arguments: steps=3"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*load_module")  # ml_collections calls it.
+def test_mistakes_on_the_command_line_end_in_a_sentence(
+    monkeypatch, arguments, message
+):
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=parsed)
+    monkeypatch.setattr(flags, "FLAGS", parsed)
+    monkeypatch.chdir(ROOT)
+    if not arguments[0].startswith("--config="):
+        arguments = ["--config=configs/pconv.py", *arguments]
+    argv = ["train.py", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)  # Where ml_collections looks for fields.
+    with pytest.raises(SystemExit) as exit_:
+        experiment.parse_flags(argv)
+    assert message in exit_.value.code and exit_.value.code.startswith("train.py: ")
+    assert "\n" not in exit_.value.code
 
 
 @pytest.mark.parametrize(
