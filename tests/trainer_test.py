@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from pconv_jax import config as experiment
-from pconv_jax import trainer, vgg
+from pconv_jax import trainer
 from pconv_jax.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
