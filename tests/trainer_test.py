@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from pconv_jax import config as experiment
-from pconv_jax import trainer
+from pconv_jax import convert, trainer
 from pconv_jax.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -220,7 +220,7 @@ def test_random_features_are_warned_of_until_the_end(tmp_path, monkeypatch):
     def no_network():
         raise OSError("no network")
 
-    monkeypatch.setattr(vgg.convert, "download_vgg16", no_network)
+    monkeypatch.setattr(convert, "download_vgg16", no_network)
     monkeypatch.setenv("PCONV_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("PCONV_VGG16", raising=False)
     fields = {"phase1.steps": 1, "phase2.steps": 0, "vgg": "auto"}
