@@ -21,7 +21,6 @@ _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; by default the new
 
 def main(_):
     """Runs the evaluation and prints its table."""
-    logging.set_verbosity(logging.WARNING)
     try:
         evaluation = evaluator.evaluate_run(
             _WORKDIR.value, config=_CONFIG.value, step=_STEP.value

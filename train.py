@@ -33,7 +33,6 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "The number of this one.")
 
 def main(_):
     """Runs the experiment, and says how it ended."""
-    logging.set_verbosity(logging.WARNING)
     if _DISTRIBUTED.value:
         parallel.initialize(
             coordinator_address=_ADDRESS.value,

@@ -7,7 +7,6 @@ on any number of devices.
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -98,7 +97,7 @@ def evaluate(
 
     Raises:
       ValueError: if the batch cannot be divided among the devices, the size does not
-        suit the network, or a picture cannot be read.
+        suit the network, or too many pictures cannot be read.
     """
     parallel.check_batch_size(batch_size)
     step = _compile(model)
@@ -148,28 +147,28 @@ def evaluate_run(
     config = config or trained
     model = experiment.get_model(trained)
     source = experiment.get_source(config, "validation")
+    variables = parallel.replicate(variables)
     evaluation = evaluate(
         model,
-        parallel.replicate(variables),
+        variables,
         source,
         image_size=config.image_size,
         batch_size=config.batch_size,
         examples=config.evaluation_examples,
     )
-    pictures = draw_pictures(
-        model, variables, source, image_size=config.image_size, count=12
-    )
-    results = {
-        "step": step,
-        "config": config.to_dict(),
-        "warnings": meta["warnings"],
-        "table": evaluation.table(),
-        "examples": evaluation.examples,
-    }
     if parallel.process_index() == 0:
+        results = {
+            "step": step,
+            "config": config.to_dict(),
+            "warnings": meta["warnings"],
+            "table": evaluation.table(),
+            "examples": evaluation.examples,
+        }
+        pictures = draw_pictures(
+            model, variables, source, image_size=config.image_size, count=12
+        )
         directory = workdir / "evaluation"
-        text = json.dumps(results, indent=1) + "\n"
-        writers.write_atomically(directory / "results.json", text.encode())
+        writers.write_json(directory / "results.json", results)
         writers.write_png(directory / "pictures.png", pictures)
     return evaluation
 
@@ -210,8 +209,9 @@ def draw_pictures(
         for border in (False, True)
     )
     mask = np.where(index[:, None, None, None] % 2, with_, without)
-    pictures, _ = _compile(model)(variables, batch | {"mask": mask})
-    truth = batch["image"] / np.float32(127.5) - 1
+    batch["mask"] = mask
+    pictures, _ = _compile(model)(variables, batch)
+    truth, _ = steps.prepare_batch(batch)
     columns = {
         "input": writers.show_hole(truth, mask),
         "output": pictures["output"],
@@ -262,10 +262,10 @@ def _draw(key, index, hole_bin, low, high, size, border):
 
 def _records(scores, batch, hole_bin, border) -> list[dict[str, Any]]:
     """Returns the examples of a batch, but those that fill it up."""
-    percent = {"l1", "l1_hole"}
+    factors = {name: 100 if _UNITS.get(name) == "%" else 1 for name in scores}
     return [
         {"hole_bin": hole_bin, "border": border, "index": int(batch["index"][i])}
-        | {n: float(x[i]) * (100 if n in percent else 1) for n, x in scores.items()}
+        | {name: float(x[i]) * factors[name] for name, x in scores.items()}
         for i in np.flatnonzero(batch["weight"])
     ]
 

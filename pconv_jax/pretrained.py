@@ -7,7 +7,6 @@ text, and nothing that could be run.
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from pconv_jax import convert
 from pconv_jax.unet import Normalization, PConvUNet, Stage
@@ -77,13 +75,7 @@ def save_pretrained(
         metadata = {_KEY: json.dumps(header)}
     except TypeError as error:
         raise ValueError(f"info must be JSON-able, but: {error}.") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(arrays, partial, metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    convert.write_arrays(path, arrays, metadata)
 
 
 def from_pretrained(source: str | Path) -> Pretrained:

@@ -201,8 +201,7 @@ class _Run:
     def write_json(self, name: str, value: Any) -> None:
         """Writes a file into the workdir."""
         if self.primary:
-            text = json.dumps(value, indent=1) + "\n"
-            writers.write_atomically(self.workdir / name, text.encode())
+            writers.write_json(self.workdir / name, value)
 
     def _compile(self, phase: Phase) -> Callable[..., Any]:
         config = self.config

@@ -135,6 +135,11 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
     partial.replace(path)
 
 
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file, complete or not at all."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
 def write_png(path: pathlib.Path, image: np.ndarray) -> None:
     """Writes a picture, complete or not at all.
 

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -118,6 +119,19 @@ def test_numeric_modules_import_what_they_may(module):
         top, *rest = name.split(".")
         tops.add("." + rest[0] if top == "pconv_jax" else top)
     assert tops - set(sys.stdlib_module_names) <= NUMERICS[module]
+
+
+def test_modules_import_those_above_them_in_the_readme():
+    tree = (ROOT.parent / "README.md").read_text().split("\npconv_jax/\n")[1]
+    listed = re.findall(r"^  (\w+)(?:\.py|/) ", tree, re.MULTILINE)
+    modules = {name.split(".")[0] for name in MODULES} - {"__init__"}
+    assert sorted(listed) == sorted(modules)
+    for module, code in MODULES.items():
+        module = module.split(".")[0]
+        for name in imports(code):
+            parts = name.split(".")
+            if parts[0] == "pconv_jax" and parts[1] in modules - {module}:
+                assert listed.index(parts[1]) < listed.index(module), (module, name)
 
 
 @pytest.mark.parametrize("name", OWNERS)

@@ -2,6 +2,7 @@
 
 from pconv_jax.convert.arrays import read_arrays as read_arrays
 from pconv_jax.convert.arrays import to_tree as to_tree
+from pconv_jax.convert.arrays import write_arrays as write_arrays
 from pconv_jax.convert.importers import PROJECTS as PROJECTS
 from pconv_jax.convert.importers import Imported as Imported
 from pconv_jax.convert.importers import Project as Project

@@ -1,6 +1,7 @@
 """Weights files to arrays, and arrays to trees."""
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pconv_jax.convert import torch_file
 
@@ -81,6 +82,20 @@ def to_tree(
     if problems:
         raise ValueError(f"weights: {source} does not fit: {'; '.join(problems)}.")
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def write_arrays(
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes a ``.safetensors`` file, complete or not at all, and folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(arrays, partial, dict(metadata))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _as_float32(array: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ are ``[H, W, in, out]``, for images as torchvision normalizes them.
 
 import json
 import logging
-import os
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -15,9 +14,8 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from pconv_jax.convert.arrays import read_arrays
+from pconv_jax.convert.arrays import read_arrays, write_arrays
 
 _REPOSITORY = "timm/vgg16.tv_in1k"
 _HUB_FILE = "model.safetensors"
@@ -63,11 +61,7 @@ def read_vgg(path: str | Path) -> dict[str, np.ndarray]:
 
 def write_cache(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays with their checksum, for `read_vgg`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    partial = path.with_suffix(f".{os.getpid()}")
-    save_file(dict(arrays), partial, {"crc32": _checksum(arrays)})
-    partial.replace(path)
+    write_arrays(path, arrays, {"crc32": _checksum(arrays)})
 
 
 def download_vgg16() -> dict[str, np.ndarray]:
