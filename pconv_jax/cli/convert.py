@@ -1,10 +1,8 @@
-"""The command ``pconv``."""
+"""``pconv convert``: a release file of a run, or of another project's weights."""
 
 import argparse
 import json
 import math
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +12,8 @@ from pconv_jax import __version__, convert, pretrained
 from pconv_jax.pretrained import Pretrained
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command.
-
-    Args:
-      argv: arguments; those of the process by default.
-    """
-    parser = argparse.ArgumentParser(
-        prog="pconv", description="Image inpainting with partial convolutions."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in _COMMANDS:
-        add(commands)
-    arguments = parser.parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except ValueError as error:
-        sys.exit(f"pconv: {error}")
-    except BrokenPipeError:  # Whoever read the output has seen enough.
-        sys.stderr.close()
-
-
-def _add_convert(commands: Any) -> None:
+def add(commands: Any) -> None:
+    """Adds the command to those of ``pconv``."""
     command = commands.add_parser(
         "convert",
         help="make a release file of a run, or of another project's weights",
@@ -138,11 +115,3 @@ def _describe(network: Pretrained) -> str:
 
 def _slope(negative_slope: float | None) -> str:
     return "" if negative_slope is None else f"{negative_slope:g}"
-
-
-# Each adds a subcommand, which sets `run`.
-_COMMANDS = (_add_convert,)
-
-
-if __name__ == "__main__":
-    main()
