@@ -5,6 +5,7 @@ Field names are those of `flax.linen.Conv`, and so are the parameters, ``kernel`
 weights; here the mask is the second argument of the call, 1 = valid, 0 = hole.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -84,7 +85,8 @@ class PartialConv(nn.Module):
         """
         kernel_size = self.kernel_size
         kernel_size = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
-        channels = sum(jnp.shape(x)[-1] for x in _flat(inputs))
+        arrays, structure = jax.tree.flatten(inputs)
+        channels = sum(jnp.shape(x)[-1] for x in arrays)
         groups = self.feature_group_count
         if groups < 1 or channels % groups or self.features % groups:
             raise ValueError(
@@ -102,15 +104,12 @@ class PartialConv(nn.Module):
             bias = self.param(
                 "bias", self.bias_init, (self.features,), self.param_dtype
             )
-        *arrays, kernel, bias = promote_dtype(
-            *_flat(inputs), kernel, bias, dtype=self.dtype
-        )
-        ndim = len(kernel_size)
-        batch = arrays[0].shape[: -(ndim + 1)]
-        many = isinstance(inputs, list | tuple)
+        *arrays, kernel, bias = promote_dtype(*arrays, kernel, bias, dtype=self.dtype)
+        batch = arrays[0].shape[: -(len(kernel_size) + 1)]
+        merge = functools.partial(_merge_batch, batch=batch)
         outputs, mask = ops.partial_conv(
-            _merge_batch(arrays if many else arrays[0], batch),
-            None if mask is None else _merge_batch(mask, batch),
+            jax.tree.map(merge, jax.tree.unflatten(structure, arrays)),
+            jax.tree.map(merge, mask),
             kernel,
             bias,
             strides=self.strides,
@@ -139,14 +138,8 @@ class PartialPadConv(PartialConv):
         return super().__call__(inputs)[0]
 
 
-def _flat(value: ops.ArrayOrSequence) -> Sequence[ArrayLike]:
-    return value if isinstance(value, list | tuple) else [value]
-
-
-def _merge_batch(x: ops.ArrayOrSequence, batch: tuple[int, ...]) -> ops.ArrayOrSequence:
+def _merge_batch(x: ArrayLike, batch: tuple[int, ...]) -> jax.Array:
     """Makes one of the batch axes; an array with others is left, to be refused."""
-    if isinstance(x, list | tuple):
-        return [_merge_batch(source, batch) for source in x]
     x = jnp.asarray(x)
     if x.shape[: len(batch)] != batch:
         return x

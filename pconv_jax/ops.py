@@ -8,7 +8,8 @@ Contract of this module:
   plane for all channels) or ``[N, *spatial, C]`` (a plane for each), of any dtype.
   What lies in a hole never matters, forward or backward, not even if it is NaN.
 * Inputs and masks may be sequences of equal length: sources that are concatenated
-  along the channels in meaning, but never in memory.
+  along the channels in meaning, but never in memory. A source may be `Upsampled`: its
+  pixels are repeated in meaning, but never in memory either.
 
 The mask costs next to nothing here. After a partial convolution all channels share
 one mask, so it is enough to know *how many* channels are valid at a position: the sum
@@ -20,6 +21,9 @@ Reference: Liu et al., "Image Inpainting for Irregular Holes Using Partial
 Convolutions", ECCV 2018, https://arxiv.org/abs/1804.07723, section 3.1.
 """
 
+import bisect
+import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -33,10 +37,34 @@ from jax.typing import ArrayLike
 
 IntOrSequence = int | Sequence[int] | None
 PaddingLike = str | int | Sequence[int | str | tuple[int, int]]
-ArrayOrSequence = ArrayLike | Sequence[ArrayLike]
 
 # Paddings that continue the inputs, and their masks, instead of adding holes.
 _CONTINUATIONS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+# From how many pixels on, of a whole batch, an upsampled source is convolved as it is.
+# For fewer, summing the kernel's taps takes longer than it saves.
+_WORTHWHILE = 512
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Upsampled:
+    """A source of twice its size: every pixel of ``x`` stands for 2 x 2 (or 2, or 8).
+
+    The upsampling of a decoder, by nearest neighbours, without its cost: a 3x3
+    convolution of the larger map equals four 2x2 convolutions of ``x`` itself, each
+    with sums of the kernel's taps, whose outputs are interleaved. That is 16 instead of
+    36 multiplications for four outputs, and the larger map is never in memory.
+
+    Attributes:
+      x: features, or a mask of features, ``[N, *spatial, C]``.
+    """
+
+    x: ArrayLike
+
+
+Source = ArrayLike | Upsampled
+ArrayOrSequence = Source | Sequence[Source]
 
 
 def partial_conv(
@@ -63,7 +91,7 @@ def partial_conv(
 
     Args:
       inputs: features ``[N, *spatial, C_in]``, or a sequence of sources whose channels
-        add up to ``C_in``.
+        add up to ``C_in``. A source may be `Upsampled`, and so is its mask then.
       mask: ``[N, *spatial, 1]`` or ``[N, *spatial, C_in]``, 1 = valid, 0 = hole; a
         sequence where ``inputs`` is one; ``None`` if only the padding is a hole.
       kernel: ``[*kernel_size, C_in // feature_group_count, features]``. Its input
@@ -89,31 +117,34 @@ def partial_conv(
     inputs, masks, mask_dtype = _as_sources(inputs, mask)
     if feature_group_count > 1 and len(inputs) > 1:
         # A group may take from several sources: only here they have to be joined.
+        inputs, masks = [_repeat(x) for x in inputs], [_repeat(m) for m in masks]
         masks = [jnp.broadcast_to(m, x.shape) for x, m in zip(inputs, masks)]
         inputs, masks = [jnp.concatenate(inputs, -1)], [jnp.concatenate(masks, -1)]
     kernel = jnp.asarray(kernel)
-    channels = [x.shape[-1] for x in inputs]
+    channels = [_shape(x)[-1] for x in inputs]
     _check_kernel(kernel, bias, channels, feature_group_count)
     window = _make_window(
-        inputs[0].shape[1:-1], kernel.shape[:-2], strides, padding, kernel_dilation
+        _shape(inputs[0])[1:-1], kernel.shape[:-2], strides, padding, kernel_dilation
     )
 
-    dtype = jnp.result_type(kernel, *inputs)
+    dtype = jnp.result_type(kernel, *jax.tree.leaves(inputs))
+    # Selected, not multiplied: NaN * 0 is NaN.
+    valid_inputs = jax.tree.map(
+        lambda m, x: jnp.where(m, x.astype(dtype), 0), masks, inputs
+    )
     kernels = jnp.split(kernel.astype(dtype), np.cumsum(channels)[:-1], axis=-2)
     if feature_group_count > 1:
         kernels = [kernel.astype(dtype)]
     outputs = sum(
-        # Selected, not multiplied: NaN * 0 is NaN.
-        _conv(
-            jnp.where(m, x.astype(dtype), 0), w, window, feature_group_count, precision
-        )
-        for x, m, w in zip(inputs, masks, kernels)
+        _conv(x, w, window, feature_group_count, precision)
+        for x, w in zip(valid_inputs, kernels)
     )
 
     # bfloat16 cannot count past 256: the sums and their ratio are float32 or wider.
     wide = jnp.promote_types(dtype, jnp.float32)
     counts = sum(
-        _count_valid(m, c, feature_group_count) for m, c in zip(masks, channels)
+        _repeat(_count_valid(m, c, feature_group_count))
+        for m, c in zip(masks, channels)
     )
     valid = _window_sum(counts, window).astype(wide)
     if valid.shape[-1] > 1:  # One mask a group: repeat it over the group's features.
@@ -323,6 +354,11 @@ def _continue(x: jax.Array, window: _Window) -> jax.Array:
 
 
 def _conv(x, kernel, window: _Window, feature_group_count, precision) -> jax.Array:
+    if isinstance(x, Upsampled):
+        worthwhile = math.prod(x.x.shape[:-1]) >= _WORTHWHILE
+        if worthwhile and feature_group_count == 1 and _keeps_size(window):
+            return _conv_upsampled(x.x, kernel, window, precision)
+        x = _repeat(x)
     spatial = "DHW"[-len(window.size) :]
     return lax.conv_general_dilated(
         _continue(x, window),
@@ -336,8 +372,101 @@ def _conv(x, kernel, window: _Window, feature_group_count, precision) -> jax.Arr
     )
 
 
-def _count_valid(mask: jax.Array, channels: int, groups: int) -> jax.Array:
+def _keeps_size(window: _Window) -> bool:
+    """Whether the window slides one by one over zero padding of its own width."""
+    return all(
+        stride == 1 and dilation == 1 and low + high == size - 1 and not mode
+        for size, stride, dilation, (low, high), (_, _, mode) in zip(*window)
+    )
+
+
+def _conv_upsampled(x, kernel, window: _Window, precision) -> jax.Array:
+    """Convolves ``Upsampled(x)``, by a convolution of ``x``.
+
+    Along one axis, tap t of output 2i + a (its phase a is 0 or 1) falls on the pixel
+    i + (a + t - low) // 2 of ``x``: the taps of a 3x3 kernel on two pixels, so that
+    their weights are summed first. The phases are features of one convolution.
+    """
+    ndim = len(window.size)
+    phases = list(itertools.product((0, 1), repeat=ndim))
+    axes = [_phase_taps(k, low) for k, (low, _) in zip(window.size, window.zeros)]
+    # Summed in float32 at least; one after the other, as elementwise operations.
+    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    kernels = []
+    for phase in phases:
+        weights = wide
+        for axis, (a, (taps, _)) in enumerate(zip(phase, axes)):
+            pixels = [
+                lax.slice_in_dim(weights, start, stop, axis=axis).sum(axis)
+                for start, stop in taps[a]
+            ]
+            weights = jnp.stack(pixels, axis)
+        kernels.append(weights)
+
+    # Phase a of an axis reads its windows from firsts[a] on.
+    padding = [(-firsts[0], firsts[1] + len(taps[1]) - 1) for taps, firsts in axes]
+    spatial = "DHW"[-ndim:]
+    outputs = lax.conv_general_dilated(
+        # Padded beforehand: XLA's gradient by the kernel is some hundred times slower
+        # on CPUs where the padding is left to this convolution.
+        jnp.pad(x, ((0, 0), *padding, (0, 0))),
+        jnp.concatenate(kernels, axis=-1).astype(kernel.dtype),
+        window_strides=(1,) * ndim,
+        padding="VALID",
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        precision=precision,
+    )
+    parts = []
+    for phase, part in zip(phases, jnp.split(outputs, len(phases), axis=-1)):
+        for axis, (a, (_, firsts)) in enumerate(zip(phase, axes), 1):
+            start = firsts[a] - firsts[0]
+            part = lax.slice_in_dim(part, start, start + x.shape[axis], axis=axis)
+        parts.append(part)
+    # The last axis first: each is followed by its phases, and then joined with them.
+    for axis in reversed(range(1, ndim + 1)):
+        parts = [jnp.stack(pair, axis + 1) for pair in zip(parts[::2], parts[1::2])]
+    shape = _shape(Upsampled(x))[:-1]
+    return parts[0].reshape(*shape, kernel.shape[-1])
+
+
+def _phase_taps(size: int, low: int):
+    """Returns, for both phases, a window's taps on each of its pixels, and its first.
+
+    The taps are ranges, one a pixel: ``[(0, 1), (1, 3)]`` and ``[(0, 2), (2, 3)]`` for
+    a kernel of 3 that pads by 1, whose windows begin at the pixels -1 and 0.
+    """
+    pixels = [[(a + tap - low) // 2 for tap in range(size)] for a in (0, 1)]
+    extent = max(p[-1] - p[0] + 1 for p in pixels)
+    taps = [
+        [
+            (bisect.bisect_left(p, p[0] + i), bisect.bisect_right(p, p[0] + i))
+            for i in range(extent)
+        ]
+        for p in pixels
+    ]
+    return taps, [p[0] for p in pixels]
+
+
+def _repeat(x: Source) -> jax.Array:
+    """Returns what a source means."""
+    if isinstance(x, Upsampled):
+        x = x.x
+        for axis in range(1, x.ndim - 1):
+            x = jnp.repeat(x, 2, axis=axis)
+    return x
+
+
+def _shape(x: Source) -> tuple[int, ...]:
+    if isinstance(x, Upsampled):
+        batch, *spatial, channels = jnp.shape(x.x)
+        return (batch, *(2 * length for length in spatial), channels)
+    return jnp.shape(x)
+
+
+def _count_valid(mask: Source, channels: int, groups: int) -> Source:
     """Counts the valid channels of each group, or of all groups that share a mask."""
+    if isinstance(mask, Upsampled):
+        return Upsampled(_count_valid(mask.x, channels, groups))
     if mask.shape[-1] == 1:
         return mask.astype(jnp.float32) * (channels // groups)
     mask = mask.reshape(*mask.shape[:-1], groups, channels // groups)
@@ -362,28 +491,34 @@ def _window_sum(counts: jax.Array, window: _Window) -> jax.Array:
 def _as_sources(inputs, mask):
     """Returns lists of inputs and of boolean masks, and the dtype of new masks."""
     many = isinstance(inputs, list | tuple)
-    inputs = [jnp.asarray(x) for x in (inputs if many else [inputs])]
+    inputs = [jax.tree.map(jnp.asarray, x) for x in (inputs if many else [inputs])]
     if not inputs:
         raise ValueError("inputs must be an array or a sequence of at least one.")
-    for x in inputs:
-        if x.ndim < 3 or x.shape[:-1] != inputs[0].shape[:-1]:
+    shapes = [_shape(x) for x in inputs]
+    for shape in shapes:
+        if len(shape) < 3 or shape[:-1] != shapes[0][:-1]:
             raise ValueError(
                 "inputs must be [N, *spatial, C], and all sources alike but for C, got "
-                f"{[x.shape for x in inputs]}."
+                f"{shapes}."
             )
     if mask is None:
-        plane = jnp.ones((1, *inputs[0].shape[1:-1], 1), bool)
-        return inputs, [plane] * len(inputs), jnp.float32
+        masks = jax.tree.map(lambda x: jnp.ones((1, *x.shape[1:-1], 1), bool), inputs)
+        return inputs, masks, jnp.float32
     if many != isinstance(mask, list | tuple) or (many and len(mask) != len(inputs)):
         raise ValueError(
             "mask must be a sequence as long as inputs where inputs is a sequence, and "
             f"an array where it is not; got {len(inputs)} inputs and a mask of type "
             f"{type(mask).__name__}."
         )
-    masks = [jnp.asarray(m) for m in (mask if many else [mask])]
+    masks = [jax.tree.map(jnp.asarray, m) for m in (mask if many else [mask])]
     for x, m in zip(inputs, masks):
-        check_mask(m, x)
-    return inputs, [m > 0.5 for m in masks], masks[0].dtype
+        if isinstance(x, Upsampled) != isinstance(m, Upsampled):
+            raise ValueError(
+                "mask must be Upsampled where its source is, and only there."
+            )
+        jax.tree.map(check_mask, m, x)
+    dtype = jax.tree.leaves(masks)[0].dtype
+    return inputs, jax.tree.map(lambda m: m > 0.5, masks), dtype
 
 
 def _check_kernel(kernel, bias, channels, groups) -> None:

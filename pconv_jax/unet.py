@@ -195,8 +195,8 @@ class PConvUNet(nn.Module):
             h = self._norm_and_activation(f"bn{i}", stage, h, running)
         for i, stage in enumerate(self.decoder, len(self.encoder) + 1):
             skip, skip_mask = skips.pop()
-            sources = upsample(h), skip
-            h, m = self._conv(f"pconv{i}", stage, sources, (upsample(m), skip_mask))
+            sources, masks = (ops.Upsampled(h), skip), (ops.Upsampled(m), skip_mask)
+            h, m = self._conv(f"pconv{i}", stage, sources, masks)
             h = self._norm_and_activation(f"bn{i}", stage, h, not train)
         if self.sigmoid_head:
             head = nn.Conv(
@@ -232,7 +232,8 @@ class PConvUNet(nn.Module):
         if self.conv == "partial":
             return layers.PartialConv(**fields)(inputs, mask)
         if isinstance(inputs, tuple):
-            inputs = jnp.concatenate(inputs, axis=-1)
+            up, skip = inputs
+            inputs = jnp.concatenate([upsample(up.x), skip], axis=-1)
         h = nn.Conv(**fields)(inputs)
         return h, jnp.ones((*h.shape[:-1], 1), jnp.float32)
 

@@ -75,8 +75,9 @@ class VGGFeatures(nn.Module):
                     kernel_init=nn.initializers.he_normal(),
                     name=f"conv{block}_{conv}",
                 )(x)
+                if conv == convs:
+                    x = _max_pool(x)  # Before the ReLU, which then has less to do.
                 x = nn.relu(x)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
             pools.append(x)
         return tuple(pools)
 
@@ -91,6 +92,17 @@ class VGG19Features(VGGFeatures):
     """VGG19 up to ``pool3``."""
 
     convs: Sequence[int] = (2, 2, 4)
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+    """Pools 2 x 2 pixels; an odd last row or column is left out.
+
+    As a reduction of one axis the gradient is elementwise, which on CPUs is several
+    times faster than that of `nn.max_pool`, and takes half of the memory.
+    """
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
 
 
 def vgg16_features(
