@@ -49,12 +49,11 @@ _WORTHWHILE = 512
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Upsampled:
-    """A source of twice its size: every pixel of ``x`` stands for 2 x 2 (or 2, or 8).
+    """A source of twice its size, ``upsample(x)``, that is never in memory.
 
-    The upsampling of a decoder, by nearest neighbours, without its cost: a 3x3
-    convolution of the larger map equals four 2x2 convolutions of ``x`` itself, each
-    with sums of the kernel's taps, whose outputs are interleaved. That is 16 instead of
-    36 multiplications for four outputs, and the larger map is never in memory.
+    A 3x3 convolution of an upsampled map equals four 2x2 convolutions of the map
+    itself, each with sums of the kernel's taps, whose outputs are interleaved: 16
+    instead of 36 multiplications for four outputs.
 
     Attributes:
       x: features, or a mask of features, ``[N, *spatial, C]``.
@@ -227,6 +226,13 @@ def mask_coverage(
     channels = mask.shape[-1]
     valid = _window_sum(_count_valid(mask > 0.5, channels, 1), window)
     return valid / (math.prod(window.size) * channels)
+
+
+def upsample(x: ArrayLike) -> jax.Array:
+    """Doubles all spatial axes of ``[N, *spatial, C]`` by repeating pixels."""
+    for axis in range(1, jnp.ndim(x) - 1):
+        x = jnp.repeat(x, 2, axis=axis)
+    return x
 
 
 def composite(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
@@ -449,11 +455,7 @@ def _phase_taps(size: int, low: int):
 
 def _repeat(x: Source) -> jax.Array:
     """Returns what a source means."""
-    if isinstance(x, Upsampled):
-        x = x.x
-        for axis in range(1, x.ndim - 1):
-            x = jnp.repeat(x, 2, axis=axis)
-    return x
+    return upsample(x.x) if isinstance(x, Upsampled) else x
 
 
 def _shape(x: Source) -> tuple[int, ...]:

@@ -233,7 +233,7 @@ class PConvUNet(nn.Module):
             return layers.PartialConv(**fields)(inputs, mask)
         if isinstance(inputs, tuple):
             up, skip = inputs
-            inputs = jnp.concatenate([upsample(up.x), skip], axis=-1)
+            inputs = jnp.concatenate([ops.upsample(up.x), skip], axis=-1)
         h = nn.Conv(**fields)(inputs)
         return h, jnp.ones((*h.shape[:-1], 1), jnp.float32)
 
@@ -289,8 +289,3 @@ class PConvUNet(nn.Module):
                 f"{width} images at depth {len(self.encoder)}: use a larger batch or "
                 "image, or a smaller depth."
             )
-
-
-def upsample(x: ArrayLike) -> jax.Array:
-    """Doubles height and width of ``[N, H, W, C]`` by repeating pixels."""
-    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

@@ -492,10 +492,26 @@ def test_stages_of_ones_own():
     }
 
 
-def test_upsample_repeats_pixels():
-    x = np.arange(4).reshape(1, 2, 2, 1)
-    expected = [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
-    np.testing.assert_array_equal(unet.upsample(x)[0, ..., 0], expected)
+def test_decoder_at_low_resolution_equals_the_plain_one(monkeypatch):
+    model, variables = make_model(depth=3)
+    images, mask = make_inputs(size=24)
+
+    def run(worthwhile):
+        monkeypatch.setattr(ops, "_WORTHWHILE", worthwhile)
+
+        @jax.jit
+        def loss(variables, images):
+            outputs, updates = model.apply(
+                variables, images, mask, train=True, mutable=["batch_stats"]
+            )
+            return jnp.sin(outputs[0]).sum(), (outputs, updates)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables, images)
+
+    low, plain = run(0), run(np.inf)
+    for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(np.abs(b).max(), 0.1))
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (low, plain))))
 
 
 def test_kernels_are_he_initialized():
