@@ -190,7 +190,7 @@ def keras_weights(width=4, depth=3, first=17):
         weights[f"{layer}/{layer}/{leaf}:0"] = array.astype(np.float32)
 
     for i, (c, f) in enumerate(zip(channels, features)):
-        k = (7, 5, 5)[i] if i < depth else 3
+        k = (7, 5, 5)[i] if i < min(depth, 3) else 3
         kernel = rng.standard_normal((k, k, c, f)) / k
         add(f"p_conv2d_{first + i}", "img_kernel", kernel)
         add(f"p_conv2d_{first + i}", "bias", 0.3 * rng.standard_normal(f))
@@ -502,6 +502,13 @@ def test_layers_of_nvidia(index):
     params = convert.import_layers(weights | {"block.bn.weight": np.ones(3)})
     assert list(params) == ["block"] and list(params["block"]) == ["conv"]
     np.testing.assert_array_equal(params["block"]["conv"]["kernel"], case["kernel"])
+
+
+def test_layers_from_a_file(tmp_path):
+    weights = {"conv.weight": np.ones((4, 3, 5, 5), np.float32)}
+    (tmp_path / "w.pth").write_bytes(torch_writer.dump_zip({"model": weights}))
+    params = convert.import_layers(tmp_path / "w.pth")
+    assert params["model"]["conv"]["kernel"].shape == (5, 5, 3, 4)
 
 
 def test_a_layer_of_nvidia_computes_the_same():

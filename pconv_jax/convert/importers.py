@@ -118,8 +118,9 @@ def import_network(
       ValueError: as `read_arrays`; if no project is recognised; or naming all that is
         missing, too much, mis-shaped (kernels being ``[H, W, in, out]``) or not finite.
     """
-    arrays = weights
-    if not isinstance(weights, Mapping):
+    if isinstance(weights, Mapping):
+        arrays = weights
+    else:
         source, arrays = weights, read_arrays(weights)
     for project in PROJECTS:
         names = project.find(arrays)
@@ -139,7 +140,9 @@ def import_network(
     )
 
 
-def import_layers(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def import_layers(
+    weights: str | Path | Mapping[str, np.ndarray],
+) -> dict[str, Any]:
     """Converts layers of NVIDIA/partialconv, or of plain PyTorch, one by one.
 
     For models of one's own: ``PartialConv2d`` and ``PartialConv3d``, with or without
@@ -147,12 +150,14 @@ def import_layers(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     without a mask what `layers.PartialPadConv` does.
 
     Args:
-      arrays: of a module, ``'block.conv.weight'``; kernels ``[out, in, *spatial]``.
+      weights: a file, or the arrays of one, ``'block.conv.weight'``; kernels
+        ``[out, in, *spatial]``.
 
     Returns:
       Every convolution, by the module's names: ``{'block': {'conv': {'kernel': ...,
       'bias': ...}}}``.
     """
+    arrays = weights if isinstance(weights, Mapping) else read_arrays(weights)
     flat = {}
     for key, array in arrays.items():
         layer, _, leaf = key.rpartition(".")
