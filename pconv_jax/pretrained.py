@@ -70,7 +70,12 @@ def save_pretrained(
     if others:
         raise ValueError(f"variables must be float32, but {'; '.join(others)}.")
     _to_variables(arrays, model, "what is to be saved")
-    header = {"format": _FORMAT, "model": model_config(model), "info": dict(info or {})}
+    header = {
+        "format": _FORMAT,
+        "model": model_config(model),
+        "info": dict(info or {}),
+        "arrays_sha256": convert.checksum(arrays),
+    }
     try:
         metadata = {_KEY: json.dumps(header)}
     except TypeError as error:
@@ -93,7 +98,13 @@ def from_pretrained(source: str | Path) -> Pretrained:
     path = _find(source)
     header = _read_header(path)
     model = model_from_config(header.get("model"), path)
-    variables = _to_variables(convert.read_arrays(path), model, path)
+    arrays = convert.read_arrays(path)
+    variables = _to_variables(arrays, model, path)
+    expected = header.get("arrays_sha256")
+    if expected and expected != convert.checksum(arrays):
+        raise ValueError(
+            f"{path} is damaged: its arrays are not those that it was written with."
+        )
     return Pretrained(model, variables, header.get("info", {}))
 
 

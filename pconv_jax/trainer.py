@@ -360,9 +360,10 @@ class _Run:
         state = create()
         if not self.config.init_from:
             return state
-        if self.config.init_from.endswith(".safetensors"):
+        source = pathlib.Path(self.config.init_from)
+        if source.suffix == ".safetensors" or source.is_file():
             return state.replace(**self._read_release())
-        directory = pathlib.Path(self.config.init_from) / "checkpoints"
+        directory = source / "checkpoints"
         del targets["opt_state"]
         with Checkpoints(directory) as checkpoints:
             restored = checkpoints.restore(targets)

@@ -133,7 +133,7 @@ def random_params(key: jax.Array) -> Params:
     return VGG16Features().init(key, jnp.zeros((1, 8, 8, 3)))["params"]
 
 
-def load_params(source: str = "imagenet") -> Params:
+def load_params(source: str | Path = "imagenet") -> Params:
     """Loads trained weights, of a VGG16 or a VGG19.
 
     Args:
@@ -149,10 +149,10 @@ def load_params(source: str = "imagenet") -> Params:
         VGG, naming all that is missing, mis-shaped or not finite.
     """
     if source == "imagenet":
-        source = os.environ.get("PCONV_VGG16", source)
+        source = os.environ.get("PCONV_VGG16") or source
     if source != "imagenet":
         return _to_params(convert.read_vgg(source), source)
-    cache = Path(os.environ.get("PCONV_CACHE", "~/.cache/pconv_jax")).expanduser()
+    cache = Path(os.environ.get("PCONV_CACHE") or "~/.cache/pconv_jax").expanduser()
     path = cache / "vgg16.safetensors"
     if path.exists():
         return _to_params(convert.read_vgg(path), path)

@@ -41,7 +41,9 @@ def test_convert_weights_of_another_project(weights, tmp_path):
     assert not result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "Recognised: open-mmlab/mmagic."
-    assert lines[1] == "Note: It was trained on BGR images, and takes RGB here."
+    assert lines[1] == (
+        "Note: It was trained on BGR in [-1, 1], and takes RGB in [-1, 1] here."
+    )
     table = [line.split() for line in lines[3:-1]]
     assert [row[0] for row in table] == [
         *("stage", "pconv1", "pconv2", "pconv3", "pconv4", "total")

@@ -4,11 +4,13 @@ import os
 import pathlib
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
 import torch_writer
 from jax import lax
+from safetensors.numpy import save_file
 
 from pconv_jax import convert, layers, ops
 from pconv_jax.unet import Stage
@@ -103,9 +105,12 @@ def test_networks_equal_the_originals(name, form, wrap, tmp_path):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_from_plain_arrays(name):
+def test_the_originals_own_input_and_output_from_plain_arrays(name):
     weights, _ = NETWORKS[name]
-    imported = convert.import_network(weights(), name)
+    imported = convert.import_network(weights(), name, raw=True)
+    y, _ = apply(imported, UNETS["x"], UNETS["mask"].astype(np.float32))
+    assert relative_error(y, UNETS[f"{name}/y"]) < 1e-5
+    assert "as the original does" in imported.notes[0]
     encoder, decoder = imported.model.stages
     assert [stage.features for stage in encoder] == [64, 128, 256] + [512] * 4
     assert [stage.kernel_size for stage in encoder] == [7, 5, 5, 3, 3, 3, 3]
@@ -180,7 +185,7 @@ def keras_weights(width=4, depth=3, first=17):
         weights[f"{layer}/{layer}/{leaf}:0"] = array.astype(np.float32)
 
     for i, (c, f) in enumerate(zip(channels, features)):
-        k = (7, 5, 5)[i] if i < depth else 3
+        k = (7, 5, 5)[i] if i < min(depth, 3) else 3
         kernel = rng.standard_normal((k, k, c, f)) / k
         add(f"p_conv2d_{first + i}", "img_kernel", kernel)
         add(f"p_conv2d_{first + i}", "bias", 0.3 * rng.standard_normal(f))
@@ -265,6 +270,18 @@ def test_pconv_keras_equals_the_original():
     np.testing.assert_array_equal(new_mask, expected_mask[..., :1])
     np.testing.assert_allclose(y, 2 * expected - 1, atol=2e-5)
     assert np.std(expected) > 0.1
+    raw = convert.import_network(weights, raw=True)
+    y, _ = apply(raw, (images + 1) / 2, mask)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_pconv_keras_names_its_head_in_two_ways():
+    weights = keras_weights()
+    later = {k.replace("conv2d_3/", "outputs_img/"): a for k, a in weights.items()}
+    later = {k.replace("p_outputs_img", "p_conv2d_3"): a for k, a in later.items()}
+    assert "outputs_img/outputs_img/kernel:0" in later
+    a, b = (convert.import_network(w).variables for w in (weights, later))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_pconv_keras_where_a_hole_stays_open():
@@ -335,6 +352,45 @@ def test_small_networks_are_recognised_too():
     images, mask = make_inputs()
     y, _ = apply(imported, images, mask)
     assert y.shape == images.shape
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "w.pth",
+        "w.pt",
+        "w.PTH",
+        "w.pth.tar",
+        "w.ckpt",
+        "w.bin",
+        "w.npz",
+        "w.safetensors",
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_a_network_from_the_path_of_a_file(file, dtype, tmp_path):
+    path = tmp_path / file
+    if (file, dtype) == ("w.npz", ml_dtypes.bfloat16):
+        pytest.skip("NumPy's files have no bfloat16")
+    weights = {k: a.astype(dtype) for k, a in small_mmagic().items()}
+    expected = convert.import_network(weights)
+    weights["encoder.enc2.bn.num_batches_tracked"] = np.array(5, np.int64)
+    if path.suffix == ".npz":
+        np.savez(path, **weights)
+    elif path.suffix == ".safetensors":
+        save_file(weights, path)
+    else:
+        optimizer = {"param_groups": [{"lr": 2e-4, "betas": (0.9, 0.999), "foo": None}]}
+        path.write_bytes(
+            torch_writer.dump_zip(
+                {"state_dict": weights, "epoch": 3, "optimizer": optimizer}
+            )
+        )
+    for source in (path, str(path)):
+        imported = convert.import_network(source)
+        jax.tree.map(
+            np.testing.assert_array_equal, imported.variables, expected.variables
+        )
 
 
 def test_a_bias_before_a_normalization():
@@ -443,6 +499,13 @@ def test_layers_of_nvidia(index):
     np.testing.assert_array_equal(params["block"]["conv"]["kernel"], case["kernel"])
 
 
+def test_layers_from_a_file(tmp_path):
+    weights = {"conv.weight": np.ones((4, 3, 5, 5), np.float32)}
+    (tmp_path / "w.pth").write_bytes(torch_writer.dump_zip({"model": weights}))
+    params = convert.import_layers(tmp_path / "w.pth")
+    assert params["model"]["conv"]["kernel"].shape == (5, 5, 3, 4)
+
+
 def test_a_layer_of_nvidia_computes_the_same():
     meta = json.loads(str(NVIDIA["meta"]))
     index = next(i for i, m in enumerate(meta) if m.get("holes") and "2" in str(m))
@@ -486,11 +549,41 @@ def test_damaged_files_are_named(suffix, tmp_path):
 def test_files_of_another_kind(tmp_path):
     (tmp_path / "weights.onnx").touch()
     with pytest.raises(
-        ValueError, match=r"must be a .safetensors, .npz, .pth, .pt, .h5"
+        ValueError, match=r"must be a .safetensors, .npz, .pth, .* .h5 file, got"
     ):
         convert.read_arrays(tmp_path / "weights.onnx")
     with pytest.raises(ValueError, match="there is no file .*none.pth"):
         convert.read_arrays(tmp_path / "none.pth")
+
+
+def test_arrays_of_no_numbers(tmp_path):
+    path = tmp_path / "weights.npz"
+    weights = small_mmagic()
+    name = "encoder.enc1.conv.bias"
+    weights[name] = weights[name].astype(ml_dtypes.bfloat16)  # NumPy's has no such.
+    np.savez(path, **weights)
+    with pytest.raises(
+        ValueError, match=rf"weights.npz does not fit: {name} is of typ"
+    ):
+        convert.import_network(path)
+
+
+def test_files_may_be_read_by_whom_the_umask_lets(tmp_path):
+    old = os.umask(0o027)
+    try:
+        convert.write_arrays(tmp_path / "a.safetensors", {"a": np.ones(3)}, {})
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_the_hash_that_keras_has_of_its_files(tmp_path):
+    path = tmp_path / "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
+    path.write_bytes(b"abc")
+    with pytest.raises(
+        ValueError, match="its MD5 begins with 90015098, not with 6d6bba"
+    ):
+        convert.read_arrays(path)
 
 
 def test_the_hash_in_a_name(tmp_path):

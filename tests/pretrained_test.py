@@ -207,6 +207,21 @@ def test_damaged_releases(tmp_path):
         path.write_bytes(data[:length])
         with pytest.raises(ValueError, match="m.safetensors cannot be read"):
             pretrained.from_pretrained(path)
+    path.write_bytes(data)
+    pretrained.from_pretrained(path)
+    path.write_bytes(data[:-1000] + bytes([data[-1000] ^ 1]) + data[-999:])
+    with pytest.raises(ValueError, match="m.safetensors is damaged"):
+        pretrained.from_pretrained(path)
+
+
+def test_releases_without_a_checksum(tmp_path):
+    model, variables = make_network()
+    path = tmp_path / "m.safetensors"
+    pretrained.save_pretrained(path, model, variables)
+    header = {"format": 1, "model": pretrained.model_config(model)}
+    write(path, {"pconv_jax": json.dumps(header)}, convert.read_arrays(path))
+    read = pretrained.from_pretrained(path)
+    jax.tree.map(np.testing.assert_array_equal, read.variables, variables)
 
 
 def test_sources_that_are_not_there(tmp_path):

@@ -155,6 +155,8 @@ def test_parameters_and_plain_containers(read):
         "size": call("torch", "Size", (2, 3)),
         "dtype": Op(b"ctorch\nfloat16\n"),
         "device": call("torch", "device", "cuda", 0),
+        "milestones": call("collections", "Counter", {3: 1, 5: 1}),
+        "set": call("__builtin__", "set", [1, 2]),
         # Attributes, as state_dict() has the versions of its modules.
         "state": Op(encode({"c": tensor}) + encode({"_metadata": {}}) + b"b"),
     }

@@ -167,6 +167,14 @@ def test_init_from_nothing(tmp_path):
         )
 
 
+def test_init_from_weights_of_another_project(tmp_path):
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(ValueError, match="are made one by 'pconv convert"):
+        trainer.train_and_evaluate(
+            tiny(init_from=str(tmp_path / "weights.pth")), tmp_path / "run"
+        )
+
+
 def test_another_configuration_is_refused_and_nothing_is_lost(finished):
     workdir, _ = finished
     step = read_checkpoint(workdir)[0]

@@ -216,7 +216,7 @@ def test_the_environment_variable_comes_first(tmp_path, monkeypatch):
     monkeypatch.setenv("PCONV_VGG16", str(tmp_path / "none.pth"))
     with pytest.raises(ValueError, match="there is no file .*none.pth"):
         vgg.load_params()
-    monkeypatch.delenv("PCONV_VGG16")
+    monkeypatch.setenv("PCONV_VGG16", "")
     with pytest.raises(ValueError, match="vgg16.safetensors cannot be read"):
         vgg.load_params()
 

@@ -53,7 +53,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     elif pretrained.is_release(source):
         network = pretrained.from_pretrained(source)
     else:
-        imported = convert.import_network(convert.read_arrays(source), source)
+        imported = convert.import_network(source)
         info = {"origin": imported.project, "notes": list(imported.notes)}
         network = Pretrained(imported.model, imported.variables, info)
     pretrained.save_pretrained(out, network.model, network.variables, info=network.info)

@@ -1,5 +1,6 @@
 """Weights of other projects: files to arrays, and arrays to parameter trees."""
 
+from pconv_jax.convert.arrays import checksum as checksum
 from pconv_jax.convert.arrays import read_arrays as read_arrays
 from pconv_jax.convert.arrays import to_tree as to_tree
 from pconv_jax.convert.arrays import write_arrays as write_arrays

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from pconv_jax.convert import torch_file
 
@@ -18,26 +18,29 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Reads every array of a weights file.
 
     Args:
-      path: of a ``.safetensors``, ``.npz``, PyTorch's ``.pth`` or ``.pt`` (see
-        `torch_file.read`), or Keras' ``.h5`` (which takes h5py).
+      path: of a ``.safetensors``, ``.npz``, PyTorch's ``.pth``, ``.pt``, ``.ckpt``,
+        ``.bin`` or ``.pth.tar`` (see `torch_file.read`), or Keras' ``.h5`` (which takes
+        h5py).
 
     Returns:
       Arrays by name; where a file has folders, joined by ``/``.
 
     Raises:
       ValueError: if the file, which it names, is missing, damaged or of another kind,
-        or is not the one whose hash is in its name, as in ``vgg16-397923af.pth``.
+        or is not the one whose hash is in its name, as in ``vgg16-397923af.pth``, or
+        is known by its name, as Keras' VGGs are.
     """
     path = Path(path).expanduser()
-    if path.suffix not in _READERS:
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
         raise ValueError(f"weights must be a {', '.join(_READERS)} file, got {path}.")
     if not path.is_file():
         raise ValueError(f"weights: there is no file {path}.")
     _check_hash(path)
-    if path.suffix in (".pth", ".pt"):
-        return torch_file.read(path)
+    if read is torch_file.read:  # Whose errors say this better.
+        return read(path)
     try:
-        return _READERS[path.suffix](path)
+        return read(path)
     except Exception as error:  # Damaged files raise errors of every kind.
         raise ValueError(f"weights: {path} cannot be read: {error}") from error
 
@@ -72,6 +75,8 @@ def to_tree(
             problems.append(f"{name} is missing")
         elif array.shape != wanted.shape:
             problems.append(f"{name} is {array.shape}, not {wanted.shape}")
+        elif issubclass(array.dtype.type, np.flexible):
+            problems.append(f"{name} is of type {array.dtype}, not of numbers")
         elif not np.isfinite(array := _as_float32(array)).all():
             problems.append(f"{name} is not finite")
         else:
@@ -92,10 +97,19 @@ def write_arrays(
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(arrays, partial, dict(metadata))
+        partial.write_bytes(save(arrays, dict(metadata)))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns a SHA-256 of arrays and their names, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
 
 
 def _as_float32(array: np.ndarray) -> np.ndarray:
@@ -105,15 +119,18 @@ def _as_float32(array: np.ndarray) -> np.ndarray:
 
 def _check_hash(path: Path) -> None:
     """Compares a file with the hash in its name, a custom of torchvision and mmagic."""
-    match = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
-    if match:
-        with open(path, "rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-        if not actual.startswith(match[1]):
-            raise ValueError(
-                f"weights: {path} is not the file of that name, or is damaged: its "
-                f"SHA-256 begins with {actual[:8]}, not with {match[1]}."
-            )
+    kind, expected = "md5", _KERAS_MD5.get(path.name)
+    if match := re.search(r"-([0-9a-f]{8})\.pth$", path.name):
+        kind, expected = "sha256", match[1]
+    if not expected:
+        return
+    with open(path, "rb") as file:
+        actual = hashlib.file_digest(file, kind).hexdigest()
+    if not actual.startswith(expected):
+        raise ValueError(
+            f"weights: {path} is not the file of that name, or is damaged: its "
+            f"{kind.upper()} begins with {actual[:8]}, not with {expected[:8]}."
+        )
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -147,7 +164,16 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
 _READERS = {
     ".safetensors": load_file,
     ".npz": _read_npz,
-    ".pth": torch_file.read,
-    ".pt": torch_file.read,
+    **dict.fromkeys((".pth", ".pt", ".ckpt", ".bin", ".tar"), torch_file.read),
     ".h5": _read_h5,
+}
+
+# As Keras itself has them, in keras.applications.
+_KERAS_MD5 = {
+    "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5": (
+        "6d6bbae143d832006294945121d1f1fc"
+    ),
+    "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5": (
+        "253f8cb515780f3b799900260a226db6"
+    ),
 }

@@ -2,7 +2,8 @@
 
 What is particular to a project is data, in `PROJECTS`: how its weights are called, by
 what its layers scale, and what its images look like. An imported network takes and
-gives what all networks here do, RGB images in [-1, 1] (or fields in their own units).
+gives what all networks here do, RGB images in [-1, 1] (or fields in their own units),
+unless what the original takes and gives is asked for.
 """
 
 import re
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from pconv_jax.convert.arrays import to_tree
+from pconv_jax.convert.arrays import read_arrays, to_tree
 from pconv_jax.unet import IMAGENET, Normalization, PConvUNet, Stage
 
 # Flax's, by which the networks here normalize.
@@ -67,7 +68,8 @@ class Project(NamedTuple):
       last_slope: of the last layer's; None for no activation.
       encoder_bias: whether an encoder stage without normalization has a bias.
       skip_first: whether a decoder stage has the encoder's features first.
-      bgr: whether images are BGR.
+      images: what the original takes and gives, where not RGB images in [-1, 1].
+      bgr: whether these are BGR.
       epsilon: of batch normalization.
       normalization: of images in [-1, 1].
       sigmoid_head: see `PConvUNet`.
@@ -83,6 +85,7 @@ class Project(NamedTuple):
     last_slope: float | None = None
     encoder_bias: bool = True
     skip_first: bool = False
+    images: str | None = None
     bgr: bool = False
     epsilon: float = _EPSILON
     normalization: Normalization | None = None
@@ -90,20 +93,41 @@ class Project(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def import_network(arrays: Mapping[str, np.ndarray], source: str | Path) -> Imported:
+def import_network(
+    weights: str | Path | Mapping[str, np.ndarray],
+    source: str | Path = "what was given",
+    *,
+    raw: bool = False,
+) -> Imported:
     """Recognises a network by the names of its weights, and converts it.
 
+    It then takes and gives RGB images in [-1, 1], as all networks here do; or, with
+    ``raw=True``, exactly what the original does, to compare the two: BGR in [-1, 1] for
+    mmagic, RGB normalized as ImageNet's for naoto0804, RGB in [0, 1] for PConv-Keras.
+    climatereconstructionAI's fields are in their own units either way.
+
     Args:
-      arrays: of a file, see `read_arrays`.
-      source: where the arrays came from, for errors.
+      weights: a file, or the arrays of one; see `read_arrays`.
+      source: where arrays came from, for errors.
+      raw: whether to keep the original's order of channels and range of values.
+
+    Returns:
+      The network, its variables, and what to know about them.
 
     Raises:
-      ValueError: if no project is recognised; or naming all that is missing, too much,
-        mis-shaped (kernels being ``[H, W, in, out]``) or not finite.
+      ValueError: as `read_arrays`; if no project is recognised; or naming all that is
+        missing, too much, mis-shaped (kernels being ``[H, W, in, out]``) or not finite.
     """
+    if isinstance(weights, Mapping):
+        arrays = weights
+    else:
+        source, arrays = weights, read_arrays(weights)
     for project in PROJECTS:
         names = project.find(arrays)
         if names and names.depth <= _MAX_DEPTH:
+            project = _with_image_note(project, raw)
+            if raw:
+                project = project._replace(bgr=False, normalization=None)
             try:
                 return _convert(project, names, arrays, source)
             except (TypeError, ZeroDivisionError, OverflowError) as error:
@@ -116,7 +140,9 @@ def import_network(arrays: Mapping[str, np.ndarray], source: str | Path) -> Impo
     )
 
 
-def import_layers(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def import_layers(
+    weights: str | Path | Mapping[str, np.ndarray],
+) -> dict[str, Any]:
     """Converts layers of NVIDIA/partialconv, or of plain PyTorch, one by one.
 
     For models of one's own: ``PartialConv2d`` and ``PartialConv3d``, with or without
@@ -124,12 +150,14 @@ def import_layers(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     without a mask what `layers.PartialPadConv` does.
 
     Args:
-      arrays: of a module, ``'block.conv.weight'``; kernels ``[out, in, *spatial]``.
+      weights: a file, or the arrays of one, ``'block.conv.weight'``; kernels
+        ``[out, in, *spatial]``.
 
     Returns:
       Every convolution, by the module's names: ``{'block': {'conv': {'kernel': ...,
       'bias': ...}}}``.
     """
+    arrays = weights if isinstance(weights, Mapping) else read_arrays(weights)
     flat = {}
     for key, array in arrays.items():
         layer, _, leaf = key.rpartition(".")
@@ -145,6 +173,15 @@ def import_layers(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         {path.strip("/"): np.ascontiguousarray(array) for path, array in flat.items()},
         sep="/",
     )
+
+
+def _with_image_note(project: Project, raw: bool) -> Project:
+    if project.images is None:
+        return project
+    note = f"It takes and gives {project.images}, as the original does."
+    if not raw:
+        note = f"It was trained on {project.images}, and takes RGB in [-1, 1] here."
+    return project._replace(notes=(note, *project.notes))
 
 
 def _convert(
@@ -329,14 +366,19 @@ def _keras(keys: Iterable[str]) -> _Names | None:
     """Finds what Keras has named by counting all layers of a session.
 
     Layers are ``p_conv2d_17`` ..., the encoder's normalizations ``EncBN1`` ..., the
-    decoder's ``batch_normalization_3`` ..., and the head ``conv2d_5``.
+    decoder's ``batch_normalization_3`` ..., and the head ``conv2d_5``, or, in later
+    versions, ``outputs_img``.
     """
     layers = {"p_conv2d": {}, "EncBN": {}, "batch_normalization": {}, "conv2d": {}}
-    pattern = r"(?:.*/)?(p_conv2d|EncBN|batch_normalization|conv2d)_?(\d*)/(\w+)(?::0)?"
+    pattern = (
+        r"(?:.*/)?(p_conv2d|EncBN|batch_normalization|conv2d|outputs_img)_?(\d*)/(\w+)"
+        r"(?::0)?"
+    )
     for key in keys:
         match = re.fullmatch(pattern, key)
         if match and not key.startswith("optimizer_weights"):
             kind, number, leaf = match.groups()
+            kind = "conv2d" if kind == "outputs_img" else kind
             layers[kind].setdefault(int(number or 0), {})[leaf] = key
     if not layers["p_conv2d"]:
         return None
@@ -374,6 +416,7 @@ _NAOTO0804 = Project(
     ignored=r"mask_conv\.weight$|num_batches_tracked$",
     sum_of_ones="one",
     encoder_bias=False,
+    images="RGB normalized as ImageNet's",
     normalization=IMAGENET,
     notes=(
         "Its released weights were trained on masks that were made smaller "
@@ -386,8 +429,8 @@ PROJECTS = (
         name="open-mmlab/mmagic",
         find=_torch("encoder.enc{}", "decoder.dec{}", "conv"),
         ignored=r"weight_mask_updater$|num_batches_tracked$",
+        images="BGR in [-1, 1]",
         bgr=True,
-        notes=("It was trained on BGR images, and takes RGB here.",),
     ),
     _NAOTO0804,
     _NAOTO0804._replace(  # Before 2018-06.
@@ -420,6 +463,7 @@ PROJECTS = (
         last_slope=0.2,
         skip_first=True,
         epsilon=1e-3,
+        images="RGB in [0, 1]",
         normalization=Normalization(mean=(-1.0,), std=(2.0,)),
         sigmoid_head=True,
         notes=(

@@ -437,6 +437,10 @@ def _make_tensor(storage, offset, shape, strides, *_) -> _Tensor:
 # What a pickle may call, and what is done instead.
 _CALLS: Mapping[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered_dict,
+    # What a scheduler's state has, of milestones. A copy would take memory.
+    "collections.Counter": lambda counts=None: counts,
+    "__builtin__.set": lambda items=None: items,
+    "builtins.set": lambda items=None: items,
     "torch._utils._rebuild_tensor": _make_tensor,
     "torch._utils._rebuild_tensor_v2": _make_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,

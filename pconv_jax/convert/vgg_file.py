@@ -7,7 +7,6 @@ are ``[H, W, in, out]``, for images as torchvision normalizes them.
 import json
 import logging
 import re
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from pconv_jax.convert.arrays import read_arrays, write_arrays
+from pconv_jax.convert.arrays import checksum, read_arrays, write_arrays
 
 _REPOSITORY = "timm/vgg16.tv_in1k"
 _HUB_FILE = "model.safetensors"
@@ -34,6 +33,8 @@ _KERAS = re.compile(
 )
 
 _MAX_HEADER = 10_000_000
+# Where a cache has the checksum of its arrays, in its metadata.
+_CHECKSUM = "arrays_sha256"
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def read_vgg(path: str | Path) -> dict[str, np.ndarray]:
 
 def write_cache(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays with their checksum, for `read_vgg`."""
-    write_arrays(path, arrays, {"crc32": _checksum(arrays)})
+    write_arrays(path, arrays, {_CHECKSUM: checksum(arrays)})
 
 
 def download_vgg16() -> dict[str, np.ndarray]:
@@ -124,17 +125,9 @@ def _read_remote(
 
 def _check_cache(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with safe_open(path, framework="np") as file:
-        expected = (file.metadata() or {}).get("crc32")
-    if expected not in (None, _checksum(arrays)):
+        expected = (file.metadata() or {}).get(_CHECKSUM)
+    if expected and expected != checksum(arrays):
         raise ValueError(f"weights: {path} is damaged; delete it to have it made anew.")
-
-
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    checksum = 0
-    for name in sorted(arrays):
-        checksum = zlib.crc32(name.encode(), checksum)
-        checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).data, checksum)
-    return f"{checksum:08x}"
 
 
 def _rename(
