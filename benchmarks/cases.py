@@ -1,0 +1,280 @@
+"""What is measured: the cases of each suite, as plain data.
+
+A case is one piece of work, and its variants are ways to do it, which are measured in
+turn. A variant is all that `benchmarks.worker` needs to know: the framework, the
+program to build, and its settings. The first variant is what the others are related to.
+
+FLOPs are nominal: two for each multiplication of the network's convolutions as the
+paper has them. That a program gets by with fewer, as the low-resolution decoder does,
+or does more, as convolutions of masks do, shows in its rate.
+"""
+
+from typing import Any, NamedTuple
+
+Variant = dict[str, Any]
+
+SUITES = ("layer", "inference", "train", "data", "growth", "profile")
+TORCH_MODES = ("eager", "channels-last", "compile", "autocast", "compile-autocast")
+
+
+class Case(NamedTuple):
+    """One piece of work.
+
+    Attributes:
+      suite: one of `SUITES`.
+      name: of the case, unique within the suite.
+      variants: by name, what is measured in turn.
+      items: how many things of which kind a call works on, such as ``(8, 'images')``.
+      flops: nominal, of a call; None where they say nothing.
+      large: whether the variants do not fit into memory together. Each turn then has a
+        process of its own.
+    """
+
+    suite: str
+    name: str
+    variants: dict[str, Variant]
+    items: tuple[int, str] = (1, "calls")
+    flops: float | None = None
+    large: bool = False
+
+
+def matmul(*, platform: str, torch: bool, smoke: bool) -> list[Case]:
+    """Returns the cases that measure the machine's rate of matrix products."""
+    n = 64 if smoke else 2048 if platform == "cpu" else 8192
+    cases = []
+    for dtype in _dtypes(platform):
+        settings = {"program": "matmul", "n": n, "dtype": dtype}
+        variants = {f"jax {dtype}": {"framework": "jax", **settings}}
+        if torch:
+            variants[f"torch {dtype}"] = {"framework": "torch", **settings}
+        name = f"matrix product {n} x {n}, {dtype}"
+        cases.append(Case("machine", name, variants, flops=2 * n**3))
+    return cases
+
+
+def make(suite: str, *, platform: str, torch: bool, smoke: bool) -> list[Case]:
+    """Returns the cases of a suite.
+
+    Args:
+      suite: one of `SUITES`.
+      platform: JAX's: 'cpu', 'gpu' or 'tpu'. All but CPUs also compute in bfloat16.
+      torch: whether to compare with PyTorch.
+      smoke: whether to take tiny sizes, to try that everything works.
+    """
+    cases = globals()[f"_{suite}"](platform, smoke)
+    if torch:
+        return cases
+    return [c._replace(variants=_of_jax(c.variants)) for c in cases]
+
+
+def unet_flops(size: int, *, depth: int = 8, width: int = 64) -> int:
+    """Returns the FLOPs of the network's convolutions, for one square image."""
+    return sum(
+        2 * kernel**2 * inputs * features * side**2
+        for inputs, features, kernel, side in stages(size, depth=depth, width=width)
+    )
+
+
+def stages(size: int, *, depth: int = 8, width: int = 64) -> list[tuple[int, ...]]:
+    """Returns (input channels, features, kernel size, output side) of all stages."""
+    features = [3, *(width * 2 ** min(level, 3) for level in range(depth))]
+    kernels = [7, 5, 5] + [3] * depth
+    encoder = [
+        (features[i], features[i + 1], kernels[i], size >> (i + 1))
+        for i in range(depth)
+    ]
+    decoder = [
+        (features[i + 1] + features[i], features[i], 3, size >> i)
+        for i in reversed(range(depth))
+    ]
+    return encoder + decoder
+
+
+def vgg_flops(size: int) -> int:
+    """Returns the FLOPs of VGG16's convolutions up to pool3, for one square image."""
+    channels = ((3, 64), (64, 64)), ((64, 128), (128, 128))
+    channels += (((128, 256), (256, 256), (256, 256)),)
+    return sum(
+        2 * 9 * a * b * (size >> block) ** 2
+        for block, convs in enumerate(channels)
+        for a, b in convs
+    )
+
+
+def train_flops(size: int, *, depth: int, width: int = 64) -> int:
+    """Returns the FLOPs of a training step, for one square image.
+
+    The network's convolutions are done forward, and backward by their inputs and by
+    their kernels; VGG16's forward for three images, and backward by the inputs of two.
+    """
+    return 3 * unet_flops(size, depth=depth, width=width) + 5 * vgg_flops(size)
+
+
+def _layer(platform, smoke):
+    shapes = [(64, 128, 64), (64, 128, 256), (256, 256, 64), (256, 256, 128)]
+    cases = []
+    for inputs, features, size in [(4, 8, 16)] if smoke else shapes:
+        for dtype in _dtypes(platform):
+            for backward in (True,) if smoke else (False, True):
+                settings = {
+                    "program": "layer",
+                    "size": size,
+                    "batch": 1 if platform == "cpu" else 8,
+                    "channels": inputs,
+                    "features": features,
+                    "backward": backward,
+                    "dtype": dtype,
+                }
+                kinds = {
+                    "nn.Conv": ("jax", "standard"),
+                    "PartialConv": ("jax", "partial"),
+                    "dense mask": ("jax", "dense"),
+                    "torch Conv2d": ("torch", "standard"),
+                    "torch dense mask": ("torch", "dense"),
+                }
+                variants = {
+                    name: {"framework": framework, "conv": conv, **settings}
+                    for name, (framework, conv) in kinds.items()
+                }
+                passes = "forward and backward" if backward else "forward"
+                batch = settings["batch"]
+                flops = 2 * 9 * inputs * features * size**2 * batch
+                cases.append(
+                    Case(
+                        "layer",
+                        f"3x3, {inputs} -> {features}, {size} x {size}, batch {batch}, "
+                        f"{dtype}, {passes}",
+                        variants,
+                        items=(batch, "images"),
+                        flops=flops * (3 if backward else 1),
+                    )
+                )
+    return cases
+
+
+def _inference(platform, smoke):
+    if smoke:
+        return [_unet_case(platform, 16, 1, depth=2, width=4)]
+    sizes = (256, 512, 1024)
+    return [_unet_case(platform, size, batch) for batch in (1, 8) for size in sizes]
+
+
+def _unet_case(platform, size, batch, suite="inference", **network):
+    settings = {"program": "inference", "size": size, "batch": batch, **network}
+    modes = (*TORCH_MODES, "onnxruntime")
+    return Case(
+        suite,
+        f"UNet {size} x {size}, batch {batch}",
+        _jax_and_torch(settings, platform, modes),
+        items=(batch, "images"),
+        flops=batch * unet_flops(size, **network),
+        large=size**2 * batch > 2**21,
+    )
+
+
+def _train(platform, smoke):
+    # The paper's setting, and one that fits small machines.
+    settings = [(256, 2, 7), (512, 6, 8)]
+    cases = []
+    for size, batch, depth in [(16, 2, 2)] if smoke else settings:
+        network = {"depth": depth, "width": 4 if smoke else 64}
+        fields = {"program": "train", "size": size, "batch": batch, **network}
+        cases.append(
+            Case(
+                "train",
+                f"training step, {size} x {size}, batch {batch}, depth {depth}",
+                _jax_and_torch(fields, platform, TORCH_MODES),
+                items=(batch, "images"),
+                flops=batch * train_flops(size, **network),
+                large=size**2 * batch > 2**20,
+            )
+        )
+    return cases
+
+
+def _data(platform, smoke):
+    cases = []
+    count = 8 if smoke else 320
+    for size in (16,) if smoke else (256, 512):
+        fields = {"framework": "jax", "size": size, "batch": 8, "count": count}
+        threads = {"threads": {"program": "data", "workers": 0, **fields}}
+        workers = {"2 workers": {"program": "data", "workers": 2, **fields}}
+        cases += [
+            Case(
+                "data",
+                f"random crops of JPEGs to {size} x {size}",
+                threads if smoke else threads | workers,
+                items=(count, "images"),
+            ),
+            Case(
+                "data",
+                f"masks drawn on the device, {size} x {size}, batch 8",
+                {"jax": {"program": "masks", **fields}},
+                items=(8, "masks"),
+            ),
+        ]
+    return cases
+
+
+def _growth(platform, smoke):
+    """What `inference` lacks to see how time grows."""
+    network = {"depth": 2, "width": 4} if smoke else {}
+    size = 16 if smoke else 512
+    settings = {"framework": "jax", "program": "inference", "size": size, "batch": 1}
+    ratios = (0.1, 0.9) if smoke else (0.02, 0.1, 0.3, 0.5, 0.7, 0.9)
+    holes = Case(
+        "growth",
+        f"hole ratio, UNet {size} x {size}, batch 1",
+        {f"{r:.0%}": {**settings, **network, "hole_ratio": r} for r in ratios},
+        items=(1, "images"),
+        flops=unet_flops(size, **network),
+    )
+    if smoke:
+        return [holes]
+    others = ((768, 1), (256, 2), (256, 4))
+    return [holes] + [_unet_case(platform, *other, "growth") for other in others]
+
+
+def _profile(platform, smoke):
+    """Where the time of inference and of a training step goes."""
+    network = {"depth": 2, "width": 4} if smoke else {"depth": 8, "width": 64}
+    size = 16 if smoke else 512
+    settings = {"framework": "jax", "size": size, "batch": 1, **network}
+    variants = {"whole network": {"program": "inference", **settings}}
+    for i in range(2 * network["depth"]):
+        variants[f"pconv{i + 1}"] = {"program": "stage", "stage": i, **settings}
+    inference = Case("profile", f"inference, {size} x {size}, batch 1", variants)
+
+    size, network = (16, network) if smoke else (256, {"depth": 7, "width": 64})
+    settings = {"framework": "jax", "size": size, "batch": 2, **network}
+    variants = {"whole step": {"program": "train", **settings}}
+    for part in (
+        "network forward",
+        "network forward and backward",
+        "VGG16 forward, 3 images",
+        "loss forward and backward",
+        "loss without VGG16",
+        "optimizer",
+    ):
+        variants[part] = {"program": "part", "part": part, **settings}
+    train = Case("profile", f"training step, {size} x {size}, batch 2", variants)
+    return [inference, train]
+
+
+def _jax_and_torch(settings, platform, modes):
+    variants = {}
+    for dtype in _dtypes(platform):
+        variants[f"jax {dtype}"] = {"framework": "jax", "dtype": dtype, **settings}
+    for mode in modes:
+        dtype = "bfloat16" if "autocast" in mode else "float32"
+        fields = {"framework": "torch", "mode": mode, "dtype": dtype}
+        variants[f"torch {mode}"] = fields | settings
+    return variants
+
+
+def _of_jax(variants):
+    return {n: v for n, v in variants.items() if v["framework"] == "jax"}
+
+
+def _dtypes(platform):
+    return ("float32",) if platform == "cpu" else ("float32", "bfloat16")

@@ -1,0 +1,294 @@
+"""What is measured, in JAX: programs by name, built from their settings."""
+
+import functools
+import importlib.metadata
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from benchmarks import cases, inputs
+from benchmarks.worker import Program
+from pconv_jax import layers, ops, unet
+
+
+def describe() -> dict[str, Any]:
+    """Returns the versions, and the device that the programs run on."""
+    device = jax.devices()[0]
+    names = ("jax", "jaxlib", "flax", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {
+        "versions": versions,
+        "platform": device.platform,
+        "device": device.device_kind,
+    }
+
+
+def peak_device_memory() -> int | None:
+    """Returns the most bytes in use on the device so far; None on CPUs."""
+    stats = jax.devices()[0].memory_stats()
+    return stats and stats.get("peak_bytes_in_use")
+
+
+def build(program: str, **settings: Any) -> Program:
+    """Builds and compiles a program."""
+    return _PROGRAMS[program](**settings)
+
+
+def _matmul(n, dtype):
+    x = jnp.asarray(inputs.normal(n, n), dtype)
+    return _compiled(jnp.matmul, x, x)
+
+
+def _layer(conv, size, batch, channels, features, backward, dtype):
+    x = jnp.asarray(inputs.normal(batch, size, size, channels), dtype)
+    mask = jnp.asarray(inputs.mask(batch, size))
+    fields = dict(features=features, kernel_size=(3, 3), padding=1, dtype=dtype)
+    if conv == "standard":
+        module = nn.Conv(**fields)
+
+        def forward(params, x, mask):
+            return module.apply({"params": params}, x), mask
+
+    elif conv == "partial":
+        module = layers.PartialConv(**fields)
+
+        def forward(params, x, mask):
+            return module.apply({"params": params}, x, mask)
+
+    else:
+        module, mask = nn.Conv(**fields), jnp.repeat(mask, channels, -1)
+        forward = _dense_partial_conv
+    params = nn.Conv(**fields).init(jax.random.key(0), x)["params"]
+    if not backward:
+        return _compiled(forward, params, x, mask)
+
+    def forward_and_backward(params, x, mask, cotangent):
+        y, pullback, new_mask = jax.vjp(
+            lambda params, x: forward(params, x, mask), params, x, has_aux=True
+        )
+        return y, new_mask, pullback(cotangent)
+
+    cotangent = jnp.asarray(inputs.normal(batch, size, size, features), dtype)
+    return _compiled(forward_and_backward, params, x, mask, cotangent)
+
+
+def _dense_partial_conv(params, x, mask):
+    """Partial convolution as others have it, with masks as wide as the features."""
+    conv = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    kernel = params["kernel"]
+    valid = conv(mask, jnp.ones_like(kernel))
+    new_mask = jnp.minimum(valid, 1)
+    ratio = np.prod(kernel.shape[:-1]) / jnp.maximum(valid, 1) * new_mask
+    y = conv(x * mask.astype(x.dtype), kernel.astype(x.dtype)) * ratio.astype(x.dtype)
+    return (y + params["bias"].astype(x.dtype)) * new_mask.astype(x.dtype), new_mask
+
+
+def _inference(
+    size, batch, dtype="float32", depth=8, width=64, hole_ratio=inputs.HOLE_RATIO
+):
+    model = unet.PConvUNet(depth=depth, width=width, dtype=dtype)
+    images = jnp.asarray(inputs.images(batch, size))
+    mask = jnp.asarray(inputs.mask(batch, size, hole_ratio))
+    variables = jax.jit(model.init)(jax.random.key(0), images, mask)
+    return _compiled(
+        lambda *args: model.apply(*args)[0],
+        variables,
+        images,
+        mask,
+    )
+
+
+def _stage(stage, size, batch, depth, width):
+    """One stage of the network, with normalization and activation."""
+    channels, features, kernel_size, side = cases.stages(
+        size, depth=depth, width=width
+    )[stage]
+    last = stage == 2 * depth - 1
+    conv = layers.PartialConv(
+        features,
+        (kernel_size,) * 2,
+        strides=2 if stage < depth else 1,
+        padding=kernel_size // 2,
+        use_bias=stage == 0 or last,
+    )
+    mask = jnp.asarray(inputs.mask(batch, side))
+    if stage < depth:
+        x = jnp.asarray(inputs.normal(batch, 2 * side, 2 * side, channels))
+        args = x, ops.upsample(mask)
+    else:
+        small = channels - features if not last else width
+        x = jnp.asarray(inputs.normal(batch, side // 2, side // 2, small))
+        skip = jnp.asarray(inputs.normal(batch, side, side, channels - small))
+        args = (ops.Upsampled(x), skip), (ops.Upsampled(mask[:, ::2, ::2]), mask)
+    variables = jax.jit(conv.init)(jax.random.key(0), *args)
+    scale, shift = jnp.asarray(inputs.normal(2, features))
+
+    def forward(variables, args, scale, shift):
+        y, mask = conv.apply(variables, *args)
+        return (y if last else jax.nn.leaky_relu(y * scale + shift, 0.2)), mask
+
+    return _compiled(forward, variables, args, scale, shift)
+
+
+def _training(size, batch, depth, width, dtype):
+    """Returns a state, a batch, VGG16's parameters and the step."""
+    from pconv_jax import optim, steps, vgg
+
+    model = unet.PConvUNet(depth=depth, width=width, dtype=dtype)
+    optimizer = optim.make_optimizer(2e-4)
+    state = steps.create_state(
+        jax.random.key(0), model=model, optimizer=optimizer, image_size=size
+    )
+    pictures = {
+        "image": np.uint8(inputs.images(batch, size) * 127.5 + 127.5),
+        "mask": np.uint8(inputs.mask(batch, size)),
+    }
+    features = functools.partial(vgg.vgg16_features, dtype=dtype)
+    params = jax.jit(vgg.random_params)(jax.random.key(1))
+    step = functools.partial(
+        steps.train_step, model=model, optimizer=optimizer, apply_features=features
+    )
+    return state, jax.device_put(pictures), params, step
+
+
+def _train(size, batch, depth, width, dtype="float32"):
+    state, pictures, params, step = _training(size, batch, depth, width, dtype)
+    compiled, seconds = _compile(step, state, pictures, params, donate_argnums=0)
+
+    def call():
+        nonlocal state
+        state, scalars = compiled(state, pictures, params)
+        jax.block_until_ready((state, scalars))
+
+    return Program(call, seconds)
+
+
+def _part(part, size, batch, depth, width):
+    """A part of the training step, by itself."""
+    from pconv_jax import losses, steps
+
+    state, pictures, vgg, step = _training(size, batch, depth, width, "float32")
+    model, optimizer = step.keywords["model"], step.keywords["optimizer"]
+    features = functools.partial(step.keywords["apply_features"], vgg)
+    images, mask = steps.prepare_batch(pictures)
+    output = jnp.asarray(inputs.images(batch, size, seed=1))
+
+    def forward(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        (y, _), updates = model.apply(
+            variables, images, mask, train=True, mutable=["batch_stats"]
+        )
+        return y, updates
+
+    def network_gradient(params):
+        y, pullback, updates = jax.vjp(forward, params, has_aux=True)
+        return y, pullback(output), updates
+
+    def loss(output, features_fn):
+        terms = losses.inpainting_loss(output, images, mask, features_fn=features_fn)
+        return terms["total"].mean()
+
+    def loss_gradient(output, features_fn):
+        return jax.value_and_grad(loss)(output, features_fn)
+
+    def update(params, grads, opt_state):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return jax.tree.map(jnp.add, params, updates), opt_state
+
+    params = state.params
+    if part == "optimizer":
+        # As in the step: the state is overwritten.
+        compiled, seconds = _compile(
+            update, params, params, state.opt_state, donate_argnums=2
+        )
+        opt_state = state.opt_state
+
+        def call():
+            nonlocal opt_state
+            new_params, opt_state = compiled(params, params, opt_state)
+            jax.block_until_ready((new_params, opt_state))
+
+        return Program(call, seconds)
+    function, argument = {
+        "network forward": (forward, params),
+        "network forward and backward": (network_gradient, params),
+        "VGG16 forward, 3 images": (
+            lambda xs: [features(x) for x in xs],
+            [output, images, ops.composite(output, images, mask)],
+        ),
+        "loss forward and backward": (lambda x: loss_gradient(x, features), output),
+        "loss without VGG16": (lambda x: loss_gradient(x, None), output),
+    }[part]
+    return _compiled(function, argument)
+
+
+def _data(size, batch, workers, count):
+    """The input pipeline, from JPEGs of half a megapixel in a folder."""
+    import tempfile
+    import weakref
+
+    import cv2
+
+    from pconv_jax import data
+
+    # Removed at the end of the process.
+    folder = tempfile.TemporaryDirectory()
+    photos = data.open_source("bundled", split="train")
+    for i in range(32):
+        photo = cv2.resize(photos[i % len(photos)], (800, 600))
+        cv2.imwrite(f"{folder.name}/{i}.jpg", photo[:, :, ::-1])
+    batches = data.train_batches(
+        data.FolderSource(folder.name),
+        batch_size=batch,
+        image_size=size,
+        seed=0,
+        workers=workers,
+    )
+    weakref.finalize(folder, batches.close)
+
+    def call(folder=folder):
+        for _ in range(count // batch):
+            next(batches)
+
+    return Program(call)
+
+
+def _masks(size, batch, count):
+    from pconv_jax import masks
+
+    keys = jax.random.split(jax.random.key(0), batch)
+    return _compiled(jax.vmap(lambda key: masks.random_mask(key, (size, size))), keys)
+
+
+def _compiled(function: Callable, *args) -> Program:
+    compiled, seconds = _compile(function, *args)
+    return Program(lambda: jax.block_until_ready(compiled(*args)), seconds)
+
+
+def _compile(function: Callable, *args, **options):
+    start = time.perf_counter()
+    compiled = jax.jit(function, **options).lower(*args).compile()
+    return compiled, time.perf_counter() - start
+
+
+_PROGRAMS = {
+    "data": _data,
+    "inference": _inference,
+    "layer": _layer,
+    "masks": _masks,
+    "matmul": _matmul,
+    "part": _part,
+    "stage": _stage,
+    "train": _train,
+}

@@ -1,0 +1,267 @@
+"""Measures how fast the package is, on this machine.
+
+    python -m benchmarks.run --suite layer,inference,train,data
+    python -m benchmarks.run --suite inference,train --against torch
+
+prints a table for each case and writes all figures, and the conditions they were taken
+under, into one JSON file, anew after each case. Variants of a case run in turn, each in
+a process of its own. The suite `growth`, together with `inference`, also draws how time
+grows with pixels, batch and hole; `profile` times the parts of the network and of a
+training step.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import cases, plot, timing
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    arguments = _parse(argv)
+    pythons = {"jax": sys.executable, "torch": arguments.torch_python}
+    torch = arguments.against == "torch"
+    if torch:
+        _check_torch(arguments.torch_python)
+    start = time.monotonic()
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "suite")}
+    report: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": _describe_machine(),
+        "versions": {"python": platform.python_version()},
+        "commit": _commit(),
+        "suites": arguments.suite,
+        "settings": settings | {"torch_python": None, "threads": _thread_settings()},
+        "matrix_product_flops_per_s": {},
+        "cases": [],
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def run(case: cases.Case) -> None:
+        case = _select(case, arguments.variants)
+        if not case.variants:
+            return
+        entry = {"suite": case.suite, "case": case.name}
+        entry |= {"items": case.items, "flops": case.flops, "settings": case.variants}
+        report["cases"].append(entry)
+        if arguments.limit and time.monotonic() - start > arguments.limit:
+            entry["skipped"] = f"the limit of {arguments.limit:g} s was reached"
+            print(f"\n{case.suite}: {case.name}: skipped, {entry['skipped']}")
+        else:
+            entry["results"] = timing.compare(
+                case,
+                pythons=pythons,
+                rounds=arguments.rounds,
+                seconds=arguments.seconds,
+                timeout=arguments.timeout,
+            )
+            rates = report["matrix_product_flops_per_s"]
+            timing.summarize(case, entry["results"], rates)
+            _note_conditions(report, entry)
+            print(_format(case, entry["results"]), flush=True)
+        _write(arguments.out, json.dumps(report, indent=1) + "\n")
+
+    options = {"torch": torch, "smoke": arguments.smoke}
+    # The platform is not known before the first process has looked for it.
+    for case in cases.matmul(platform="cpu", **options):
+        run(case)
+    device = report["machine"].get("platform", "cpu")
+    if device != "cpu":
+        for case in cases.matmul(platform=device, **options):
+            run(case)
+    for suite in arguments.suite:
+        for case in cases.make(suite, platform=device, **options):
+            if re.search(arguments.only, case.name):
+                run(case)
+    if "growth" in arguments.suite:
+        _write(arguments.out.with_suffix(".svg"), plot.growth(report))
+    print(f"\nWritten to {arguments.out}.")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--suite",
+        default="layer,inference,train,data",
+        type=_suites,
+        help="which of " + ", ".join(cases.SUITES) + " (%(default)s)",
+    )
+    add("--against", choices=["torch"], help="also measure this framework, in turn")
+    add(
+        "--torch-python",
+        default=sys.executable,
+        metavar="PATH",
+        help="interpreter that has PyTorch, if it is not this one",
+    )
+    add("--only", default="", type=_regex, help="cases whose names match this pattern")
+    add("--variants", default="", type=_regex, help="likewise, of variants")
+    add("--rounds", default=4, type=int, help="turns of each variant (%(default)s)")
+    add("--seconds", default=3.0, type=float, help="of a turn (%(default)s)")
+    add(
+        "--timeout",
+        default=300.0,
+        type=float,
+        help="seconds that a variant may take to compile, or a turn (%(default)s)",
+    )
+    add("--limit", type=float, help="seconds after which no more case is begun")
+    add("--smoke", action="store_true", help="tiny sizes, to see that it all works")
+    add(
+        "--out",
+        type=pathlib.Path,
+        help="the JSON file (by default of the time, in runs/benchmarks)",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be positive, got {arguments.rounds}.")
+    if arguments.out is None:
+        now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+        arguments.out = pathlib.Path("runs/benchmarks") / f"{now}.json"
+    return arguments
+
+
+def _suites(text: str) -> list[str]:
+    suites = text.split(",")
+    for suite in suites:
+        if suite not in cases.SUITES:
+            known = ", ".join(cases.SUITES)
+            raise argparse.ArgumentTypeError(f"there is no {suite!r}, only {known}")
+    return suites
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pattern: {error}") from None
+    return text
+
+
+def _check_torch(python: str) -> None:
+    try:
+        subprocess.run([python, "-c", "import torch"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        sys.exit(
+            f"benchmarks.run: {python} has no PyTorch: install '.[bench]', or name "
+            "another interpreter in --torch-python."
+        )
+
+
+def _select(case: cases.Case, pattern: str) -> cases.Case:
+    """Leaves the variants that match, and the first, which they are related to."""
+    first = next(iter(case.variants))
+    chosen = {
+        name: variant
+        for name, variant in case.variants.items()
+        if name == first or re.search(pattern, name)
+    }
+    return case._replace(variants=chosen)
+
+
+def _describe_machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    memory = None
+    if sys.platform == "linux":
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+        model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        cpu = model.group(1) if model else cpu
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return {
+        "cpu": cpu,
+        "cores": cores,
+        "memory_bytes": memory,
+        "system": platform.platform(),
+    }
+
+
+def _thread_settings() -> dict[str, str]:
+    names = ("XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def _commit() -> str | None:
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    root = pathlib.Path(__file__).parent
+    try:
+        done = subprocess.run(git, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _note_conditions(report: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Moves what processes say of themselves to where it is said once."""
+    for name, result in entry["results"].items():
+        report["versions"] |= result.pop("versions", {})
+        if "error" in result:
+            continue
+        if name.startswith("jax"):
+            report["machine"] |= {k: result[k] for k in ("platform", "device")}
+        if entry["suite"] == "machine":
+            dtype = name.split()[1]
+            rates = report["matrix_product_flops_per_s"]
+            rates[dtype] = max(rates.get(dtype, 0), result["flops_per_s"])
+
+
+def _format(case: cases.Case, results: dict[str, Any]) -> str:
+    """Returns the table of a case."""
+    width = max(len(name) for name in results)
+    first = next(iter(results))
+    kind = case.items[1]
+    lines = [
+        f"\n{case.suite}: {case.name}",
+        f"{'':{width}} {'ms':>9} {'quartiles':>17} {'CPU ms':>9} {kind + '/s':>9} "
+        f"{'GFLOP/s':>8} {'share':>6} {'compile':>8} {'memory':>8}  x {first}",
+    ]
+    for name, r in results.items():
+        if "error" in r:
+            lines.append(f"{name:{width}} not measured: {r['error']}")
+            continue
+        low, high = (f"{1e3 * t:.4g}" for t in r["quartiles_s"])
+        rate, share = r.get("flops_per_s"), r.get("share_of_matrix_product_rate")
+        compile_s, relative = r["compile_s"], r.get("relative")
+        memory = r["device_bytes"] or r["running_bytes"]
+        cells = [
+            f"{name:{width}}",
+            f"{1e3 * r['median_s']:9.4g}",
+            f"{f'{low} - {high}':>17}",
+            f"{1e3 * r['cpu_median_s']:9.4g}",
+            f"{r[f'{kind}_per_s']:9.4g}",
+            f"{rate / 1e9:8.1f}" if rate else " " * 8,
+            f"{share:6.0%}" if share else " " * 6,
+            f"{compile_s:6.1f} s" if compile_s else " " * 8,
+            f"{memory / 1e6:5.0f} MB",
+        ]
+        if relative:
+            spread = f"({relative['least']:.2f} - {relative['most']:.2f})"
+            cells.append(f" {relative['median']:.2f} {spread}")
+        lines.append(" ".join(cells))
+    return "\n".join(lines)
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Replaces a file at once, so that there is always a whole one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Measuring variants in turn, A B A B, each in a process of its own."""
+
+import json
+import pathlib
+import select
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.cases import Case, Variant
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+
+class WorkerError(Exception):
+    """A variant cannot be measured; the message says why."""
+
+
+class Worker:
+    """A process that measures one variant, see `benchmarks.worker`.
+
+    Attributes:
+      about: what it said of itself when it was ready.
+    """
+
+    def __init__(self, python: str, variant: Variant, *, timeout: float):
+        self._timeout = timeout
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.worker", json.dumps(variant)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            cwd=_ROOT,
+            text=True,
+        )
+        try:
+            self.about = self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def measure(self, seconds: float) -> dict[str, Any]:
+        """Lets it measure for some time, and returns its answer."""
+        try:
+            print(seconds, file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # It has ended; reading says why.
+        return self._read()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def _read(self) -> dict[str, Any]:
+        # Answers are single lines, so that none can be left in a buffer.
+        if not select.select([self._process.stdout], [], [], self._timeout)[0]:
+            raise WorkerError(f"no answer within {self._timeout:g} s")
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors if line.strip()]
+        reason = lines[-1] if lines and code > 0 else "it was killed"
+        raise WorkerError(f"ended with {code}: {reason}")
+
+
+def compare(
+    case: Case,
+    *,
+    pythons: Mapping[str, str],
+    rounds: int,
+    seconds: float,
+    timeout: float,
+) -> dict[str, dict[str, Any]]:
+    """Measures the variants of a case in turn.
+
+    Args:
+      case: what to measure.
+      pythons: the interpreter of each framework.
+      rounds: how many turns each variant has.
+      seconds: how long a turn is; but at least one call.
+      timeout: how many seconds a process may take to get ready, or for a turn.
+
+    Returns:
+      For each variant what its process said, the calls' times of each round, and
+      memory; or ``error``, why it could not be measured.
+    """
+    workers: dict[str, Worker] = {}
+    results: dict[str, dict[str, Any]] = {name: {} for name in case.variants}
+    try:
+        for _ in range(rounds):
+            for name, variant in case.variants.items():
+                result = results[name]
+                if "error" in result:
+                    continue
+                try:
+                    if name not in workers:
+                        python = pythons[variant["framework"]]
+                        workers[name] = Worker(python, variant, timeout=timeout)
+                        if not result:
+                            result |= workers[name].about | {"rounds": []}
+                    turn = workers[name].measure(seconds)
+                except WorkerError as error:
+                    results[name] = {"error": str(error)}
+                    if name in workers:
+                        workers.pop(name).close()
+                    continue
+                times = {k: turn.pop(k) for k in ("wall_s", "cpu_s")}
+                result["rounds"].append(times)
+                result |= turn
+                if case.large:
+                    workers.pop(name).close()
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return results
+
+
+def summarize(
+    case: Case, results: dict[str, dict[str, Any]], rates: Mapping[str, float]
+) -> None:
+    """Adds figures that can be compared to what `compare` returns.
+
+    Args:
+      case: what was measured.
+      results: of the variants; changed in place.
+      rates: of matrix products on this machine, in FLOP/s, by dtype.
+    """
+    measured = {n: r for n, r in results.items() if "error" not in r}
+    for name, result in measured.items():
+        rate = rates.get(case.variants[name].get("dtype", "float32"))
+        walls = [t for turn in result["rounds"] for t in turn["wall_s"]]
+        cpus = [t for turn in result["rounds"] for t in turn["cpu_s"]]
+        median = statistics.median(walls)
+        result |= {
+            "calls": len(walls),
+            "median_s": median,
+            "fastest_s": min(walls),
+            "quartiles_s": _quartiles(walls),
+            "cpu_median_s": statistics.median(cpus),
+            f"{case.items[1]}_per_s": case.items[0] / median,
+        }
+        if case.flops:
+            result["flops_per_s"] = case.flops / median
+        if case.flops and rate:
+            result["share_of_matrix_product_rate"] = case.flops / median / rate
+    first = results[next(iter(results))]
+    for result in measured.values():
+        if "error" not in first:
+            result["relative"] = _relative(result["rounds"], first["rounds"])
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    if len(values) < 2:
+        return [values[0]] * 2
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+def _relative(rounds, others) -> dict[str, float]:
+    """Compares turns that followed each other: what slows both cancels out."""
+    ratios = [
+        statistics.median(a["wall_s"]) / statistics.median(b["wall_s"])
+        for a, b in zip(rounds, others)
+    ]
+    return {
+        "median": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+    }

@@ -1,0 +1,109 @@
+"""The process that measures one variant of a case, whenever it is told to.
+
+    python -m benchmarks.worker '{"framework": "jax", "program": ...}'
+
+It builds the program, compiles it, calls it once and answers with a line of JSON on
+stdout. Then it reads, line by line, for how many seconds to measure, answers with the
+times of the calls, and ends with its input.
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+_MAX_CALLS = 1000
+
+
+class Program(NamedTuple):
+    """What a variant is built to.
+
+    Attributes:
+      call: does the work once, and returns when it is done.
+      compile_s: how long compiling it took, in seconds; None if nothing is compiled.
+    """
+
+    call: Callable[[], None]
+    compile_s: float | None = None
+
+
+def measure(call: Callable[[], None], seconds: float) -> dict[str, list[float]]:
+    """Calls for some time, at least once, and returns the seconds of each call.
+
+    The first of several calls is left out: it finds caches and threads cold, and what
+    was prefetched since the last turn.
+    """
+    walls, cpus = [], []
+    end = time.perf_counter() + seconds
+    while not walls or len(walls) < _MAX_CALLS and _now() + walls[-1] < end:
+        wall, cpu = _now(), time.process_time()
+        call()
+        walls.append(_now() - wall)
+        cpus.append(time.process_time() - cpu)
+    first = 1 if len(walls) >= 3 else 0
+    return {"wall_s": walls[first:], "cpu_s": cpus[first:]}
+
+
+def peak_memory() -> int:
+    """Returns the most memory, in bytes, that this process has been resident in.
+
+    On Linux, since `reset_peak_memory`.
+    """
+    try:
+        with open("/proc/self/status") as file:
+            line = next(line for line in file if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory() -> None:
+    """Lets `peak_memory` start anew, where the system can."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def _now() -> float:
+    return time.perf_counter()
+
+
+def main() -> None:
+    """Builds what the first argument says, and measures."""
+    # What libraries print must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**fields: Any) -> None:
+        print(json.dumps(fields), file=answers, flush=True)
+
+    settings = json.loads(sys.argv[1])
+    framework = importlib.import_module(
+        f"benchmarks.{settings.pop('framework')}_programs"
+    )
+    about = framework.describe()
+    imported = peak_memory()
+    program = framework.build(**settings)
+    program.call()
+    answer(
+        **about,
+        compile_s=program.compile_s,
+        imported_bytes=imported,
+        peak_bytes=peak_memory(),
+    )
+    reset_peak_memory()
+    for line in sys.stdin:
+        times = measure(program.call, float(line))
+        device = framework.peak_device_memory()
+        answer(**times, running_bytes=peak_memory(), device_bytes=device)
+
+
+if __name__ == "__main__":
+    main()
