@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,8 @@ from benchmarks import cases, plot, timing
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments = _parse(argv)
+    # So that a time limit from outside leaves results, and no processes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks.run: stopped."))
     pythons = {"jax": sys.executable, "torch": arguments.torch_python}
     torch = arguments.against == "torch"
     if torch:
@@ -48,9 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
 
     def run(case: cases.Case) -> None:
-        case = _select(case, arguments.variants)
-        if not case.variants:
+        chosen = {
+            name: variant
+            for name, variant in case.variants.items()
+            if re.search(arguments.variants, name)
+        }
+        if not chosen:
             return
+        case = case._replace(variants=chosen)
         entry = {"suite": case.suite, "case": case.name}
         entry |= {"items": case.items, "flops": case.flops, "settings": case.variants}
         report["cases"].append(entry)
@@ -58,17 +66,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             entry["skipped"] = f"the limit of {arguments.limit:g} s was reached"
             print(f"\n{case.suite}: {case.name}: skipped, {entry['skipped']}")
         else:
-            entry["results"] = timing.compare(
-                case,
-                pythons=pythons,
-                rounds=arguments.rounds,
-                seconds=arguments.seconds,
-                timeout=arguments.timeout,
-            )
-            rates = report["matrix_product_flops_per_s"]
-            timing.summarize(case, entry["results"], rates)
-            _note_conditions(report, entry)
-            print(_format(case, entry["results"]), flush=True)
+            entry["load_average"] = os.getloadavg()[0]
+            results = entry["results"] = {}
+            try:
+                timing.compare(
+                    case,
+                    results,
+                    pythons=pythons,
+                    rounds=arguments.rounds,
+                    seconds=arguments.seconds,
+                    timeout=arguments.timeout,
+                )
+            finally:  # What there is when the command is stopped is kept.
+                rates = report["matrix_product_flops_per_s"]
+                timing.summarize(case, results, rates)
+                _note_conditions(report, entry)
+                _write(arguments.out, json.dumps(report, indent=1) + "\n")
+            print(_format(case, results), flush=True)
+            busiest = max((r.get("others") or 0 for r in results.values()), default=0)
+            if busiest > 0.05:
+                print(f"Other processes took up to {busiest:.0%} of the cores.")
         _write(arguments.out, json.dumps(report, indent=1) + "\n")
 
     options = {"torch": torch, "smoke": arguments.smoke}
@@ -159,17 +176,6 @@ def _check_torch(python: str) -> None:
             f"benchmarks.run: {python} has no PyTorch: install '.[bench]', or name "
             "another interpreter in --torch-python."
         )
-
-
-def _select(case: cases.Case, pattern: str) -> cases.Case:
-    """Leaves the variants that match, and the first, which they are related to."""
-    first = next(iter(case.variants))
-    chosen = {
-        name: variant
-        for name, variant in case.variants.items()
-        if name == first or re.search(pattern, name)
-    }
-    return case._replace(variants=chosen)
 
 
 def _describe_machine() -> dict[str, Any]:

@@ -6,7 +6,7 @@ import select
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.cases import Case, Variant
@@ -72,46 +72,44 @@ class Worker:
 
 def compare(
     case: Case,
+    results: dict[str, dict[str, Any]],
     *,
     pythons: Mapping[str, str],
     rounds: int,
     seconds: float,
     timeout: float,
-) -> dict[str, dict[str, Any]]:
+) -> None:
     """Measures the variants of a case in turn.
 
     Args:
       case: what to measure.
+      results: filled, so that nothing is lost if this is interrupted: for each variant
+        what its process said, the calls' times of each round, and memory; or ``error``,
+        why it could not be measured.
       pythons: the interpreter of each framework.
       rounds: how many turns each variant has.
       seconds: how long a turn is; but at least one call.
       timeout: how many seconds a process may take to get ready, or for a turn.
-
-    Returns:
-      For each variant what its process said, the calls' times of each round, and
-      memory; or ``error``, why it could not be measured.
     """
     workers: dict[str, Worker] = {}
-    results: dict[str, dict[str, Any]] = {name: {} for name in case.variants}
     try:
         for _ in range(rounds):
             for name, variant in case.variants.items():
-                result = results[name]
-                if "error" in result:
+                if "error" in results.get(name, {}):
                     continue
                 try:
                     if name not in workers:
                         python = pythons[variant["framework"]]
                         workers[name] = Worker(python, variant, timeout=timeout)
-                        if not result:
-                            result |= workers[name].about | {"rounds": []}
-                    turn = workers[name].measure(seconds)
+                    worker = workers[name]
+                    turn = worker.measure(seconds)
                 except WorkerError as error:
                     results[name] = {"error": str(error)}
                     if name in workers:
                         workers.pop(name).close()
                     continue
-                times = {k: turn.pop(k) for k in ("wall_s", "cpu_s")}
+                times = {k: turn.pop(k) for k in ("wall_s", "cpu_s", "others")}
+                result = results.setdefault(name, worker.about | {"rounds": []})
                 result["rounds"].append(times)
                 result |= turn
                 if case.large:
@@ -119,7 +117,6 @@ def compare(
     finally:
         for worker in workers.values():
             worker.close()
-    return results
 
 
 def summarize(
@@ -144,16 +141,20 @@ def summarize(
             "fastest_s": min(walls),
             "quartiles_s": _quartiles(walls),
             "cpu_median_s": statistics.median(cpus),
+            "others": _largest(turn["others"] for turn in result["rounds"]),
             f"{case.items[1]}_per_s": case.items[0] / median,
         }
         if case.flops:
             result["flops_per_s"] = case.flops / median
         if case.flops and rate:
             result["share_of_matrix_product_rate"] = case.flops / median / rate
-    first = results[next(iter(results))]
-    for result in measured.values():
-        if "error" not in first:
-            result["relative"] = _relative(result["rounds"], first["rounds"])
+    first = measured.get(next(iter(case.variants)))
+    for result in measured.values() if first else ():
+        result["relative"] = _relative(result["rounds"], first["rounds"])
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((v for v in values if v is not None), default=None)
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:

@@ -31,21 +31,29 @@ class Program(NamedTuple):
     compile_s: float | None = None
 
 
-def measure(call: Callable[[], None], seconds: float) -> dict[str, list[float]]:
-    """Calls for some time, at least once, and returns the seconds of each call.
+def measure(call: Callable[[], None], seconds: float) -> dict[str, Any]:
+    """Calls for some time, at least once.
 
-    The first of several calls is left out: it finds caches and threads cold, and what
-    was prefetched since the last turn.
+    Returns:
+      The seconds of each call, and which share of all cores other processes took
+      meanwhile, None if unknown. The first of several calls is left out: it finds
+      caches and threads cold, and what was prefetched since the last turn.
     """
     walls, cpus = [], []
-    end = time.perf_counter() + seconds
+    end = _now() + seconds
+    start, busy, own = _now(), _busy_seconds(), time.process_time()
     while not walls or len(walls) < _MAX_CALLS and _now() + walls[-1] < end:
         wall, cpu = _now(), time.process_time()
         call()
         walls.append(_now() - wall)
         cpus.append(time.process_time() - cpu)
+    others = None
+    if busy is not None:
+        own = time.process_time() - own
+        others = _busy_seconds() - busy - own
+        others = max(0.0, others / (_now() - start) / (os.cpu_count() or 1))
     first = 1 if len(walls) >= 3 else 0
-    return {"wall_s": walls[first:], "cpu_s": cpus[first:]}
+    return {"wall_s": walls[first:], "cpu_s": cpus[first:], "others": others}
 
 
 def peak_memory() -> int:
@@ -69,6 +77,19 @@ def reset_peak_memory() -> None:
             file.write("5")
     except OSError:
         pass
+
+
+def _busy_seconds() -> float | None:
+    """Returns for how long all cores together have worked since the system started."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, irq, softirq, steal = map(
+                int, file.readline().split()[1:9]
+            )
+    except OSError:
+        return None
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _now() -> float:
