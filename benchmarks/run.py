@@ -257,7 +257,8 @@ def _format(case: cases.Case, results: dict[str, Any]) -> str:
         ]
         if relative:
             spread = f"({relative['least']:.2f} - {relative['most']:.2f})"
-            cells.append(f" {relative['median']:.2f} {spread}")
+            cpu = f"CPU {r['cpu_relative']['median']:.2f}"
+            cells.append(f" {relative['median']:.2f} {spread}, {cpu}")
         lines.append(" ".join(cells))
     return "\n".join(lines)
 

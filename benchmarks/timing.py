@@ -150,7 +150,8 @@ def summarize(
             result["share_of_matrix_product_rate"] = case.flops / median / rate
     first = measured.get(next(iter(case.variants)))
     for result in measured.values() if first else ():
-        result["relative"] = _relative(result["rounds"], first["rounds"])
+        for key, name in (("wall_s", "relative"), ("cpu_s", "cpu_relative")):
+            result[name] = _relative(result["rounds"], first["rounds"], key)
 
 
 def _largest(values: Iterable[float | None]) -> float | None:
@@ -164,10 +165,10 @@ def _quartiles(values: Sequence[float]) -> list[float]:
     return [low, high]
 
 
-def _relative(rounds, others) -> dict[str, float]:
+def _relative(rounds, others, key) -> dict[str, float]:
     """Compares turns that followed each other: what slows both cancels out."""
     ratios = [
-        statistics.median(a["wall_s"]) / statistics.median(b["wall_s"])
+        statistics.median(a[key]) / statistics.median(b[key])
         for a, b in zip(rounds, others)
     ]
     return {
