@@ -53,22 +53,25 @@ def device_count() -> int:
     return jax.device_count()
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Checks that every device gets an equal share of a batch.
+def check_batch_size(batch_size: int, *, parts: int = 1) -> None:
+    """Checks that a batch can be divided among the devices.
+
+    Args:
+      batch_size: of all devices together.
+      parts: that each device's share is divided into again.
 
     Raises:
-      ValueError: if it does not; with the batch sizes next to it that would do.
+      ValueError: if it cannot; with the batch sizes next to it that would do.
     """
     devices = device_count()
-    if batch_size < 1 or batch_size % devices:
-        below, above = (
-            batch_size // devices * devices,
-            -(-batch_size // devices) * devices,
-        )
-        sizes = " or ".join(str(n) for n in (below, above) if n > 0) or str(devices)
+    shares = devices * parts
+    if batch_size < 1 or batch_size % shares:
+        below, above = batch_size // shares * shares, -(-batch_size // shares) * shares
+        sizes = " or ".join(str(n) for n in (below, above) if n > 0) or str(shares)
+        each = f" of {parts} parts each" if parts > 1 else ""
         raise ValueError(
-            f"batch_size = {batch_size} cannot be divided among {devices} devices: "
-            f"use {sizes}, or fewer devices."
+            f"batch_size = {batch_size} cannot be divided among {devices} devices"
+            f"{each}: use {sizes}, or fewer devices."
         )
 
 

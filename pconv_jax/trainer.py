@@ -85,7 +85,7 @@ def train_and_evaluate(
         newest checkpoint is from before.
     """
     experiment.check(config)
-    parallel.check_batch_size(config.batch_size)
+    parallel.check_batch_size(config.batch_size, parts=config.accumulate)
     workdir = pathlib.Path(workdir)
     _check_workdir(workdir, config)
     with _Run(config, workdir) as run, parallel.stop_requests() as stop_requested:
@@ -127,7 +127,9 @@ class _Run:
         self.train_source = experiment.get_source(config, "train")
         self.validation_source = experiment.get_source(config, "validation")
         feature_params = self._load_feature_params()
-        self.features = feature_params and vgg.features_of(feature_params)
+        self.features = feature_params and functools.partial(
+            vgg.features_of(feature_params), dtype=self.model.dtype
+        )
         self.feature_params = parallel.replicate(feature_params)
         self.last_step = get_phases(config)[-1].stop
         self.stopped = False
@@ -221,6 +223,7 @@ class _Run:
                 loss_weights=losses.LossWeights(**config.loss),
                 draw_mask=draw_mask,
                 freeze_encoder_norm=phase.freeze_encoder_norm,
+                accumulate=config.accumulate,
             )
         )
 
