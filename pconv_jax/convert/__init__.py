@@ -10,6 +10,7 @@ from pconv_jax.convert.importers import Project as Project
 from pconv_jax.convert.importers import import_layers as import_layers
 from pconv_jax.convert.importers import import_network as import_network
 from pconv_jax.convert.published import Published as Published
+from pconv_jax.convert.published import find_published as find_published
 from pconv_jax.convert.vgg_file import VGG16_URL as VGG16_URL
 from pconv_jax.convert.vgg_file import download_vgg16 as download_vgg16
 from pconv_jax.convert.vgg_file import read_vgg as read_vgg

@@ -18,8 +18,8 @@ class Published(NamedTuple):
 
     Attributes:
       url: of the file.
-      name: in the cache. Ends it in ``-`` and the first eight digits of the file's
-        SHA-256, then that is checked.
+      name: in the cache. If it ends in ``-`` and eight digits, as in
+        ``vgg16-397923af.pth``, the file's SHA-256 must begin with them.
       variable: of the environment, that may name the file, or one of like content.
     """
 
@@ -27,32 +27,44 @@ class Published(NamedTuple):
     name: str
     variable: str
 
-    def find(self) -> Path:
-        """Finds the file.
 
-        It is looked for where the environment says, then in the cache (``PCONV_CACHE``,
-        by default ``~/.cache/pconv_jax``), and at last fetched into the cache.
+def find_published(*files: Published) -> list[Path]:
+    """Finds files of weights, or downloads them.
 
-        Raises:
-          ValueError: if there is none, in one line that says where to put it.
-        """
-        if path := os.environ.get(self.variable):
-            return Path(path).expanduser()
-        cache = Path(os.environ.get("PCONV_CACHE", "~/.cache/pconv_jax")).expanduser()
-        path = cache / self.name
-        if path.exists():
-            return path
+    Each is looked for where the environment says, then in the cache (``PCONV_CACHE``,
+    by default ``~/.cache/pconv_jax``), and at last fetched into the cache.
+
+    Args:
+      *files: small ones first, which saves the download of the others if one fails.
+
+    Returns:
+      A path for each.
+
+    Raises:
+      ValueError: if one cannot be had, in a line that says of all where to put them.
+    """
+    cache = Path(os.environ.get("PCONV_CACHE", "~/.cache/pconv_jax")).expanduser()
+    paths, missing = [], []
+    for file in files:
+        named = os.environ.get(file.variable)
+        paths.append(Path(named).expanduser() if named else cache / file.name)
+        if not named and not paths[-1].exists():
+            missing.append(file)
+    for i, file in enumerate(missing):
         try:
-            _download(self.url, path)
+            _download(file.url, cache / file.name)
         except (OSError, ValueError) as error:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()  # It holds the connection.
+            todo = ", and ".join(
+                f"{url} and put it here as {cache / name}, or name it in {variable}"
+                for url, name, variable in missing[i:]
+            )
             raise ValueError(
-                f"There is no {self.name}: {self.url} cannot be downloaded ({error}). "
-                f"On a machine with a network, fetch that file, put it here as {path}, "
-                f"or name it in {self.variable}."
+                f"There is no {file.name}, and it cannot be downloaded ({error}). On a "
+                f"machine with a network, fetch {todo}."
             ) from error
-        return path
+    return paths
 
 
 def _download(url: str, path: Path) -> None:

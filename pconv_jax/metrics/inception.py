@@ -270,7 +270,7 @@ def load_params() -> Params:
       ValueError: If there are none, saying in a line where to put which file; or if it
         is another file, naming all that is missing, mis-shaped or not finite.
     """
-    path = _PUBLISHED.find()
+    (path,) = convert.find_published(_PUBLISHED)
     arrays = convert.read_arrays(path)
     image = jnp.zeros((1, _SIZE, _SIZE, 3))
     shapes = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)
@@ -300,10 +300,9 @@ def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
     """Returns the Fréchet distance of Gaussians fitted to two sets of features.
 
     |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), with means m and covariances C;
-    of Inception's features it is the FID. The last trace is taken as the sum of the
-    singular values of X_a X_b^T, where C = X^T X of the centred features X: so no root
-    of a matrix is needed, and where there are fewer samples than features, which makes
-    covariances singular, no digits are lost.
+    of Inception's features it is the FID. With C_a = X^T X of the centred features X,
+    the eigenvalues of C_a C_b are those of X C_b X^T, and zeros. This is symmetric: the
+    sum of their roots is the trace, and no root of a matrix is needed.
 
     Fewer samples give larger values, of the same distribution even: compare only values
     of as many. Where they are fewer than the features there is a warning in the log.
@@ -330,17 +329,17 @@ def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
     samples = min(len(a), len(b))
     if samples < a.shape[1]:
         _logger.warning(
-            "A Fréchet distance of %d samples of %d features is too large by far; "
-            "compare it only with those of as many samples.",
+            "A Fréchet distance of %d samples of %d features lies far above that of "
+            "many; compare it only with those of as many samples.",
             samples,
             a.shape[1],
         )
     offset = a.mean(axis=0) - b.mean(axis=0)
-    # X^T X = R^T R, where R has no more rows than columns.
-    a, b = (
-        np.linalg.qr(x - x.mean(axis=0), mode="r") / np.sqrt(len(x) - 1) for x in (a, b)
-    )
-    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b))
+    if len(a) > a.shape[1]:
+        a = np.linalg.qr(a, mode="r")  # Of which X^T X is the same.
+    squares = np.linalg.eigvalsh(a @ (b.T @ b) @ a.T)
+    cross = np.sqrt(squares.clip(0)).sum()
     distance = offset @ offset + np.sum(a * a) + np.sum(b * b) - 2 * cross
     return max(float(distance), 0.0)  # Rounding can make nothing less than that.
 

@@ -157,7 +157,7 @@ def distance(params: Params, a: ArrayLike, b: ArrayLike) -> jax.Array:
       b: Images of the same shape.
 
     Returns:
-      Float32 ``[N]``, 0 for equal images, seldom above 1.
+      Float32 ``[N]`` of at least 0, 0 for equal images.
 
     Raises:
       ValueError: If the shapes are not equal, not of RGB images, or too small.
@@ -172,7 +172,7 @@ def load_params(net: str = "alex") -> Params:
     Each of the two files is looked for where an environment variable says
     (``PCONV_ALEXNET`` and ``PCONV_LPIPS_ALEX``, ``PCONV_VGG16`` and
     ``PCONV_LPIPS_VGG``), in the cache (``PCONV_CACHE``), and where it was published: by
-    torchvision (244 or 553 MB) and by the LPIPS project (6 kB).
+    torchvision (about 240 or 550 MB) and by the LPIPS project (6 kB).
 
     Args:
       net: ``'alex'`` or ``'vgg'``.
@@ -186,9 +186,8 @@ def load_params(net: str = "alex") -> Params:
     """
     if net not in _NETWORKS:
         raise ValueError(f"net must be 'alex' or 'vgg', got {net!r}")
-    # The small file first: without it there is no use for the large one.
-    heads = _NETWORKS[net].heads.find()
-    trunk = _NETWORKS[net].trunk.find()
+    network = _NETWORKS[net]
+    heads, trunk = convert.find_published(network.heads, network.trunk)
     image = jnp.zeros((1, 32, 32, 3))
     shapes = jax.eval_shape(LPIPS(net).init, jax.random.key(0), image, image)["params"]
     weights = {name: shapes.pop(name) for name in list(shapes) if name[:3] == "lin"}
