@@ -325,7 +325,6 @@ class _Run:
             self._variables(),
             self.validation_source,
             image_size=self.config.image_size,
-            batch_size=self.config.batch_size,
             examples=self.config.validation_examples,
             progress=self.primary,
         )
