@@ -39,6 +39,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the masks and of the intervals.")
 _BUDGET = flags.DEFINE_float(
     "time_budget", 60.0, "Seconds that a method other than a network has for a picture."
 )
+_LEARNED = flags.DEFINE_bool(
+    "learned", True, "LPIPS, FID and Inception Score, if their weights can be had."
+)
 _OUT = flags.DEFINE_string("out", None, "Directory to write to.")
 
 
@@ -58,6 +61,7 @@ def main(_):
             image_size=_SIZE.value,
             seed=_SEED.value,
             time_budget=_BUDGET.value,
+            learned=_LEARNED.value,
             out=_OUT.value,
         )
     except ValueError as error:

@@ -1,4 +1,5 @@
 import csv
+import functools
 import io
 import json
 import os
@@ -19,8 +20,11 @@ from pconv_jax import config as experiment
 from pconv_jax import data, evaluator, masks, pretrained
 from pconv_jax.checkpoint import Checkpoints
 from pconv_jax.evaluator import evaluation as evaluation_lib
+from pconv_jax.evaluator import learned as learned_lib
 from pconv_jax.evaluator import methods, report
+from pconv_jax.evaluator.learned import Learned
 from pconv_jax.evaluator.records import Store
+from pconv_jax.metrics import inception
 from pconv_jax.unet import PConvUNet
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -353,6 +357,103 @@ def test_sizes_that_do_not_suit_end_in_a_sentence(variables):
         make_protocol(examples=0)
 
 
+# Networks of other people.
+
+
+def test_metrics_with_networks_are_left_out_where_there_are_no_weights(
+    tmp_path, monkeypatch
+):
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setenv("PCONV_CACHE", str(tmp_path))
+    for name in ("ALEXNET", "LPIPS_ALEX", "INCEPTION"):
+        monkeypatch.delenv(f"PCONV_{name}", raising=False)
+    learned = Learned(image_size=SIZE)
+    evaluation = evaluator.compare(
+        [Fake("a")], make_protocol(examples=1), learned=learned, progress=False
+    )
+    assert evaluation.metrics == ["l1", "l1_hole", "psnr", "ssim"]
+    first, second = evaluation.left_out
+    assert first.startswith("lpips: There is no ") and "PCONV_ALEXNET" in first
+    assert second.startswith("fid, inception_score: There is no ")
+    assert first in str(evaluation)
+    assert "lpips: it takes pictures of 31 pixels" in Learned(image_size=16).left_out[0]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Cheap networks in place of AlexNet and Inception."""
+
+    def load_lpips():
+        return {"gain": np.float32(2)}
+
+    def load_inception():
+        return {"bias": np.float32(1)}
+
+    def distance(params, a, b):
+        return params["gain"] * jnp.abs(a - b).max(axis=(1, 2, 3))
+
+    def features_and_logits(params, images):
+        blocks = images.reshape(len(images), 4, SIZE // 4, 4, SIZE // 4, 3) / 255.0
+        means = blocks.mean((2, 4)).reshape(len(images), -1)
+        return jnp.tile(means, (1, 43))[:, :2048] + params["bias"], means[:, :8] * 9
+
+    monkeypatch.setattr(learned_lib.lpips, "load_params", load_lpips)
+    monkeypatch.setattr(learned_lib.lpips, "distance", distance)
+    monkeypatch.setattr(learned_lib.inception, "load_params", load_inception)
+    monkeypatch.setattr(
+        learned_lib.inception, "features_and_logits", features_and_logits
+    )
+    learned_lib._compile_lpips.cache_clear()
+    learned_lib._compile_inception.cache_clear()
+    yield distance, features_and_logits
+    learned_lib._compile_lpips.cache_clear()
+    learned_lib._compile_inception.cache_clear()
+
+
+def test_metrics_with_networks_are_of_the_composites(stand_ins, tmp_path):
+    distance, features_and_logits = stand_ins
+    half, pairs = Fake("half", lambda image, mask: image // 2), make_protocol()
+    learned = Learned(image_size=SIZE)
+    evaluate = functools.partial(
+        evaluator.compare,
+        protocol=pairs,
+        learned=learned,
+        directory=tmp_path,
+        progress=False,
+    )
+    evaluation = evaluate([half])
+    place = {"method": "half", "hole_bin": 3, "border": True}
+    given = [
+        (image, mask)
+        for image, mask in half.given
+        if masks.hole_bin(masks.hole_ratio(mask)) == 3 and masks.touches_border(mask)
+    ]
+    truth = np.stack([image for image, _ in given])
+    comp = np.stack([np.where(m == 1, i, i // 2) for i, m in given])
+    features, logits = features_and_logits({"bias": 1}, comp)
+    fid = inception.frechet_distance(
+        features, features_and_logits({"bias": 1}, truth)[0]
+    )
+    score, _ = inception.inception_score(logits, splits=1)
+    mean = evaluation.mean(**place)
+    assert mean["fid"] == pytest.approx(fid, abs=1e-3) and fid > 0.1
+    assert mean["inception_score"] == pytest.approx(score, rel=1e-4)
+    expected = distance({"gain": 2}, comp / 255, truth / 255)
+    found = [e["lpips"] for e in evaluation.select(**place)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert evaluation.summary()[0]["fid"]["low"] is None
+    assert "fid (lower is better)" in str(evaluation.format(markdown=True))
+    # Features are kept, too.
+    again = evaluate([Fake("half", fails=lambda i: "must not be asked again")])
+    assert again.sets == evaluation.sets
+    evaluator.write_results(tmp_path, again, pairs, [half], about={})
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg viewBox='0 0") == 7
+
+
 # Records.
 
 
@@ -470,7 +571,7 @@ def run(tmp_path_factory, variables):
 
 
 def test_a_run_is_evaluated_as_it_was_trained(run):
-    evaluation = evaluator.evaluate_run(run)
+    evaluation = evaluator.evaluate_run(run, learned=False)
     out = run / "evaluation"
     results = json.loads((out / "results.json").read_text())
     assert results["step"] == 7 and results["warnings"] == ["a warning"]
@@ -499,6 +600,7 @@ def test_networks_of_releases_beside_each_other(run, variables, tmp_path):
         config=tiny_config(),
         methods=["pconv", f"again={run}", f"third={weights}"],
         examples=1,
+        learned=False,
         out=tmp_path / "out",
     )
     assert evaluation.methods == ["pconv", "again", "third"]
@@ -525,7 +627,7 @@ def test_mistakes_end_in_a_sentence(run, options, message):
     if "workdir" in options:
         options = options | {"workdir": options["workdir"] or run}
     with pytest.raises(ValueError, match=message):
-        evaluator.evaluate_run(**options)
+        evaluator.evaluate_run(**options, learned=False)
 
 
 # Real processes.
@@ -577,7 +679,7 @@ def test_devices_and_kills_change_nothing_and_opencv_agrees(run, tmp_path):
     )
     arguments = [f"--workdir={run}", "--image_size=48", "--examples=3"]
     arguments += [f"--images={tmp_path / 'photos'}", f"--masks={tmp_path / 'masks'}"]
-    arguments += ["--methods=pconv,telea,navier_stokes,patchmatch"]
+    arguments += ["--nolearned", "--methods=pconv,telea,navier_stokes,patchmatch"]
     one = start(1, *arguments, f"--out={tmp_path / 'one'}")
     killed = start(4, *arguments, f"--out={tmp_path / 'four'}")
     records = tmp_path / "four" / "records"

@@ -17,10 +17,11 @@ from pconv_jax import __version__, data, masks, parallel, steps, writers
 from pconv_jax import config as experiment
 from pconv_jax.evaluator import methods as methods_lib
 from pconv_jax.evaluator import report, results
+from pconv_jax.evaluator.learned import Learned, set_metrics
 from pconv_jax.evaluator.methods import Method, Network
 from pconv_jax.evaluator.protocol import Protocol, draw_masks
-from pconv_jax.evaluator.records import Record, Store
-from pconv_jax.evaluator.results import METRICS, Evaluation
+from pconv_jax.evaluator.records import Key, Record, Store
+from pconv_jax.evaluator.results import ALL_METRICS, METRICS, Evaluation
 from pconv_jax.unet import PConvUNet
 
 _BATCH = 4  # Pictures that are worked on at once; more if there are more devices.
@@ -64,32 +65,38 @@ def compare(
     methods: Sequence[Method],
     protocol: Protocol,
     *,
+    learned: Learned | None = None,
     directory: str | pathlib.Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluates methods on the same pairs of pictures and masks.
 
-    With several processes, each of them has to call this, and all get the result.
+    With several processes, each of them has to call this, and all get the result; they
+    cannot keep records.
 
     Args:
       methods: what to compare. Differences are taken from the first one.
       protocol: the pairs.
+      learned: the networks of LPIPS, FID and Inception Score; None leaves these out.
       directory: where to keep records as they come, so that the same call goes on where
         one that was killed stopped; None keeps none.
       progress: whether to show a progress bar.
 
     Raises:
       ValueError: if a network does not suit the size of the pictures, or too many
-        pictures cannot be read.
+        pictures cannot be read; or if several processes are to keep records.
     """
+    if directory and parallel.process_count() > 1:
+        raise ValueError("directory must be None where there are several processes.")
     for method in methods:
         _check_size(method, protocol.image_size)
     store = Store(directory and pathlib.Path(directory))
     for method in methods:
         of_pairs = protocol.fingerprint if directory else ""
         of_method = method.fingerprint if directory else ""
-        definitions = [metric.definition for metric in METRICS.values()]
-        store.open(method.name, json.dumps([of_pairs, of_method, definitions]))
+        about = [of_pairs, of_method, learned and learned.fingerprint]
+        about += [metric.definition for metric in METRICS.values()]
+        store.open(method.name, json.dumps(about))
     devices = parallel.device_count()
     size = -(-_BATCH // devices) * devices
     total = len(methods) * len(protocol.classes) * protocol.examples
@@ -105,11 +112,22 @@ def compare(
                 for method in todo:
                     bar.set_postfix_str(method.name)
                     places = [_place(protocol, *key) for key in keys]
-                    numbers = _evaluate_batch(method, images, mask)
+                    numbers = _evaluate_batch(method, images, mask, learned)
+                    if "features" in numbers[0]:
+                        store.add_features(
+                            method.name,
+                            _rows(protocol, keys),
+                            np.stack([row.pop("features") for row in numbers]),
+                            capacity=len(protocol.classes) * protocol.examples,
+                        )
                     records = map(_make_record, [method] * len(keys), places, numbers)
                     store.add(method.name, records)
                     bar.update(len(index))
-    return _collect(methods, protocol, store)
+    evaluation = _collect(methods, protocol, store)
+    if learned:
+        evaluation.left_out.extend(learned.left_out)
+        evaluation.sets.update(_score_sets(evaluation, protocol, store, learned))
+    return evaluation
 
 
 def evaluate_run(
@@ -126,6 +144,7 @@ def evaluate_run(
     image_size: int | None = None,
     seed: int = 0,
     time_budget: float = 60.0,
+    learned: bool = True,
     out: str | pathlib.Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -150,6 +169,8 @@ def evaluate_run(
       image_size: side of the squares, in pixels; None for the experiment's.
       seed: of masks and intervals.
       time_budget: seconds that a classical method may take for a picture.
+      learned: whether to compute LPIPS, FID and Inception Score, if the weights of
+        their networks are there or can be downloaded.
       out: directory to write to; by default ``evaluation`` in the workdir, or for a
         release ``runs/NAME-evaluation``.
       progress: whether to show a progress bar.
@@ -188,12 +209,15 @@ def evaluate_run(
     out = pathlib.Path(out)
     try:
         evaluation = compare(
-            chosen, protocol, directory=out / "records", progress=progress
+            chosen,
+            protocol,
+            learned=Learned(image_size=protocol.image_size) if learned else None,
+            directory=out / "records",
+            progress=progress,
         )
-        if parallel.process_index() == 0:
-            about = {"step": trained.about["step"], "config": config.to_dict()}
-            about |= {"warnings": trained.about["warnings"]}
-            write_results(out, evaluation, protocol, chosen, about=about)
+        about = {"step": trained.about["step"], "config": config.to_dict()}
+        about |= {"warnings": trained.about["warnings"]}
+        write_results(out, evaluation, protocol, chosen, about=about)
     finally:
         for method in chosen:
             method.close()
@@ -223,7 +247,7 @@ def write_results(
         **about,
         "protocol": protocol.describe(),
         "methods": descriptions,
-        "metrics": {m: METRICS[m]._asdict() for m in evaluation.metrics},
+        "metrics": {m: ALL_METRICS[m]._asdict() for m in evaluation.metrics},
         "intervals": results.INTERVALS,
         "left_out": evaluation.left_out,
         "table": evaluation.table(),
@@ -389,7 +413,7 @@ def _check_size(method: Method, image_size: int) -> None:
 
 
 def _evaluate_batch(
-    method: Method, images: np.ndarray, mask: np.ndarray
+    method: Method, images: np.ndarray, mask: np.ndarray, learned: Learned | None
 ) -> list[dict[str, Any]]:
     """Fills and scores a batch; returns the numbers of each example."""
     processes = parallel.process_count()
@@ -401,6 +425,9 @@ def _evaluate_batch(
     batch = {"image": images[own], "mask": mask[own]}
     filled = method.fill(batch["image"], batch["mask"])
     scores = _compile_score_step()({}, batch | {"output": filled.pictures})
+    if learned:
+        comp = np.where(batch["mask"] == 0, filled.pictures, batch["image"])
+        scores |= learned.distances(comp, batch["image"]) | learned.features(comp)
     # Processes exchange arrays, not texts.
     texts = np.array([e.encode()[:_ERROR_LENGTH] for e in filled.errors])
     errors = texts.astype(f"S{_ERROR_LENGTH}").view(np.uint8)
@@ -411,6 +438,32 @@ def _evaluate_batch(
     for row in rows:
         row["error"] = bytes(row["error"]).rstrip(b"\0").decode(errors="ignore")
     return rows
+
+
+def _rows(protocol: Protocol, keys: Sequence[Key]) -> np.ndarray:
+    """Returns where the features of examples are kept."""
+    places = {c: i * protocol.examples for i, c in enumerate(protocol.classes)}
+    return np.array([places[b, border] + i for b, border, i in keys], np.int64)
+
+
+def _score_sets(
+    evaluation: Evaluation, protocol: Protocol, store: Store, learned: Learned
+) -> dict[tuple[str, int | None, bool | None], dict[str, float]]:
+    """Returns the metrics of sets of examples, if there are features of them."""
+    keys = [(*c, i) for c in protocol.classes for i in range(protocol.examples)]
+    if store.get_features(evaluation.methods[0], _rows(protocol, keys[:1])) is None:
+        return {}
+    truth = [learned.features(images)["features"] for _, images in protocol.batches(4)]
+    truth, sets = np.concatenate(truth), {}
+    for method in evaluation.methods:
+        for _, where in results.groups():
+            chosen = evaluation.select(method=method, **where)
+            if chosen:
+                keys = [(e["hole_bin"], e["border"], e["index"]) for e in chosen]
+                features = store.get_features(method, _rows(protocol, keys))
+                place = method, where.get("hole_bin"), where.get("border")
+                sets[place] = set_metrics(features, truth)
+    return sets
 
 
 @functools.cache
@@ -438,7 +491,7 @@ def _make_record(
         return record | {"error": numbers["error"]} | seconds
     record["hole_ratio"] = round(float(numbers["hole_ratio"]), 6)
     for name, metric in METRICS.items():
-        if method.is_network or not name.startswith("output_"):
+        if name in numbers and (method.is_network or not name.startswith("output_")):
             value = float(numbers[name]) * (100 if metric.unit == "%" else 1)
             record[name] = round(value, 6) if math.isfinite(value) else None
     return record | seconds

@@ -2,6 +2,7 @@
 
 A record is a dict with ``method``, ``hole_bin``, ``border``, ``index`` and ``picture``,
 with the metrics or, where the method failed, with ``error``; and with ``seconds``.
+Besides there may be a row of features for each example.
 """
 
 import hashlib
@@ -9,6 +10,8 @@ import json
 import pathlib
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 Record = dict[str, Any]
 Key = tuple[int, bool, int]
@@ -31,6 +34,7 @@ class Store:
         self._directory = directory
         self._paths: dict[str, pathlib.Path] = {}
         self._records: dict[str, dict[Key, Record]] = {}
+        self._features: dict[str, np.ndarray] = {}
 
     def open(self, method: str, fingerprint: str) -> None:
         """Reads what there is of a method.
@@ -66,6 +70,44 @@ class Store:
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         with self._paths[method].open("a") as file:
             file.write("".join(lines))
+
+    def add_features(
+        self, method: str, rows: np.ndarray, features: np.ndarray, *, capacity: int
+    ) -> None:
+        """Keeps features of some examples; to be called before their `add`.
+
+        Args:
+          method: the method's name.
+          rows: numbers of the examples, ``[N]``.
+          features: ``[N, F]``, float32.
+          capacity: how many rows there can be.
+        """
+        kept = self._features.get(method)
+        if kept is None:
+            kept = self._open_features(method, (capacity, features.shape[1]))
+            self._features[method] = kept
+        kept[rows] = features
+        if isinstance(kept, np.memmap):
+            kept.flush()
+
+    def get_features(self, method: str, rows: np.ndarray) -> np.ndarray | None:
+        """Returns the features of examples, or None if there are none."""
+        if method not in self._features and self._directory is not None:
+            path = self._paths[method].with_suffix(".npy")
+            if path.exists():
+                self._features[method] = np.load(path, mmap_mode="r+")
+        kept = self._features.get(method)
+        return None if kept is None else np.asarray(kept[rows])
+
+    def _open_features(self, method, shape):
+        if self._directory is None:
+            return np.zeros(shape, np.float32)
+        path = self._paths[method].with_suffix(".npy")
+        if path.exists():
+            kept = np.load(path, mmap_mode="r+")
+            if kept.shape == shape:
+                return kept
+        return np.lib.format.open_memmap(path, "w+", np.float32, shape)
 
     def has(self, method: str, keys: Iterable[Key]) -> bool:
         """Returns whether all of some examples are done."""

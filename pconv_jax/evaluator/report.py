@@ -16,7 +16,12 @@ from PIL import Image
 from pconv_jax.evaluator import protocol as protocol_lib
 from pconv_jax.evaluator.protocol import MASK_CLASSES
 from pconv_jax.evaluator.records import Record
-from pconv_jax.evaluator.results import METRICS, Evaluation, Interval
+from pconv_jax.evaluator.results import (
+    ALL_METRICS,
+    Evaluation,
+    Interval,
+    format_interval,
+)
 
 _LARGEST = 256  # Side of the pictures on the page; larger ones are scaled down.
 _PALETTE = (
@@ -130,8 +135,9 @@ def _interval_cell(interval: Interval, best: float) -> str:
     if not math.isfinite(interval.mean):
         return "<td>–</td>"
     mean, low, high = (f"{x:.3f}" for x in interval)
+    small = f"<br><small>{low} – {high}</small>" if low != "nan" else ""
     mark = " class='best'" if interval.mean == best else ""
-    return f"<td{mark}>{mean}<br><small>{low} – {high}</small></td>"
+    return f"<td{mark}>{mean}{small}</td>"
 
 
 def _details(evaluation: Evaluation) -> Iterable[str]:
@@ -175,7 +181,8 @@ def _plot(
         ]
         for method in evaluation.methods
     }
-    finite = [x for line in lines.values() for i in line for x in i if math.isfinite(x)]
+    found = [i for line in lines.values() for i in line if i]
+    finite = [x for interval in found for x in interval if math.isfinite(x)]
     if not finite:
         return ""
     ticks = _ticks(min(finite), max(finite))
@@ -209,17 +216,19 @@ def _plot(
         points = [
             (_LEFT + (b + 0.5) * step + shift, interval)
             for b, interval in enumerate(line)
-            if math.isfinite(interval.mean)
+            if interval and math.isfinite(interval.mean)
         ]
         style = styles[method]
         path = "L".join(f"{x:.1f} {to_y(i.mean):.1f}" for x, i in points)
         bars = "".join(
-            f"M{x:.1f} {to_y(i.low):.1f}V{to_y(i.high):.1f}" for x, i in points
+            f"M{x:.1f} {to_y(i.low):.1f}V{to_y(i.high):.1f}"
+            for x, i in points
+            if math.isfinite(i.low)
         )
         marks = "".join(
             f"<path d='{style['marker']}' transform='translate({x:.1f} "
-            f"{to_y(i.mean):.1f})'><title>{html.escape(method)}: {i.mean:.3f} "
-            f"[{i.low:.3f}, {i.high:.3f}]</title></path>"
+            f"{to_y(i.mean):.1f})'><title>{html.escape(method)}: "
+            f"{format_interval(i)}</title></path>"
             for x, i in points
         )
         if points:
@@ -288,7 +297,8 @@ def _pictures(
 
 
 def _definitions(evaluation: Evaluation, descriptions: Mapping[str, str]) -> str:
-    metrics = ((_metric_heading(m), METRICS[m].definition) for m in evaluation.metrics)
+    names = evaluation.metrics
+    metrics = ((_metric_heading(m), ALL_METRICS[m].definition) for m in names)
     items = [*metrics, *((html.escape(n), d) for n, d in descriptions.items())]
     return "<dl>{}</dl>".format(
         "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in items)
@@ -296,7 +306,7 @@ def _definitions(evaluation: Evaluation, descriptions: Mapping[str, str]) -> str
 
 
 def _metric_heading(name: str) -> str:
-    metric = METRICS[name]
+    metric = ALL_METRICS[name]
     unit = f"&nbsp;{metric.unit}" if metric.unit else ""
     arrow = "↑" if metric.better == "higher" else "↓"
     title = f"{metric.better} is better"
@@ -308,7 +318,7 @@ def _best(metric: str, values: Sequence[float]) -> float | None:
     values = [value for value in values if math.isfinite(value)]
     if len(values) < 2:
         return None
-    return min(values) if METRICS[metric].better == "lower" else max(values)
+    return min(values) if ALL_METRICS[metric].better == "lower" else max(values)
 
 
 def _style(number: int) -> dict[str, str]:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,11 +58,37 @@ METRICS: Mapping[str, Metric] = {
     ),
     "psnr": Metric(f"{_PSNR}; {_COMP}", "dB", "higher"),
     "ssim": Metric(f"{_SSIM}; {_COMP}", "", "higher"),
+    "lpips": Metric(
+        "learned perceptual distance (Zhang et al. 2018), version 0.1 with AlexNet; "
+        f"{_COMP}",
+        "",
+        "lower",
+    ),
     "output_l1": Metric(f"{_L1}; {_OUT}", "%", "lower"),
     "output_psnr": Metric(f"{_PSNR}; {_OUT}", "dB", "higher"),
     "output_ssim": Metric(f"{_SSIM}; {_OUT}", "", "higher"),
 }
 """All metrics of single examples, by name."""
+
+SET_METRICS: Mapping[str, Metric] = {
+    "fid": Metric(
+        "Frechet Inception distance (Heusel et al. 2017) between all composites of a "
+        "row and the true pictures, by pytorch-fid's network. It depends on how many "
+        "there are, and of fewer than 2048 lies far above that of many: to be compared "
+        "within a row alone",
+        "",
+        "lower",
+    ),
+    "inception_score": Metric(
+        "Inception Score (Salimans et al. 2016) of all composites of a row, as one "
+        "split. It depends on how many there are",
+        "",
+        "higher",
+    ),
+}
+"""All metrics of sets of examples, by name. They have no intervals."""
+
+ALL_METRICS: Mapping[str, Metric] = METRICS | SET_METRICS
 
 INTERVALS = (
     f"95 % percentile bootstrap, {_RESAMPLES} resamples of pictures: all examples of a "
@@ -90,6 +116,8 @@ class Evaluation:
       failures: the same where a method failed, with ``error`` instead of metrics.
       seconds: of each method, the wall time of every picture.
       left_out: what could not be evaluated, a sentence each.
+      sets: `SET_METRICS`, if there are any, by method, hole bin and border; these two
+        are None for all of them.
       seed: of the resampling for intervals.
     """
 
@@ -98,6 +126,9 @@ class Evaluation:
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     left_out: list[str] = dataclasses.field(default_factory=list)
     seed: int = 0
+    sets: dict[tuple[str, int | None, bool | None], dict[str, float]] = (
+        dataclasses.field(default_factory=dict)
+    )
 
     @property
     def methods(self) -> list[str]:
@@ -109,7 +140,9 @@ class Evaluation:
     @property
     def metrics(self) -> list[str]:
         """The names of the metrics that there are."""
-        return [m for m in METRICS if any(m in e for e in self.examples)]
+        found = {name for e in self.examples for name in e}
+        found |= {name for scores in self.sets.values() for name in scores}
+        return [name for name in ALL_METRICS if name in found]
 
     def select(self, **where: Any) -> list[Record]:
         """Returns examples, e.g. ``select(method='telea', hole_bin=3)``."""
@@ -121,13 +154,18 @@ class Evaluation:
         The PSNR of a perfect composite is infinite, and is left out of its mean. A mean
         of nothing is NaN.
         """
-        chosen = self.select(**where)
-        return {m: _mean(_values(chosen, m)[0]) for m in self.metrics}
+        return {name: i.mean for name, i in self.intervals(**where).items()}
 
     def intervals(self, **where: Any) -> dict[str, Interval]:
         """Returns mean metrics with 95 % intervals, see `INTERVALS`."""
         chosen = self.select(**where)
-        return {m: self._interval(*_values(chosen, m)) for m in self.metrics}
+        intervals = {m: self._interval(*_values(chosen, m)) for m in self.metrics}
+        if set(where) <= {"method", "hole_bin", "border"} and self.sets:
+            method = where.get("method", self.methods[0])
+            scores = self.sets.get((method, where.get("hole_bin"), where.get("border")))
+            for name, score in (scores or {}).items():
+                intervals[name] = Interval(score, math.nan, math.nan)
+        return intervals
 
     def differences(
         self, method: str, reference: str, **where: Any
@@ -176,7 +214,7 @@ class Evaluation:
         """
         rows = []
         for method in self.methods:
-            for place, where in _groups():
+            for place, where in groups():
                 where = {"method": method} | where
                 failed = [f for f in self.failures if where.items() <= f.items()]
                 chosen = self.select(**where)
@@ -230,7 +268,7 @@ class Evaluation:
                 table = writers.format_table(self.overview(raw), markdown=markdown)
                 parts.append(f"Of networks' raw output:\n\n{table}")
             for name in comp:
-                metric = METRICS[name]
+                metric = ALL_METRICS[name]
                 title = f"{_heading(name)} ({metric.better} is better)"
                 title = f"## {title}\n" if markdown else title
                 table = writers.format_table(
@@ -267,9 +305,8 @@ class Evaluation:
                 row = {"method": method, "border": "yes" if border else "no"}
                 for hole_bin in range(len(MASK_CLASSES) // 2):
                     where = {"method": method, "hole_bin": hole_bin, "border": border}
-                    values, _ = _values(self.select(**where), metric)
-                    name = protocol.bin_name(hole_bin)
-                    row[name] = _finite(_mean(values))
+                    mean = self.mean(**where).get(metric, math.nan)
+                    row[protocol.bin_name(hole_bin)] = _finite(mean)
                 rows.append(row)
         return rows
 
@@ -305,7 +342,7 @@ def format_interval(interval: Interval, *, decimals: int = 3) -> str:
     if not math.isfinite(interval.mean):
         return ""
     mean, low, high = (f"{x:.{decimals}f}" for x in interval)
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} [{low}, {high}]" if math.isfinite(interval.low) else mean
 
 
 @functools.lru_cache(maxsize=32)
@@ -315,7 +352,7 @@ def _resamples(pictures: int, seed: int) -> np.ndarray:
     return rng.multinomial(pictures, np.full(pictures, 1 / pictures), _RESAMPLES)
 
 
-def _groups():
+def groups() -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
     """Yields names and conditions of the groups of examples that are summed up."""
     holes = [*range(len(MASK_CLASSES) // 2), None]
     for border in (False, True, None):
@@ -352,7 +389,7 @@ def _finite(cell: Any) -> Any:
 
 def _rounded(intervals: Mapping[str, Interval]) -> dict[str, Any]:
     return {
-        name: {k: round(x, _DECIMALS) for k, x in interval._asdict().items()}
+        name: {k: _finite(round(x, _DECIMALS)) for k, x in interval._asdict().items()}
         if math.isfinite(interval.mean)
         else None
         for name, interval in intervals.items()
@@ -360,5 +397,5 @@ def _rounded(intervals: Mapping[str, Interval]) -> dict[str, Any]:
 
 
 def _heading(name: str) -> str:
-    unit = METRICS[name].unit if name in METRICS else ""
+    unit = ALL_METRICS[name].unit if name in ALL_METRICS else ""
     return f"{name} {unit}" if unit else name
