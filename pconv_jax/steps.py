@@ -171,10 +171,8 @@ def _over_parts(function, carry, batch, parts):
     return carry, jax.tree.map(lambda y: y / parts, total)
 
 
-def eval_step(
-    variables: Any, batch: Batch, *, model: PConvUNet
-) -> tuple[dict[str, jax.Array], Metrics]:
-    """Fills the holes of a batch, and compares with the truth.
+def fill_step(variables: Any, batch: Batch, *, model: PConvUNet) -> Metrics:
+    """Fills the holes of a batch.
 
     Args:
       variables: ``params`` and ``batch_stats``.
@@ -182,22 +180,41 @@ def eval_step(
       model: the network.
 
     Returns:
-      Pictures in [-1, 1], ``output`` and ``composite``; and ``[N]`` numbers for
-      each of `pconv_jax.metrics` on the composite, and for the ``hole_ratio``.
+      ``output``, the network's pictures as they would be saved, uint8 ``[N, H, W, C]``,
+      for valid pixels too; and ``finite``, bool ``[N]``, whether all of it is.
     """
     images, mask = prepare_batch(batch)
     output, _ = model.apply(variables, images, mask)
-    comp = ops.composite(output, images, mask)
-    # Metrics are of pictures that can be shown, in [0, 1].
-    shown, truth = (jnp.clip((x + 1) / 2, 0, 1) for x in (comp, images))
-    scores = {
-        "l1": metrics.l1(shown, truth),
-        "l1_hole": metrics.l1_hole(shown, truth, mask),
-        "psnr": metrics.psnr(shown, truth),
-        "ssim": metrics.ssim(shown, truth),
-        "hole_ratio": 1 - mask.mean(axis=(1, 2, 3)),
+    return {
+        "output": jnp.rint((jnp.clip(output, -1, 1) + 1) * 127.5).astype(jnp.uint8),
+        "finite": jnp.isfinite(output).all(axis=(1, 2, 3)),
     }
-    return {"output": output, "composite": comp}, scores
+
+
+def score_step(batch: Batch) -> Metrics:
+    """Compares pictures with the truth, whatever filled their holes.
+
+    Args:
+      batch: see the module; it has masks, and ``output``, uint8 ``[N, H, W, 3]``.
+
+    Returns:
+      ``[N]`` numbers for each of `pconv_jax.metrics`: of the composite, which has the
+      truth's valid pixels; of the output itself, with ``output_`` before their names;
+      and the ``hole_ratio``.
+    """
+    truth, output, mask = batch["image"], batch["output"], batch["mask"]
+    comp = ops.composite(output, truth, mask)
+    truth, output, comp = (x.astype(jnp.float32) / 255 for x in (truth, output, comp))
+    return {
+        "l1": metrics.l1(comp, truth),
+        "l1_hole": metrics.l1_hole(comp, truth, mask),
+        "psnr": metrics.psnr(comp, truth),
+        "ssim": metrics.ssim(comp, truth),
+        "output_l1": metrics.l1(output, truth),
+        "output_psnr": metrics.psnr(output, truth),
+        "output_ssim": metrics.ssim(output, truth),
+        "hole_ratio": 1 - mask.astype(jnp.float32).mean(axis=(1, 2, 3)),
+    }
 
 
 def prepare_batch(

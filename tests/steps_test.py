@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from pconv_jax import losses, masks, metrics, ops, optim, parallel, steps, vgg
+from pconv_jax import losses, masks, metrics, optim, parallel, steps, vgg
 from pconv_jax.unet import PConvUNet
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -192,24 +192,37 @@ def test_no_feature_terms_without_features():
     np.testing.assert_allclose(scalars["total"], total, rtol=1e-6)
 
 
-def test_eval_step_scores_the_composite():
+def test_fill_step_gives_pictures_as_they_are_saved():
     state, batch = make_state(), make_batch(4, with_mask=True)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    step = parallel.compile_eval_step(functools.partial(steps.eval_step, model=MODEL))
-    pictures, scores = step(variables, batch)
-    images, mask = steps.prepare_batch(batch)
-    output, _ = jax.jit(MODEL.apply)(variables, images, mask)
-    np.testing.assert_allclose(pictures["output"], output, rtol=1e-4, atol=1e-5)
-    comp = ops.composite(pictures["output"], images, mask)
-    np.testing.assert_allclose(pictures["composite"], comp, rtol=0, atol=2e-7)
-    shown, truth = jnp.clip((comp + 1) / 2, 0, 1), (images + 1) / 2
+    step = parallel.compile_eval_step(functools.partial(steps.fill_step, model=MODEL))
+    filled = step(variables, batch)
+    output, _ = jax.jit(MODEL.apply)(variables, *steps.prepare_batch(batch))
+    expected = (np.clip(output, -1, 1) + 1) * 127.5
+    assert filled["output"].dtype == np.uint8 and filled["finite"].all()
+    assert np.abs(filled["output"] - expected).max() < 0.501
+    variables["params"]["pconv6"]["bias"] = np.array([0, np.inf, 0], np.float32)
+    assert not step(variables, batch)["finite"].any()
+
+
+def test_score_step_scores_the_composite_and_the_output():
+    batch = make_batch(4, with_mask=True)
+    rng = np.random.default_rng(1)
+    batch["output"] = rng.integers(0, 256, batch["image"].shape, np.uint8)
+    scores = jax.jit(steps.score_step)(batch)
+    mask, truth, output = batch["mask"], batch["image"] / 255, batch["output"] / 255
+    comp = np.where(mask == 1, truth, output)
+    truth, output, comp = (np.float32(x) for x in (truth, output, comp))
     expected = {
-        "l1": jnp.abs(shown - truth).mean((1, 2, 3)),
-        "psnr": metrics.psnr(shown, truth),
-        "ssim": metrics.ssim(shown, truth),
+        "l1": np.abs(comp - truth).mean((1, 2, 3)),
+        "psnr": metrics.psnr(comp, truth),
+        "ssim": metrics.ssim(comp, truth),
+        "output_l1": np.abs(output - truth).mean((1, 2, 3)),
+        "output_psnr": metrics.psnr(output, truth),
+        "output_ssim": metrics.ssim(output, truth),
         "hole_ratio": masks.hole_ratio(mask),
     }
-    # All errors lie in the hole.
+    # All errors of the composite lie in the hole.
     expected["l1_hole"] = expected["l1"] / expected["hole_ratio"]
     chex.assert_trees_all_close(scores, expected, rtol=1e-4, atol=1e-6)
 
