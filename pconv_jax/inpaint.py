@@ -37,9 +37,10 @@ class Inpainter:
     """Fills the holes of pictures by a network.
 
     What is not hole comes back bit for bit. It does not matter what is in the hole, nor
-    how large the picture is: it is cut to squares around the holes, of a handful of
-    sizes, so that few are ever compiled. Where a hole is wider than the network can
-    close, its middle is taken from the picture at half the size, and so on.
+    how large the picture is: squares around the holes are cut from it, of a handful of
+    sizes, so that few are ever compiled. Of a hole that only the network's innermost
+    layer closes, or none, the middle is taken from the picture at half the size, and so
+    on.
 
     Attributes:
       model: the network.
@@ -83,7 +84,9 @@ class Inpainter:
         self._channels = channels
         self._value_range = value_range
         self._max_pixels = max_pixels
-        self._levels = len(model.encoder)
+        # What the innermost layer alone closes, it sees so little of that it is left
+        # with the mean of all pictures: grey. From half the size it is better.
+        self._trusted = max(len(model.encoder) - 1, 1)
         step = model.size_multiple
         self._sides = sorted({-(-side // step) * step for side in _SIDES})
         self._variables = jax.device_put(variables)
@@ -292,18 +295,18 @@ class Inpainter:
             output, levels = self._fill_tile(values, known, valid, tile)
             part = hole[tile.box]
             depth[tile.box][part] = levels[part]
-            if levels[part].max() > self._levels:
+            if levels[part].max() > self._trusted:
                 wide.append(tile)
             else:
                 values[tile.box][part] = output[part]
                 known[tile.box] |= part  # So that the next tile joins on to it.
         if wide:
-            middle = hole & (depth > self._levels)
+            middle = hole & (depth > self._trusted)
             half, half_known = _halve(values, known)
             half_depth = self._fill(half, half_known, ~half_known)
             values[middle] = _double(half, hole.shape)[middle]
             half_depth = _double(half_depth, hole.shape, cv2.INTER_NEAREST)
-            depth[middle] = np.maximum(half_depth, self._levels)[middle] + 1
+            depth[middle] = np.maximum(half_depth, self._trusted)[middle] + 1
             known |= middle
             for tile in wide:
                 output, _ = self._fill_tile(values, known, valid, tile)
