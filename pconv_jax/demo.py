@@ -8,6 +8,7 @@ import atexit
 import functools
 import importlib.resources
 import shutil
+import socket
 import tempfile
 import time
 import warnings
@@ -240,25 +241,29 @@ def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -
     Raises:
       ValueError: if it cannot be listened on.
     """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"host and port: cannot listen on {host}, port {port}: {error}."
+            ) from error
     # Gradio's own fonts would be fetched from elsewhere.
     fonts = ["system-ui", "sans-serif"]
-    theme = gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"])
     print(f"Open http://{host}:{port} in a browser. Ctrl-C ends it.", flush=True)
-    try:
-        build(inpainter).launch(
-            quiet=True,
-            server_name=host,
-            server_port=port,
-            share=False,
-            ssr_mode=False,
-            footer_links=[],
-            show_error=True,
-            theme=theme,
-            css=_CSS,
-            allowed_paths=[str(_example("").parent)],
-        )
-    except OSError as error:
-        raise ValueError(f"--host and --port: {error}") from error
+    build(inpainter).launch(
+        quiet=True,
+        server_name=host,
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        footer_links=[],
+        show_error=True,
+        theme=gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"]),
+        css=_CSS,
+        allowed_paths=[str(_example("").parent)],
+    )
 
 
 def _error(message: str) -> gr.Error:

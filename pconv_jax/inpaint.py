@@ -25,8 +25,9 @@ from pconv_jax.unet import PConvUNet
 # Pixels. A picture is repaired in squares of these sides, or of the next multiples that
 # the network takes, so that no more than these are ever compiled.
 _SIDES = (128, 256, 384, 512, 768, 1024)
-# Around a hole, what is at least shown of it to the network: pixels, and of its extent.
-_MARGIN, _RELATIVE_MARGIN = 32, 6
+# What the network is at least shown around a hole: a quarter of its extent, and pixels
+# from and to.
+_MARGINS = (64, 128)
 
 _MUCH = 0.6  # Of the picture: perhaps the mask is the wrong way round.
 
@@ -128,9 +129,9 @@ class Inpainter:
             more than the network takes is alpha; grey will do for a network of colour.
             Floats that are not finite are hole.
           mask: **white, 255, 1 or True where it is to be filled**; of the kinds of
-            `image`, see `pictures.hole_of_mask`. One for all pictures, or one for each.
-            If there is none, the hole is where the picture is transparent, or not
-            finite, and comes back opaque.
+            `image`, see `pictures.hole_of_mask`, and of batches also ``[N, H, W]``. One
+            for all pictures, or one for each. If there is none, the hole is where the
+            picture is transparent, or not finite, and comes back opaque.
           invert_mask: fill where the mask is black, 0 or False instead.
           resize_mask: give a mask of another size the picture's, by nearest neighbours.
           dilate: by how many pixels to enlarge the hole, such as to be rid of a rim.
@@ -155,7 +156,9 @@ class Inpainter:
             result, depth = self._repair(image, mask, **options)
             return (result, depth) if return_depth else result
         masks = [mask] * len(image)
-        if isinstance(mask, list | tuple) or getattr(mask, "ndim", 0) == 4:
+        shape = getattr(mask, "shape", ())
+        batched = len(shape) == 4 or (not many and shape == image.shape[:3])
+        if isinstance(mask, list | tuple) or batched:
             masks = mask
         if len(masks) != len(image):
             raise ValueError(
@@ -176,7 +179,7 @@ class Inpainter:
         pillow = isinstance(image, Image.Image)
         array = pictures.to_array(image) if pillow else np.asarray(image)
         colour, alpha = self._split(array)
-        hole = self._hole(image, colour, mask, **options)
+        hole = self._hole(image, colour, alpha, mask, **options)
         # Colours that cannot be seen are anything. They are no hole, and no help.
         known = ~hole if alpha is None else ~hole & (alpha > 0)
         if not known.any():
@@ -186,7 +189,7 @@ class Inpainter:
             )
         if not hole.any():
             warnings.warn("There is nothing to fill.", stacklevel=3)
-            return image, np.zeros(hole.shape, np.uint8)
+            return image.copy(), np.zeros(hole.shape, np.uint8)
         ratio = hole.mean()
         if ratio > _MUCH:
             warnings.warn(
@@ -225,18 +228,17 @@ class Inpainter:
             return array, None
         return array[..., :-1], array[..., -1]
 
-    def _hole(self, image, colour, mask, *, invert_mask, resize_mask, dilate):
+    def _hole(self, image, colour, alpha, mask, *, invert_mask, resize_mask, dilate):
         missing = np.zeros(colour.shape[:2], bool)
         if _is_float(colour):
             missing = ~np.isfinite(colour).all(axis=-1)
         if mask is None:
-            alpha = pictures.hole_of_alpha(image)
             if alpha is None and not _is_float(colour):
                 raise ValueError(
                     "mask is needed: the picture has no transparency that would show "
                     "what is to be filled."
                 )
-            hole = missing if alpha is None else alpha
+            hole = missing if alpha is None else pictures.hole_of_alpha(alpha)
         else:
             if isinstance(mask, str | os.PathLike):
                 mask = pictures.read(mask, max_pixels=self._max_pixels).image
@@ -419,7 +421,7 @@ def _tighten(hole, box):
 def _window(box, shape, sides):
     """Returns the least square that shows a box and its margin; None if none does."""
     extents = [s.stop - s.start for s in box]
-    margin = max(_MARGIN, max(extents) // _RELATIVE_MARGIN)
+    margin = int(np.clip(max(extents) // 4, *_MARGINS))
     needed = max(min(e + 2 * margin, n) for e, n in zip(extents, shape))
     side = next((side for side in sides if side >= needed), None)
     if side is None:
@@ -436,7 +438,7 @@ def _cut(hole, box, force):
     for axis in (0, 1):
         filled = np.flatnonzero(part.any(axis=1 - axis))
         steps = np.diff(filled)
-        if steps.size and steps.max() > 2 * _MARGIN:  # Else little is gained.
+        if steps.size and steps.max() > 2 * _MARGINS[0]:  # Else little is gained.
             i = steps.argmax()
             gaps.append((steps[i], axis, int(filled[i]) + 1))
     if gaps:

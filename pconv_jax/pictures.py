@@ -212,10 +212,9 @@ def hole_of_mask(mask: Image.Image | np.ndarray, *, invert: bool = False) -> np.
     return (white > 0.5) != invert
 
 
-def hole_of_alpha(image: Image.Image | np.ndarray) -> np.ndarray | None:
-    """Returns where a picture is more transparent than not; None if it has no alpha."""
-    alpha = _alpha(_array_of(image))
-    return None if alpha is None else _as_fraction(alpha) <= 0.5
+def hole_of_alpha(alpha: np.ndarray) -> np.ndarray:
+    """Returns where an alpha channel ``[H, W]`` is more transparent than not."""
+    return _as_fraction(alpha) <= 0.5
 
 
 def hole_of_color(
@@ -307,8 +306,12 @@ def _read_picture(data: bytes, max_pixels: int) -> Picture:
         "exif": _keep_exif(exif),
     }
     info = {name: value for name, value in info.items() if value}
+    orientation = exif.get(ExifTags.Base.Orientation, 1)
     if hasattr(image, "quantization"):
-        info["qtables"] = image.quantization
+        tables = [np.reshape(t, (8, 8)) for _, t in sorted(image.quantization.items())]
+        if orientation > 4:  # Rows become columns.
+            tables = [table.T for table in tables]
+        info["qtables"] = [table.ravel().tolist() for table in tables]
         info["subsampling"] = max(JpegImagePlugin.get_sampling(image), 0)
     if _has_16_bit_colour(image, data):
         array = cv2.imdecode(
@@ -317,7 +320,6 @@ def _read_picture(data: bytes, max_pixels: int) -> Picture:
         )
         if array is None:
             raise ValueError("its kind of 16-bit colour is not known")
-        orientation = exif.get(ExifTags.Base.Orientation, 1)
         return Picture(_turn(_swap_red_and_blue(array), orientation), info)
     return Picture(ImageOps.exif_transpose(image), info)
 

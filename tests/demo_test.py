@@ -12,7 +12,8 @@ import pretrained_test
 import pytest
 from PIL import Image
 
-from pconv_jax import demo, pictures, pretrained
+import pconv_jax
+from pconv_jax import cli, demo, pictures, pretrained
 from pconv_jax.inpaint import Inpainter
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -114,35 +115,23 @@ def test_mistakes_are_said_on_the_page(inpainter, tmp_path):
         demo.repair(inpainter, str(path), None, everything, 0, False)
 
 
-def run(network, *arguments, before=""):
-    """Runs the command in a process of its own, as a mistake leaves things open."""
-    arguments = ["demo", "--network", str(network), *arguments]
-    code = f"{before}; from pconv_jax import cli; cli.main({arguments!r})"
-    result = subprocess.run(
-        [sys.executable, "-c", code.removeprefix("; ")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 1
-    return result.stderr
-
-
-def test_ports_that_are_taken(network):
+def test_ports_that_are_taken(inpainter):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = str(taken.getsockname()[1])
-        (line,) = run(network, "--port", port).splitlines()
-    assert line.startswith("pconv: --host and --port: ") and port in line
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"127.0.0.1, port {port}: .* in use"):
+            demo.launch(inpainter, port=port)
+    with pytest.raises(ValueError, match="cannot listen on 127.0.0.1, port 70000"):
+        demo.launch(inpainter, port=70_000)
 
 
-def test_it_says_what_is_to_be_installed(network):
-    (line,) = run(
-        network, before="import sys; sys.modules['gradio'] = None"
-    ).splitlines()
-    assert line.endswith("pip install 'pconv-jax[demo]'.")
+def test_it_says_what_is_to_be_installed(network, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "pconv_jax.demo")
+    monkeypatch.delattr(pconv_jax, "demo")
+    with pytest.raises(SystemExit, match=r"pip install 'pconv-jax\[demo\]'"):
+        cli.main(["demo", "--network", str(network)])
 
 
 # In a browser.

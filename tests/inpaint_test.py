@@ -117,6 +117,7 @@ def test_jax_arrays_and_batches(inpainter):
     each = [inpainter(x, h) for x, h in zip(images, holes)]
     for result in (
         inpainter(images, holes[..., None]),
+        inpainter(images, holes),
         inpainter(list(images), list(holes)),
         inpainter(tuple(map(Image.fromarray, images)), list(holes)),
     ):
@@ -393,11 +394,11 @@ def test_tiles_hold_all_of_the_hole_once(seed):
         assert top <= rows.start and rows.stop <= min(top + side, shape[0])
         assert left <= columns.start and columns.stop <= min(left + side, shape[1])
         # The network is shown what is around, as far as there is any.
-        assert rows.start - top >= min(32, rows.start)
-        assert left + side - columns.stop >= min(32, shape[1] - columns.stop)
+        assert rows.start - top >= min(64, rows.start)
+        assert left + side - columns.stop >= min(64, shape[1] - columns.stop)
     assert count.max() == 1 and np.all(count[hole] == 1)
     pixels = sum(side**2 for _, (_, _, side) in tiles)
-    assert pixels <= [10 * 128**2, 12 * 1024**2, 15 * 1024**2, 6e6, 1.2e7, 1.2e7][seed]
+    assert pixels <= [7e5, 6e6, 9e6, 3e6, 9e6, 9e6][seed]
 
 
 def test_holes_far_apart_are_repaired_apart():
@@ -406,7 +407,7 @@ def test_holes_far_apart_are_repaired_apart():
     hole[1990:, :3] = True
     sides = (128, 256, 384, 512, 768, 1024)
     assert [t.window for t in divide(hole, sides)] == [
-        *((0, 0, 128), (1872, 0, 128), (1661, 2861, 128))
+        *((0, 0, 256), (1744, 0, 256), (1597, 2744, 256))
     ]
     assert not divide(np.zeros((3, 3), bool), sides)
 
