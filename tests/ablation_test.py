@@ -110,29 +110,27 @@ def test_runs_go_on_and_end_in_a_table(ablation, tmp_path, monkeypatch):
         | {"masks.kind": "rectangles", "vgg": "none", "phase1.steps": 2}
         | {"phase2.steps": 0, "validation_examples": 1, "evaluation_examples": 2}
     )
-    variants = ["pconv", "pconv_v1"]
-    trained = []
+    variants = ["pconv_v1"]
+    trained, seeds = [], [3]
     train_and_evaluate = trainer.train_and_evaluate
 
     def train(config, workdir, **options):
         trained.append(workdir.name)
-        if len(trained) == 2:
+        if len(trained) == 1:
             return {"finished": False}  # As if it was asked to stop.
         return train_and_evaluate(config, workdir, **options)
 
     monkeypatch.setattr(trainer, "train_and_evaluate", train)
-    assert ablation.run(config, tmp_path, seeds=[3, 4], variants=variants) is None
-    found = ablation.run(config, tmp_path, seeds=[3, 4], variants=variants)
-    names = ["pconv-seed3", "pconv_v1-seed3", "pconv-seed4", "pconv_v1-seed4"]
-    assert trained == [*names[:2], *names[1:]]
-    again = ablation.run(config, tmp_path, seeds=[3, 4], variants=variants)
-    assert len(trained) == 5 and again == found
+    assert ablation.run(config, tmp_path, seeds=seeds, variants=variants) is None
+    found = ablation.run(config, tmp_path, seeds=seeds, variants=variants)
+    assert trained == ["pconv_v1-seed3"] * 2
+    again = ablation.run(config, tmp_path, seeds=seeds, variants=variants)
+    assert len(trained) == 2 and again == found
     assert json.loads((tmp_path / "ablation.json").read_text()) == json.loads(
         json.dumps(found)
     )
     rows = [r for r in found["results"] if r["hole_bin"] is None]
     assert [r["variant"] for r in rows if r["metric"] == "l1"] == variants
-    assert len(rows[-1]["difference"]["seeds"]) == 2
     text = (tmp_path / "ablation.md").read_text()
     assert text.startswith("# Ablation") and "| pconv_v1 |" in text
-    assert "seeds [3, 4]" in ablation.describe(found)
+    assert "seeds [3]" in ablation.describe(found)

@@ -194,7 +194,7 @@ def test_numbers_are_those_of_the_examples(evaluation, variables):
     image = image[1:]
     mask = evaluator.draw_masks(np.array([1]), 3, True, SIZE)
     truth = (image / 127.5 - 1).astype(np.float32)
-    output, _ = MODEL.apply(variables, truth, mask)
+    output, _ = jax.jit(MODEL.apply)(variables, truth, mask)
     output = np.rint((np.clip(output, -1, 1) + 1) * 127.5) / 255
     comp, truth = np.where(mask == 1, image / 255, output), image / 255
     for prefix, picture in {"": comp, "output_": output}.items():
@@ -398,8 +398,9 @@ def stand_ins(monkeypatch):
     def features_and_logits(params, images):
         blocks = images.reshape(len(images), 4, SIZE // 4, 4, SIZE // 4, 3) / 255.0
         means = blocks.mean((2, 4)).reshape(len(images), -1)
-        return jnp.tile(means, (1, 43))[:, :2048] + params["bias"], means[:, :8] * 9
+        return means + params["bias"], means[:, :8] * 9
 
+    monkeypatch.setattr(learned_lib, "_FEATURES", 48)
     monkeypatch.setattr(learned_lib.lpips, "load_params", load_lpips)
     monkeypatch.setattr(learned_lib.lpips, "distance", distance)
     monkeypatch.setattr(learned_lib.inception, "load_params", load_inception)
@@ -679,12 +680,12 @@ def test_devices_and_kills_change_nothing_and_opencv_agrees(run, tmp_path):
     )
     arguments = [f"--workdir={run}", "--image_size=48", "--examples=3"]
     arguments += [f"--images={tmp_path / 'photos'}", f"--masks={tmp_path / 'masks'}"]
-    arguments += ["--nolearned", "--methods=pconv,telea,navier_stokes,patchmatch"]
+    arguments += ["--nolearned", "--methods=pconv,telea,navier_stokes"]
     one = start(1, *arguments, f"--out={tmp_path / 'one'}")
     killed = start(4, *arguments, f"--out={tmp_path / 'four'}")
     records = tmp_path / "four" / "records"
     deadline = time.monotonic() + 200
-    while sum(p.stat().st_size > 0 for p in records.glob("*")) < 4:
+    while sum(p.stat().st_size > 0 for p in records.glob("*")) < 3:
         assert killed.poll() is None, killed.communicate()[0].decode()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -692,7 +693,7 @@ def test_devices_and_kills_change_nothing_and_opencv_agrees(run, tmp_path):
     killed.communicate()
     assert not (tmp_path / "four" / "results.json").exists()
     done = {p.name: p.read_text() for p in records.glob("*")}
-    assert 0 < sum(text.count("\n") for text in done.values()) < 4 * 36
+    assert 0 < sum(text.count("\n") for text in done.values()) < 3 * 36
     four = start(4, *arguments, f"--out={tmp_path / 'four'}")
     printed = finish(one)
     finish(four)
@@ -706,7 +707,7 @@ def test_devices_and_kills_change_nothing_and_opencv_agrees(run, tmp_path):
     assert "navier_stokes" in printed and "s/picture" in printed
 
     examples = json.loads(results[0])["examples"]
-    assert len(examples) == 4 * 36
+    assert len(examples) == 3 * 36
     opencv = {"telea": cv2.INPAINT_TELEA, "navier_stokes": cv2.INPAINT_NS}
     for e in examples:
         if e["method"] not in opencv:

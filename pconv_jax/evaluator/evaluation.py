@@ -151,9 +151,9 @@ def evaluate_run(
     """Evaluates a run's network, or a release's, beside other methods; writes a report.
 
     Written are ``results.json``, which is always the same for the same arguments, on
-    any number of devices; ``timing.json``; ``results.md``; ``examples.csv``;
-    ``report.html``; ``pictures.png``; and ``records/``, from which the same call goes
-    on after one that was killed.
+    any number of devices (unless a method runs out of its time); ``timing.json``;
+    ``results.md``; ``examples.csv``; ``report.html``; ``pictures.png``; and
+    ``records/``, from which the same call goes on after one that was killed.
 
     Args:
       workdir: of the run.
@@ -259,9 +259,9 @@ def write_results(
         "methods": evaluation.timing(),
         "how": (
             "Wall time from pictures to pictures in the host's memory. Networks: "
-            "compiled before, one picture at a time on each device; time of several "
-            "by their number. Other methods: one picture at a time on one core of "
-            "the host."
+            "compiled before, one picture at a time on each device, the time of a "
+            "few divided by their number. Other methods: one picture at a time, on "
+            "one core of the host."
         ),
         "devices": f"{parallel.device_count()} x {jax.devices()[0].device_kind}",
         "host": platform.processor() or platform.machine(),
@@ -282,8 +282,9 @@ def write_results(
         shown=[(rank, e, p) for (rank, e), p in zip(shown, pictures)],
     )
     writers.write_atomically(directory / "report.html", page.encode())
-    if shown:
-        writers.write_png(directory / "pictures.png", _lay_out(pictures))
+    medians = [p for (rank, _), p in zip(shown, pictures) if rank == "median"]
+    if medians:
+        writers.write_png(directory / "pictures.png", _lay_out(medians))
 
 
 def choose_examples(evaluation: Evaluation) -> list[tuple[str, Record]]:
@@ -389,10 +390,10 @@ def network_name(model: PConvUNet) -> str:
 
 
 def _lay_out(rows: Sequence[Mapping[str, np.ndarray | None]]) -> np.ndarray:
-    """Lays pictures of examples out in a grid; what failed is white."""
+    """Lays pictures of examples out in a grid, not too large; what failed is white."""
     blank = np.full_like(rows[0]["truth"], 255)
     columns = {
-        name: [blank if row[name] is None else row[name] for row in rows]
+        name: [report.shrink(blank if row[name] is None else row[name]) for row in rows]
         for name in rows[0]
     }
     columns = {n: np.stack(x) / np.float32(127.5) - 1 for n, x in columns.items()}

@@ -337,16 +337,19 @@ def _dot(style: Mapping[str, str]) -> str:
     )
 
 
-def _data_url(picture: np.ndarray) -> str:
+def shrink(picture: np.ndarray) -> np.ndarray:
+    """Returns a picture, uint8 ``[H, W, 3]``, at no more than 256 pixels a side."""
     image = Image.fromarray(picture)
+    image.thumbnail((_LARGEST, _LARGEST))
+    return np.asarray(image)
+
+
+def _data_url(picture: np.ndarray) -> str:
+    image = Image.fromarray(shrink(picture))
     file = io.BytesIO()
-    if max(image.size) <= 128:  # So small that it costs nothing.
-        image.save(file, format="PNG")
-        kind = "png"
-    else:
-        image.thumbnail((_LARGEST, _LARGEST))
-        image.save(file, format="JPEG", quality=90)
-        kind = "jpeg"
+    # Small ones cost nothing.
+    kind = "png" if max(image.size) <= 128 else "jpeg"
+    image.save(file, format=kind, quality=90)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
