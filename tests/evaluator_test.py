@@ -526,6 +526,28 @@ def test_best_median_and_worst_are_shown_as_they_were_scored():
         assert -10 * np.log10(error.mean()) == pytest.approx(example["psnr"], rel=1e-4)
 
 
+def test_few_examples_are_shown_once_and_failures_not_tried_again():
+    pairs = make_protocol(examples=1)
+    first = Fake("first", lambda image, mask: image // 2)
+    flaky = Fake("flaky", fails=lambda i: "no" if i == 0 else "")
+    evaluation = evaluator.compare([first, flaky], pairs, progress=False)
+    shown = evaluation_lib.choose_examples(evaluation)
+    # There are two in a bin, of which the worse one is the median, too.
+    assert len({(e["hole_bin"], e["border"]) for _, e in shown}) == 12 == len(shown)
+    pictures = evaluation_lib.fill_examples(
+        [first, flaky],
+        pairs,
+        [example for _, example in shown],
+        failures=evaluation.failures,
+    )
+    blank = [
+        (e["hole_bin"], e["border"])
+        for (_, e), p in zip(shown, pictures)
+        if p["flaky"] is None
+    ]
+    assert blank == [(0, False)] and len(flaky.given) == 12 + 11
+
+
 def test_the_page_needs_nothing_else(tmp_path):
     name = "<b>&"
     pairs, odd = make_protocol(), Fake(name, lambda image, mask: image // 2)

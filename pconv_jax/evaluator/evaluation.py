@@ -20,7 +20,7 @@ from pconv_jax.evaluator import report, results
 from pconv_jax.evaluator.learned import Learned, set_metrics
 from pconv_jax.evaluator.methods import Method, Network
 from pconv_jax.evaluator.protocol import Protocol, draw_masks
-from pconv_jax.evaluator.records import Key, Record, Store
+from pconv_jax.evaluator.records import Key, Record, Store, key_of
 from pconv_jax.evaluator.results import ALL_METRICS, METRICS, Evaluation
 from pconv_jax.unet import PConvUNet
 
@@ -273,7 +273,12 @@ def write_results(
     markdown = evaluation.format(markdown=True) + "\n"
     writers.write_atomically(directory / "results.md", markdown.encode())
     shown = choose_examples(evaluation)
-    pictures = fill_examples(methods, protocol, [example for _, example in shown])
+    pictures = fill_examples(
+        methods,
+        protocol,
+        [example for _, example in shown],
+        failures=evaluation.failures,
+    )
     page = report.make_page(
         evaluation,
         protocol=protocol.describe(),
@@ -304,20 +309,31 @@ def choose_examples(evaluation: Evaluation) -> list[tuple[str, Record]]:
         else:
             continue
         ranked = sorted(examples, key=lambda e: -(e["psnr"] or math.inf))
-        places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
-        chosen += [(rank, ranked[place]) for rank, place in places.items()]
+        places = {0: "best", len(ranked) - 1: "worst", len(ranked) // 2: "median"}
+        chosen += [(places[place], ranked[place]) for place in sorted(places)]
     return chosen
 
 
 def fill_examples(
-    methods: Sequence[Method], protocol: Protocol, examples: Sequence[Record]
+    methods: Sequence[Method],
+    protocol: Protocol,
+    examples: Sequence[Record],
+    *,
+    failures: Sequence[Record] = (),
 ) -> list[dict[str, np.ndarray | None]]:
     """Fills some examples again, to look at.
+
+    Args:
+      methods: what with.
+      protocol: which `examples` are of.
+      examples: their records.
+      failures: what need not be tried again.
 
     Returns:
       For each of them ``input`` (its hole white), what each method makes of it (None
       where it fails) and ``truth``, uint8 ``[H, W, 3]``.
     """
+    failed = {(f["method"], key_of(f)) for f in failures}
     wanted: dict[int, list[int]] = {}
     for number, example in enumerate(examples):
         wanted.setdefault(example["index"], []).append(number)
@@ -330,9 +346,13 @@ def fill_examples(
                 mask = protocol.masks(*place)
                 columns = {"input": np.where(mask[0] == 0, np.uint8(255), image)}
                 for method in methods:
+                    columns[method.name] = None
+                    if (method.name, key_of(example)) in failed:
+                        continue
                     filled = method.fill(image[None], mask)
                     comp = np.where(mask == 0, filled.pictures, image)[0]
-                    columns[method.name] = None if filled.errors[0] else comp
+                    if not filled.errors[0]:
+                        columns[method.name] = comp
                 shown[number] = columns | {"truth": image}
     return shown
 
@@ -460,7 +480,7 @@ def _score_sets(
         for _, where in results.groups():
             chosen = evaluation.select(method=method, **where)
             if chosen:
-                keys = [(e["hole_bin"], e["border"], e["index"]) for e in chosen]
+                keys = [key_of(example) for example in chosen]
                 features = store.get_features(method, _rows(protocol, keys))
                 place = method, where.get("hole_bin"), where.get("border")
                 sets[place] = set_metrics(features, truth)

@@ -59,12 +59,12 @@ class Store:
                 record = json.loads(line)
             except ValueError:
                 continue
-            self._records[method][_key(record)] = record
+            self._records[method][key_of(record)] = record
 
     def add(self, method: str, records: Iterable[Record]) -> None:
         """Keeps records, in the file too."""
         records = list(records)
-        self._records[method] |= {_key(record): record for record in records}
+        self._records[method] |= {key_of(record): record for record in records}
         if self._directory is None:
             return
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
@@ -118,5 +118,6 @@ class Store:
         return [self._records[method][key] for key in keys]
 
 
-def _key(record: Record) -> Key:
+def key_of(record: Record) -> Key:
+    """Returns the hole bin, the border and the number of an example."""
     return record["hole_bin"], record["border"], record["index"]

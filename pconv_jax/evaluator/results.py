@@ -13,7 +13,7 @@ import numpy as np
 from pconv_jax import writers
 from pconv_jax.evaluator import protocol
 from pconv_jax.evaluator.protocol import MASK_CLASSES
-from pconv_jax.evaluator.records import Record
+from pconv_jax.evaluator.records import Record, key_of
 
 _RESAMPLES = 1000
 _DECIMALS = 6  # Of numbers that are written.
@@ -174,11 +174,11 @@ class Evaluation:
 
         Differences are taken example by example, of those that both have.
         """
-        theirs = {_place(e): e for e in self.select(method=reference, **where)}
+        theirs = {key_of(e): e for e in self.select(method=reference, **where)}
         pairs = [
-            (e, theirs[_place(e)])
+            (e, theirs[key_of(e)])
             for e in self.select(method=method, **where)
-            if _place(e) in theirs
+            if key_of(e) in theirs
         ]
         result = {}
         for name in self.metrics:
@@ -372,10 +372,6 @@ def _values(examples: Sequence[Record], metric: str) -> tuple[np.ndarray, np.nda
     finite = np.isfinite(values)
     pictures = np.array([e["picture"] for e in having])
     return values[finite], pictures[finite]
-
-
-def _place(example: Record) -> tuple[Any, ...]:
-    return example["hole_bin"], example["border"], example["index"]
 
 
 def _mean(values: np.ndarray) -> float:
