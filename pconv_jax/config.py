@@ -36,13 +36,16 @@ def paper() -> ConfigDict:
     config.seed = 0
     config.image_size = 512
     config.batch_size = 6  # Of all devices together.
+    # Parts that a device's share is computed in, to save memory; batch normalization
+    # then sees a part at a time.
+    config.accumulate = 1
 
     config.model = ConfigDict()
     config.model.depth = 8  # Encoder stages; image_size is a multiple of 2**depth.
     config.model.width = 64  # Features of the first stage.
     config.model.conv = "partial"  # Or 'standard', what the paper compares with.
     config.model.normalization = "none"  # Of images, inside; or 'imagenet'.
-    config.model.dtype = "float32"  # Of the convolutions; or 'bfloat16'.
+    config.model.dtype = "float32"  # Of convolutions, VGG's too; or 'bfloat16'.
 
     config.data = ConfigDict()
     config.data.source = "bundled"  # Or 'folder', 'tar', 'tfds'.
@@ -114,7 +117,7 @@ def check(config: Mapping[str, Any]) -> None:
     if problems:
         raise ValueError("config: " + "; ".join(sorted(problems)) + ".")
     positive = [n for n in known if n.endswith(("_every", "_size", "_examples"))]
-    positive += ["keep_checkpoints", "model.depth", "model.width"]
+    positive += ["accumulate", "keep_checkpoints", "model.depth", "model.width"]
     for name in positive:
         if given[name] < 1:
             raise ValueError(f"config: {name} must be positive, got {given[name]}.")

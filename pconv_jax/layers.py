@@ -73,7 +73,8 @@ class PartialConv(nn.Module):
 
         Args:
           inputs: ``[..., *spatial, C]`` with any number of batch axes, or a sequence of
-            such arrays that are concatenated along C in meaning (no copy is made).
+            such arrays that are concatenated along C in meaning; `ops.Upsampled` ones
+            are upsampled in meaning.
           mask: ``[..., *spatial, 1]`` or ``[..., *spatial, C]``, 1 = valid, 0 = hole; a
             sequence where ``inputs`` is one; None if only the padding is a hole.
 

@@ -107,7 +107,10 @@ def perceptual(
     Raises:
       ValueError: if shapes do not fit.
     """
-    return sum(_mean(jnp.abs(a - b)) for a, b in _pairs(features, target_features))
+    return sum(
+        _mean(jnp.abs(_wide(a) - _wide(b)))
+        for a, b in _pairs(features, target_features)
+    )
 
 
 def style(
@@ -210,6 +213,11 @@ def _pairs(features, target_features):
     return zip(features, target_features)
 
 
+def _wide(x: ArrayLike) -> jax.Array:
+    """Returns float32, or wider: features may be bfloat16, their differences not."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _mean(x: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return x.mean(axis=tuple(range(1, x.ndim)), dtype=wide)
+    return _wide(x).mean(axis=tuple(range(1, x.ndim)))

@@ -75,6 +75,21 @@ def touches_border(mask: ArrayLike) -> jax.Array:
     return jnp.any(hole & _rim(hole.shape[-2:], 1, 1), axis=(-2, -1))
 
 
+def near_border(mask: ArrayLike) -> jax.Array:
+    """Whether any pixel of the outermost 50/512 of a side is hole.
+
+    This divides the published masks into those with and without holes at the border.
+
+    Args:
+      mask: `[..., H, W, 1]`, 1 = valid, 0 = hole.
+
+    Returns:
+      Bool `[...]`.
+    """
+    hole = jnp.asarray(mask)[..., 0] == 0
+    return jnp.any(hole & _quiet_rim(hole.shape[-2:]), axis=(-2, -1))
+
+
 def random_mask(
     key: jax.Array,
     shape: Sequence[int],

@@ -8,8 +8,8 @@ Contract of this module:
   plane for all channels) or ``[N, *spatial, C]`` (a plane for each), of any dtype.
   What lies in a hole never matters, forward or backward, not even if it is NaN.
 * Inputs and masks may be sequences of equal length: sources that are concatenated
-  along the channels in meaning, but never in memory. A source may be `Upsampled`: its
-  pixels are repeated in meaning, but never in memory either.
+  along the channels in meaning, and in memory only where they are small. A source may
+  be `Upsampled`: its pixels are repeated in meaning.
 
 The mask costs next to nothing here. After a partial convolution all channels share
 one mask, so it is enough to know *how many* channels are valid at a position: the sum
@@ -49,7 +49,7 @@ _WORTHWHILE = 512
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Upsampled:
-    """A source of twice its size, ``upsample(x)``, that is never in memory.
+    """A source of twice its size, ``upsample(x)``, without the cost of it.
 
     A 3x3 convolution of an upsampled map equals four 2x2 convolutions of the map
     itself, each with sums of the kernel's taps, whose outputs are interleaved: 16
@@ -131,12 +131,8 @@ def partial_conv(
     valid_inputs = jax.tree.map(
         lambda m, x: jnp.where(m, x.astype(dtype), 0), masks, inputs
     )
-    kernels = jnp.split(kernel.astype(dtype), np.cumsum(channels)[:-1], axis=-2)
-    if feature_group_count > 1:
-        kernels = [kernel.astype(dtype)]
-    outputs = sum(
-        _conv(x, w, window, feature_group_count, precision)
-        for x, w in zip(valid_inputs, kernels)
+    outputs = _conv_sources(
+        valid_inputs, kernel.astype(dtype), window, feature_group_count, precision
     )
 
     # bfloat16 cannot count past 256: the sums and their ratio are float32 or wider.
@@ -359,12 +355,39 @@ def _continue(x: jax.Array, window: _Window) -> jax.Array:
     return x
 
 
-def _conv(x, kernel, window: _Window, feature_group_count, precision) -> jax.Array:
-    if isinstance(x, Upsampled):
-        worthwhile = math.prod(x.x.shape[:-1]) >= _WORTHWHILE
-        if worthwhile and feature_group_count == 1 and _keeps_size(window):
-            return _conv_upsampled(x.x, kernel, window, precision)
-        x = _repeat(x)
+def _conv_sources(sources, kernel, window, groups, precision) -> jax.Array:
+    """Convolves sources with their parts of a kernel, and adds up."""
+    sources = [x if _is_worthwhile(x, window, groups) else _repeat(x) for x in sources]
+    # What is smaller is copied: the inputs to join them, or the kernel to divide it.
+    divide = any(isinstance(x, Upsampled) for x in sources)
+    if groups == 1 and (divide or sum(x.size for x in sources) > kernel.size):
+        ends = np.cumsum([_shape(x)[-1] for x in sources])
+        kernels = jnp.split(kernel, ends[:-1], axis=-2)
+    else:
+        sources, kernels = [jnp.concatenate(sources, axis=-1)], [kernel]
+    return sum(
+        _conv_upsampled(x.x, w, window, precision)
+        if isinstance(x, Upsampled)
+        else _conv(x, w, window, groups, precision)
+        for x, w in zip(sources, kernels)
+    )
+
+
+def _is_worthwhile(x: Source, window: _Window, groups: int) -> bool:
+    """Whether to convolve an upsampled source as it is, if it is one."""
+    return (
+        isinstance(x, Upsampled)
+        and math.prod(x.x.shape[:-1]) >= _WORTHWHILE
+        and groups == 1
+        # The window slides one by one over zero padding of its own width.
+        and all(
+            stride == 1 and dilation == 1 and low + high == size - 1 and not mode
+            for size, stride, dilation, (low, high), (_, _, mode) in zip(*window)
+        )
+    )
+
+
+def _conv(x, kernel, window: _Window, groups, precision) -> jax.Array:
     spatial = "DHW"[-len(window.size) :]
     return lax.conv_general_dilated(
         _continue(x, window),
@@ -373,16 +396,8 @@ def _conv(x, kernel, window: _Window, feature_group_count, precision) -> jax.Arr
         padding=window.zeros,
         rhs_dilation=window.dilation,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        feature_group_count=feature_group_count,
+        feature_group_count=groups,
         precision=precision,
-    )
-
-
-def _keeps_size(window: _Window) -> bool:
-    """Whether the window slides one by one over zero padding of its own width."""
-    return all(
-        stride == 1 and dilation == 1 and low + high == size - 1 and not mode
-        for size, stride, dilation, (low, high), (_, _, mode) in zip(*window)
     )
 
 

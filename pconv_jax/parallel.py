@@ -7,6 +7,7 @@ depends on how many there are.
 
 import contextlib
 import functools
+import operator
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -53,22 +54,25 @@ def device_count() -> int:
     return jax.device_count()
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Checks that every device gets an equal share of a batch.
+def check_batch_size(batch_size: int, *, parts: int = 1) -> None:
+    """Checks that a batch can be divided among the devices.
+
+    Args:
+      batch_size: of all devices together.
+      parts: that each device's share is divided into again.
 
     Raises:
-      ValueError: if it does not; with the batch sizes next to it that would do.
+      ValueError: if it cannot; with the batch sizes next to it that would do.
     """
     devices = device_count()
-    if batch_size < 1 or batch_size % devices:
-        below, above = (
-            batch_size // devices * devices,
-            -(-batch_size // devices) * devices,
-        )
-        sizes = " or ".join(str(n) for n in (below, above) if n > 0) or str(devices)
+    shares = devices * parts
+    if batch_size < 1 or batch_size % shares:
+        below, above = batch_size // shares * shares, -(-batch_size // shares) * shares
+        sizes = " or ".join(str(n) for n in (below, above) if n > 0) or str(shares)
+        each = f" of {parts} parts each" if parts > 1 else ""
         raise ValueError(
-            f"batch_size = {batch_size} cannot be divided among {devices} devices: "
-            f"use {sizes}, or fewer devices."
+            f"batch_size = {batch_size} cannot be divided among {devices} devices"
+            f"{each}: use {sizes}, or fewer devices."
         )
 
 
@@ -104,18 +108,35 @@ def compile_train_step(step: Callable[..., Any]) -> Callable[..., Any]:
 def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles ``step(variables, batch)``, whose results have a leading batch axis.
 
+    Each device is given one example at a time. So what is computed for an example does
+    not depend, not in the last bit, on the others, nor on how many devices of a kind
+    there are.
+
     Returns:
-      A function of the same arguments, for this process's share of a batch.
+      A function of the same arguments, for this process's share of a batch, of any
+      size. Its results are NumPy arrays.
     """
-    if jax.local_device_count() == 1:
-        return jax.jit(step)
-    mapped = jax.pmap(step, in_axes=(None, 0), devices=jax.local_devices())
+    local = jax.local_device_count()
+    if local == 1:
+        run = jax.jit(step)
+    else:
+        mapped = jax.pmap(step, in_axes=(None, 0), devices=jax.local_devices())
 
-    def divide_and_join(variables, batch):
-        results = mapped(variables, _divide(batch))
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+        def run(variables, batch):
+            results = jax.device_get(mapped(variables, _divide(batch)))
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
-    return divide_and_join
+    def run_all(variables, batch):
+        size = len(jax.tree.leaves(batch)[0])
+        # The last round is filled up with the last example.
+        rounds = np.minimum(np.arange(size + -size % local), size - 1)
+        results = []
+        for number in rounds.reshape(-1, local):
+            examples = jax.tree.map(operator.itemgetter(number), batch)
+            results.append(jax.device_get(run(variables, examples)))
+        return jax.tree.map(lambda *x: np.concatenate(x)[:size], *results)
+
+    return run_all
 
 
 def gather(tree: Any) -> Any:

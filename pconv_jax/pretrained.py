@@ -83,18 +83,20 @@ def save_pretrained(
     convert.write_arrays(path, arrays, metadata)
 
 
-def from_pretrained(source: str | Path) -> Pretrained:
+def from_pretrained(source: str | Path | None = None) -> Pretrained:
     """Reads a release.
 
     Args:
       source: a ``.safetensors`` file; the name of a bundled network; or a repository on
         the Hugging Face Hub, ``user/name``, whose ``model.safetensors`` is downloaded,
-        once.
+        once. By default the first of the bundled networks.
 
     Raises:
       ValueError: if there is none, saying how to get one; if the file is damaged, of
         another kind, or has not all of the network.
     """
+    if source is None:
+        source = _default()
     path = _find(source)
     header = _read_header(path)
     model = model_from_config(header.get("model"), path)
@@ -156,6 +158,16 @@ def model_from_config(config: Mapping[str, Any], source: str | Path) -> PConvUNe
         raise ValueError(
             f"{source} has the configuration of no network that is known here: {error}."
         ) from error
+
+
+def _default() -> str:
+    if not BUNDLED:
+        raise ValueError(
+            "source: no network is bundled with this version. Make a file of one by "
+            "'pconv convert CHECKPOINT NETWORK.safetensors', of a checkpoint that "
+            "another project has published or of a run of train.py, and name it."
+        )
+    return next(iter(BUNDLED))
 
 
 def _find(source: str | Path) -> Path:

@@ -79,6 +79,7 @@ def train_step(
     loss_weights: losses.LossWeights = losses.PAPER_WEIGHTS,
     draw_mask: DrawMask | None = None,
     freeze_encoder_norm: bool = False,
+    accumulate: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Makes one update.
@@ -94,6 +95,9 @@ def train_step(
       loss_weights: weights of the loss terms.
       draw_mask: for batches without masks.
       freeze_encoder_norm: see `PConvUNet`.
+      accumulate: number of parts that the batch is computed in, one after the other,
+        to save memory. The gradient is the mean of theirs. Batch normalization sees a
+        part at a time, and updates its running statistics after each.
       axis_name: of the mapped axis over which a batch is divided, if it is.
 
     Returns:
@@ -101,12 +105,11 @@ def train_step(
       ``gradient_norm`` and ``hole_ratio``.
     """
     model = model.clone(axis_name=axis_name)
-    images, mask = prepare_batch(batch, draw_mask=draw_mask)
     features_fn = apply_features and functools.partial(apply_features, feature_params)
 
-    def loss_fn(params):
+    def loss_fn(params, batch_stats, images, mask):
         (output, _), updates = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
+            {"params": params, "batch_stats": batch_stats},
             images,
             mask,
             train=True,
@@ -116,11 +119,19 @@ def train_step(
         terms = losses.inpainting_loss(
             output, images, mask, features_fn=features_fn, weights=loss_weights
         )
-        terms = jax.tree.map(jnp.mean, terms)
-        return terms["total"], (terms, updates.get("batch_stats", {}))
+        scalars = jax.tree.map(jnp.mean, terms) | {"hole_ratio": 1 - mask.mean()}
+        return scalars["total"], (scalars, updates.get("batch_stats", {}))
 
-    grads, (terms, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
-    scalars = terms | {"hole_ratio": 1 - mask.mean()}
+    def differentiate(batch_stats, batch):
+        images, mask = prepare_batch(batch, draw_mask=draw_mask)
+        grads, (scalars, batch_stats) = jax.grad(loss_fn, has_aux=True)(
+            state.params, batch_stats, images, mask
+        )
+        return batch_stats, (grads, scalars)
+
+    batch_stats, (grads, scalars) = _over_parts(
+        differentiate, state.batch_stats, batch, accumulate
+    )
     if axis_name is not None:
         # Gradients, not the loss, are averaged: the mean of a loss inside of pmap has a
         # gradient of its own. The statistics agree already but for rounding.
@@ -137,10 +148,31 @@ def train_step(
     return state, scalars | {"gradient_norm": optax.tree.norm(grads)}
 
 
-def eval_step(
-    variables: Any, batch: Batch, *, model: PConvUNet
-) -> tuple[dict[str, jax.Array], Metrics]:
-    """Fills the holes of a batch, and compares with the truth.
+def _over_parts(function, carry, batch, parts):
+    """Applies ``(carry, batch) -> (carry, y)`` to parts of a batch; y's mean."""
+    if parts == 1:
+        return function(carry, batch)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    if size % parts:
+        raise ValueError(
+            f"accumulate = {parts} must divide the batch of a device, {size}."
+        )
+    batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+    def add(carry, part):
+        carry, total = carry
+        carry, y = function(carry, part)
+        return (carry, jax.tree.map(jnp.add, total, y)), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    _, shapes = jax.eval_shape(function, carry, first)
+    zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
+    (carry, total), _ = lax.scan(add, (carry, zeros), batch)
+    return carry, jax.tree.map(lambda y: y / parts, total)
+
+
+def fill_step(variables: Any, batch: Batch, *, model: PConvUNet) -> Metrics:
+    """Fills the holes of a batch.
 
     Args:
       variables: ``params`` and ``batch_stats``.
@@ -148,22 +180,41 @@ def eval_step(
       model: the network.
 
     Returns:
-      Pictures in [-1, 1], ``output`` and ``composite``; and ``[N]`` numbers for
-      each of `pconv_jax.metrics` on the composite, and for the ``hole_ratio``.
+      ``output``, the network's pictures as they would be saved, uint8 ``[N, H, W, C]``,
+      for valid pixels too; and ``finite``, bool ``[N]``, whether all of it is.
     """
     images, mask = prepare_batch(batch)
     output, _ = model.apply(variables, images, mask)
-    comp = ops.composite(output, images, mask)
-    # Metrics are of pictures that can be shown, in [0, 1].
-    shown, truth = (jnp.clip((x + 1) / 2, 0, 1) for x in (comp, images))
-    scores = {
-        "l1": metrics.l1(shown, truth),
-        "l1_hole": metrics.l1_hole(shown, truth, mask),
-        "psnr": metrics.psnr(shown, truth),
-        "ssim": metrics.ssim(shown, truth),
-        "hole_ratio": 1 - mask.mean(axis=(1, 2, 3)),
+    return {
+        "output": jnp.rint((jnp.clip(output, -1, 1) + 1) * 127.5).astype(jnp.uint8),
+        "finite": jnp.isfinite(output).all(axis=(1, 2, 3)),
     }
-    return {"output": output, "composite": comp}, scores
+
+
+def score_step(batch: Batch) -> Metrics:
+    """Compares pictures with the truth, whatever filled their holes.
+
+    Args:
+      batch: see the module; it has masks, and ``output``, uint8 ``[N, H, W, 3]``.
+
+    Returns:
+      ``[N]`` numbers for each of `pconv_jax.metrics`: of the composite, which has the
+      truth's valid pixels; of the output itself, with ``output_`` before their names;
+      and the ``hole_ratio``.
+    """
+    truth, output, mask = batch["image"], batch["output"], batch["mask"]
+    comp = ops.composite(output, truth, mask)
+    truth, output, comp = (x.astype(jnp.float32) / 255 for x in (truth, output, comp))
+    return {
+        "l1": metrics.l1(comp, truth),
+        "l1_hole": metrics.l1_hole(comp, truth, mask),
+        "psnr": metrics.psnr(comp, truth),
+        "ssim": metrics.ssim(comp, truth),
+        "output_l1": metrics.l1(output, truth),
+        "output_psnr": metrics.psnr(output, truth),
+        "output_ssim": metrics.ssim(output, truth),
+        "hole_ratio": 1 - mask.astype(jnp.float32).mean(axis=(1, 2, 3)),
+    }
 
 
 def prepare_batch(

@@ -35,6 +35,7 @@ from pconv_jax import (
     writers,
 )
 from pconv_jax.checkpoint import Checkpoints
+from pconv_jax.unet import PConvUNet
 
 _ITEMS = ("params", "batch_stats", "opt_state")
 _BORDERS = {"any": None, "always": True, "never": False}
@@ -65,13 +66,17 @@ def get_phases(config: ConfigDict) -> tuple[Phase, Phase]:
 
 
 def train_and_evaluate(
-    config: ConfigDict, workdir: str | pathlib.Path
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    model: PConvUNet | None = None,
 ) -> dict[str, Any]:
     """Trains a network, or goes on training it, and validates it.
 
     Args:
       config: the experiment, see `pconv_jax.config.paper`.
       workdir: of the run; made if it is not there.
+      model: the network, if it is another one than the experiment's.
 
     Returns:
       What is written to ``summary.json`` too: ``step``; ``finished``, False if the run
@@ -85,10 +90,14 @@ def train_and_evaluate(
         newest checkpoint is from before.
     """
     experiment.check(config)
-    parallel.check_batch_size(config.batch_size)
+    parallel.check_batch_size(config.batch_size, parts=config.accumulate)
     workdir = pathlib.Path(workdir)
     _check_workdir(workdir, config)
-    with _Run(config, workdir) as run, parallel.stop_requests() as stop_requested:
+    model = model or experiment.get_model(config)
+    with (
+        _Run(config, workdir, model) as run,
+        parallel.stop_requests() as stop_requested,
+    ):
         run.write_json("config.json", config.to_dict())
         for phase in get_phases(config):
             run.train(phase, stop_requested)
@@ -117,17 +126,19 @@ def format_summary(summary: Mapping[str, Any], workdir: str | pathlib.Path) -> s
 class _Run:
     """A run under way: its state, and what it reads from and writes to."""
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path):
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path, model: PConvUNet):
         self.config = config
         self.workdir = workdir
         self.primary = parallel.process_index() == 0
         self.warnings: list[str] = []
         self.unreadable: set[str] = set()
-        self.model = experiment.get_model(config)
+        self.model = model
         self.train_source = experiment.get_source(config, "train")
         self.validation_source = experiment.get_source(config, "validation")
         feature_params = self._load_feature_params()
-        self.features = feature_params and vgg.features_of(feature_params)
+        self.features = feature_params and functools.partial(
+            vgg.features_of(feature_params), dtype=self.model.dtype
+        )
         self.feature_params = parallel.replicate(feature_params)
         self.last_step = get_phases(config)[-1].stop
         self.stopped = False
@@ -221,6 +232,7 @@ class _Run:
                 loss_weights=losses.LossWeights(**config.loss),
                 draw_mask=draw_mask,
                 freeze_encoder_norm=phase.freeze_encoder_norm,
+                accumulate=config.accumulate,
             )
         )
 
@@ -325,7 +337,6 @@ class _Run:
             self._variables(),
             self.validation_source,
             image_size=self.config.image_size,
-            batch_size=self.config.batch_size,
             examples=self.config.validation_examples,
             progress=self.primary,
         )

@@ -24,7 +24,10 @@ NUMERICS = {
     "vgg": {".convert", "jax", "flax"},
     "losses": {".ops", "jax"},
     "masks": {"jax", "numpy", "cv2"},
-    "metrics": {".masks", "jax", "numpy"},
+    "metrics.__init__": {".metrics"},
+    "metrics.image": {"jax", "numpy"},
+    "metrics.lpips": {".convert", ".metrics", ".vgg", "jax", "flax"},
+    "metrics.inception": {".convert", "jax", "flax", "numpy"},
     "optim": {"jax", "optax"},
     "steps": {".losses", ".metrics", ".ops", ".optim", ".unet"}
     | {"jax", "flax", "optax"},
@@ -84,9 +87,16 @@ def run(code):
 
 
 @pytest.mark.parametrize(
-    "modules", [[], ["ops", "layers", "unet", "vgg", "losses"]], ids=["package", "core"]
+    "modules, without",
+    [
+        ([], ["jax"]),
+        (["metrics"], ["flax", "pconv_jax.convert"]),
+        (["ops", "layers", "unet", "vgg", "losses"], []),
+        (["metrics.lpips", "metrics.inception"], []),
+    ],
+    ids=["package", "metrics", "core", "learned metrics"],
 )
-def test_importing_is_light_and_touches_no_device(modules):
+def test_importing_is_light_and_touches_no_device(modules, without):
     heavy = [
         "cv2",
         "grain",
@@ -96,13 +106,14 @@ def test_importing_is_light_and_touches_no_device(modules):
         "tensorflow",
         "tensorflow_datasets",
         "torch",
+        *without,
     ]
     result = run(f"""
 import importlib, sys
 import pconv_jax
 for module in {modules}:
     importlib.import_module("pconv_jax." + module)
-loaded = set({heavy}) & {{name.split(".")[0] for name in sys.modules}}
+loaded = set({heavy}) & set(sys.modules)
 assert not loaded, loaded
 # JAX refuses this once devices are there.
 import jax

@@ -74,6 +74,13 @@ def test_touches_border_sees_the_outermost_pixels_only():
     np.testing.assert_array_equal(masks.touches_border(mask), [False] + 4 * [True])
 
 
+def test_near_border_sees_the_outermost_fifty_of_512_pixels():
+    mask = np.ones((4, 512, 512, 1))
+    for i, (row, column) in enumerate([(50, 461), (49, 200), (462, 200), (200, 462)]):
+        mask[i, row, column] = 0
+    np.testing.assert_array_equal(masks.near_border(mask), [False, True, True, True])
+
+
 # Random masks.
 
 CASES = [

@@ -50,6 +50,17 @@ def test_eval_steps_keep_the_order_of_a_batch():
     np.testing.assert_array_equal(step(2.0, {"x": x})["y"], 2 * x)
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 6])
+def test_eval_steps_take_any_number_and_see_one_example_at_a_time(size):
+    step = parallel.compile_eval_step(
+        lambda v, batch: {"y": batch["x"] - batch["x"].mean(0), "z": v + batch["x"]}
+    )
+    x = np.arange(3.0 * size).reshape(size, 3)
+    results = step(np.ones(3), {"x": x})
+    np.testing.assert_array_equal(results["y"], np.zeros_like(x))
+    np.testing.assert_array_equal(results["z"], x + 1)
+
+
 def test_gather_and_own_share_of_a_single_process():
     x = np.arange(6)
     np.testing.assert_array_equal(parallel.own_share(x), x)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from pconv_jax import losses, masks, metrics, ops, optim, parallel, steps
+from pconv_jax import losses, masks, metrics, optim, parallel, steps, vgg
 from pconv_jax.unet import PConvUNet
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -192,24 +192,37 @@ def test_no_feature_terms_without_features():
     np.testing.assert_allclose(scalars["total"], total, rtol=1e-6)
 
 
-def test_eval_step_scores_the_composite():
+def test_fill_step_gives_pictures_as_they_are_saved():
     state, batch = make_state(), make_batch(4, with_mask=True)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    step = parallel.compile_eval_step(functools.partial(steps.eval_step, model=MODEL))
-    pictures, scores = step(variables, batch)
-    images, mask = steps.prepare_batch(batch)
-    output, _ = jax.jit(MODEL.apply)(variables, images, mask)
-    np.testing.assert_allclose(pictures["output"], output, rtol=1e-4, atol=1e-5)
-    comp = ops.composite(pictures["output"], images, mask)
-    np.testing.assert_allclose(pictures["composite"], comp, rtol=0, atol=2e-7)
-    shown, truth = jnp.clip((comp + 1) / 2, 0, 1), (images + 1) / 2
+    step = parallel.compile_eval_step(functools.partial(steps.fill_step, model=MODEL))
+    filled = step(variables, batch)
+    output, _ = jax.jit(MODEL.apply)(variables, *steps.prepare_batch(batch))
+    expected = (np.clip(output, -1, 1) + 1) * 127.5
+    assert filled["output"].dtype == np.uint8 and filled["finite"].all()
+    assert np.abs(filled["output"] - expected).max() < 0.501
+    variables["params"]["pconv6"]["bias"] = np.array([0, np.inf, 0], np.float32)
+    assert not step(variables, batch)["finite"].any()
+
+
+def test_score_step_scores_the_composite_and_the_output():
+    batch = make_batch(4, with_mask=True)
+    rng = np.random.default_rng(1)
+    batch["output"] = rng.integers(0, 256, batch["image"].shape, np.uint8)
+    scores = jax.jit(steps.score_step)(batch)
+    mask, truth, output = batch["mask"], batch["image"] / 255, batch["output"] / 255
+    comp = np.where(mask == 1, truth, output)
+    truth, output, comp = (np.float32(x) for x in (truth, output, comp))
     expected = {
-        "l1": jnp.abs(shown - truth).mean((1, 2, 3)),
-        "psnr": metrics.psnr(shown, truth),
-        "ssim": metrics.ssim(shown, truth),
+        "l1": np.abs(comp - truth).mean((1, 2, 3)),
+        "psnr": metrics.psnr(comp, truth),
+        "ssim": metrics.ssim(comp, truth),
+        "output_l1": np.abs(output - truth).mean((1, 2, 3)),
+        "output_psnr": metrics.psnr(output, truth),
+        "output_ssim": metrics.ssim(output, truth),
         "hole_ratio": masks.hole_ratio(mask),
     }
-    # All errors lie in the hole.
+    # All errors of the composite lie in the hole.
     expected["l1_hole"] = expected["l1"] / expected["hole_ratio"]
     chex.assert_trees_all_close(scores, expected, rtol=1e-4, atol=1e-6)
 
@@ -220,3 +233,73 @@ def test_images_are_scaled_to_the_ends_of_the_range():
     images, mask = steps.prepare_batch({"image": image, "mask": mask})
     np.testing.assert_allclose(images.ravel(), [-1, -0.6, 1], rtol=1e-6)
     np.testing.assert_array_equal(mask.ravel(), [1.0, 0.0, 1.0])
+
+
+def test_parts_of_a_batch_give_its_gradient():
+    stages = [
+        [stage._replace(batch_norm=False) for stage in side]
+        for side in (MODEL.encoder, MODEL.decoder)
+    ]
+    model = PConvUNet(stages=tuple(map(tuple, stages)))
+    optimizer = optax.sgd(0.1)
+    state = steps.create_state(
+        jax.random.key(0), model=model, optimizer=optimizer, image_size=SIZE
+    )
+    step = make_step(model=model, optimizer=optimizer)
+    whole, scalars = jax.jit(step)(state, make_batch(8), EXTRA)
+    step = functools.partial(step, accumulate=4)
+    parts, part_scalars = jax.jit(step)(state, make_batch(8), EXTRA)
+    chex.assert_trees_all_close(parts.params, whole.params, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(part_scalars, scalars, rtol=1e-5)
+    assert parts.step == 1
+
+
+def test_parts_of_a_batch_are_normalized_one_after_the_other():
+    batch, step = make_batch(8), make_step(optimizer=optax.sgd(0.0))
+    state = make_state().replace(opt_state=optax.sgd(0.0).init(make_state().params))
+    parts, _ = jax.jit(functools.partial(step, accumulate=2))(state, batch, EXTRA)
+    step = jax.jit(step)
+    expected, _ = step(state, {n: x[:4] for n, x in batch.items()}, EXTRA)
+    expected, _ = step(expected, {n: x[4:] for n, x in batch.items()}, EXTRA)
+    chex.assert_trees_all_close(parts.batch_stats, expected.batch_stats, rtol=1e-5)
+
+
+def test_a_batch_that_cannot_be_divided_into_parts():
+    with pytest.raises(ValueError, match="accumulate = 3 must divide .* a device, 4"):
+        make_step(accumulate=3)(make_state(), make_batch(4), EXTRA)
+
+
+BFLOAT16 = MODEL.clone(dtype=jnp.bfloat16)
+
+
+def test_losses_in_bfloat16_are_those_in_float32():
+    params = vgg.random_params(jax.random.key(0))
+    state, batch = make_state(), make_batch(8)
+
+    def scalars(model):
+        apply_features = functools.partial(vgg.vgg16_features, dtype=model.dtype)
+        step = jax.jit(make_step(model=model, apply_features=apply_features))
+        return step(state, batch, params)[1]
+
+    full, half = scalars(MODEL), scalars(BFLOAT16)
+    assert all(x.dtype == jnp.float32 for x in half.values())
+    # The gradient is of those of all layers, each rounded to 8 bits.
+    for name in full.keys() - {"gradient_norm"}:
+        np.testing.assert_allclose(half[name], full[name], rtol=0.01, err_msg=name)
+    np.testing.assert_allclose(half["gradient_norm"], full["gradient_norm"], rtol=0.05)
+
+
+def test_training_in_bfloat16_follows_that_in_float32():
+    def train(model):
+        step, state = jax.jit(make_step(model=model)), make_state()
+        losses = []
+        for number in range(200):
+            batch = make_batch(4) | {"seed": np.arange(4, dtype=np.uint32) + 4 * number}
+            state, scalars = step(state, batch, EXTRA)
+            losses.append(float(scalars["total"]))
+        assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(state.params))
+        return np.array(losses)
+
+    full, half = train(MODEL), train(BFLOAT16)
+    assert half[-20:].mean() < 0.5 * half[:5].mean()
+    np.testing.assert_allclose(half[-50:].mean(), full[-50:].mean(), rtol=0.05)

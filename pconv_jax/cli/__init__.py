@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from pconv_jax import __version__
-from pconv_jax.cli import convert
+from pconv_jax.cli import convert, demo, inpaint, masks
 
 # Each has `add`, which adds its parser, and sets the function that runs the command.
-_COMMANDS = (convert,)
+_COMMANDS = (inpaint, demo, convert, masks)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

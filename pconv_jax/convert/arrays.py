@@ -36,7 +36,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"weights must be a {', '.join(_READERS)} file, got {path}.")
     if not path.is_file():
         raise ValueError(f"weights: there is no file {path}.")
-    _check_hash(path)
+    check_hash(path)
     if read is torch_file.read:  # Whose errors say this better.
         return read(path)
     try:
@@ -89,6 +89,13 @@ def to_tree(
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def from_torch(array: np.ndarray) -> np.ndarray:
+    """Returns weights with their axes in Flax's order: ``[H, W, in, out]``."""
+    if array.ndim == 4:
+        return array.transpose(2, 3, 1, 0)
+    return array.T
+
+
 def write_arrays(
     path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
@@ -117,8 +124,12 @@ def _as_float32(array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32, order="C")
 
 
-def _check_hash(path: Path) -> None:
-    """Compares a file with the hash in its name, a custom of torchvision and mmagic."""
+def check_hash(path: Path) -> None:
+    """Compares a file with the hash in its name, a custom of torchvision and mmagic.
+
+    Raises:
+      ValueError: if it is another one.
+    """
     kind, expected = "md5", _KERAS_MD5.get(path.name)
     if match := re.search(r"-([0-9a-f]{8})\.pth$", path.name):
         kind, expected = "sha256", match[1]

@@ -1,6 +1,6 @@
 """VGG's weights, from files of torchvision, timm and Keras, or from the Hub.
 
-Arrays are named ``conv1_1/kernel``, ``conv1_1/bias``, ..., ``conv3_3/bias``. Kernels
+Arrays are named ``conv1_1/kernel``, ``conv1_1/bias``, ..., ``conv5_3/bias``. Kernels
 are ``[H, W, in, out]``, for images as torchvision normalizes them.
 """
 
@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from pconv_jax.convert.arrays import checksum, read_arrays, write_arrays
+from pconv_jax.convert.arrays import (
+    checksum,
+    from_torch,
+    read_arrays,
+    write_arrays,
+)
 
 _REPOSITORY = "timm/vgg16.tv_in1k"
 _HUB_FILE = "model.safetensors"
@@ -26,8 +31,8 @@ _TORCH_MEAN = np.array([0.485, 0.456, 0.406]) * 255
 _TORCH_STD = np.array([0.229, 0.224, 0.225]) * 255
 _CAFFE_MEAN = np.array([123.68, 116.779, 103.939])
 
-# torchvision counts ReLUs and poolings too. A VGG19 has a convolution more in block 3.
-_TORCH_BLOCKS = {"VGG16": (2, 2, 3), "VGG19": (2, 2, 4)}
+# torchvision counts ReLUs and poolings too.
+_TORCH_BLOCKS = {"VGG16": (2, 2, 3, 3, 3), "VGG19": (2, 2, 4, 4, 4)}
 _KERAS = re.compile(
     r"(?:.*/)?block(\d)_conv(\d)[/_](kernel|bias|W|b)(?:_\d+)?(?::\d+)?"
 )
@@ -73,7 +78,7 @@ def download_vgg16() -> dict[str, np.ndarray]:
     """
     import huggingface_hub  # Not needed by those who have the file.
 
-    wanted = set(_torch_names(_TORCH_BLOCKS["VGG16"]).values())
+    wanted = set(_torch_names(_TORCH_BLOCKS["VGG16"][:3]).values())
     url = huggingface_hub.hf_hub_url(_REPOSITORY, _HUB_FILE)
     try:
         session = huggingface_hub.get_session()
@@ -148,8 +153,7 @@ def _from_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     renamed = {}
     for path, name in _torch_names(_TORCH_BLOCKS[kind]).items():
         if name in arrays:
-            array = arrays[name]
-            renamed[path] = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+            renamed[path] = from_torch(arrays[name])
     return renamed
 
 

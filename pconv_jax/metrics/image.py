@@ -25,7 +25,7 @@ def l1(a: ArrayLike, b: ArrayLike) -> jax.Array:
     Raises:
       ValueError: If the shapes are not equal or not of four axes.
     """
-    a, b = _pair(a, b)
+    a, b = check_pair(a, b)
     return jnp.mean(jnp.abs(a - b), axis=(1, 2, 3))
 
 
@@ -43,7 +43,7 @@ def l1_hole(a: ArrayLike, b: ArrayLike, mask: ArrayLike) -> jax.Array:
     Raises:
       ValueError: If the shapes do not fit.
     """
-    a, b = _pair(a, b)
+    a, b = check_pair(a, b)
     mask = jnp.asarray(mask)
     if mask.shape != (*a.shape[:3], 1):
         raise ValueError(
@@ -69,7 +69,7 @@ def psnr(a: ArrayLike, b: ArrayLike, *, max_val: float = 1.0) -> jax.Array:
     Raises:
       ValueError: If the shapes are not equal or not of four axes.
     """
-    a, b = _pair(a, b)
+    a, b = check_pair(a, b)
     error = jnp.mean(jnp.square(a - b), axis=(1, 2, 3))
     return 20 * jnp.log10(max_val) - 10 * jnp.log10(error)
 
@@ -92,7 +92,7 @@ def ssim(a: ArrayLike, b: ArrayLike, *, max_val: float = 1.0) -> jax.Array:
     Raises:
       ValueError: If the shapes are not equal, not of four axes, or too small.
     """
-    a, b = _pair(a, b)
+    a, b = check_pair(a, b)
     if min(a.shape[1:3]) < 11:
         raise ValueError(
             f"a and b must be at least 11 pixels high and wide, the size of the "
@@ -112,7 +112,8 @@ def ssim(a: ArrayLike, b: ArrayLike, *, max_val: float = 1.0) -> jax.Array:
     return jnp.mean(luminance * structure, axis=(1, 2, 3))
 
 
-def _pair(a, b):
+def check_pair(a: ArrayLike, b: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Returns two batches of images as float32, or raises `ValueError`."""
     a, b = jnp.asarray(a), jnp.asarray(b)
     if a.ndim != 4 or a.shape != b.shape:
         raise ValueError(

@@ -1,0 +1,40 @@
+"""``pconv demo``: a page in the browser that repairs pictures."""
+
+import argparse
+from typing import Any
+
+from pconv_jax.cli import inpaint
+from pconv_jax.inpaint import Inpainter
+
+
+def add(commands: Any) -> None:
+    """Adds the command to those of ``pconv``."""
+    command = commands.add_parser(
+        "demo",
+        help="repair pictures in the browser",
+        description=(
+            "Serves a page on which to open a picture, paint over what is to be filled "
+            "and download the repaired one. It works without a network."
+        ),
+    )
+    inpaint.add_network(command)
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets others in (default: %(default)s)",
+    )
+    command.add_argument(
+        "--port", type=int, default=7860, help="to listen on (default: %(default)s)"
+    )
+    command.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    try:
+        from pconv_jax import demo  # Gradio takes long to import.
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the page takes {error.name}: pip install 'pconv-jax[demo]'."
+        ) from error
+    inpainter = Inpainter.from_pretrained(arguments.network)
+    demo.launch(inpainter, host=arguments.host, port=arguments.port)

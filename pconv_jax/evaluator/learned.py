@@ -1,0 +1,116 @@
+"""LPIPS, FID and Inception Score, as far as there are weights of their networks."""
+
+import contextlib
+import functools
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from pconv_jax import parallel
+from pconv_jax.metrics import inception, lpips
+
+_SMALLEST_LPIPS = 31  # Pixels.
+_FEATURES = 2048  # Of Inception; the logits come after them.
+
+
+class Learned:
+    """The networks of these metrics.
+
+    Attributes:
+      left_out: a line about each metric that there is no network for.
+      fingerprint: a digest of the weights.
+    """
+
+    def __init__(self, *, image_size: int):
+        """Looks for weights, and downloads them if they can be had.
+
+        Args:
+          image_size: side of the pictures, in pixels.
+        """
+        self.left_out: list[str] = []
+        self._lpips = self._inception = None
+        if image_size < _SMALLEST_LPIPS:
+            self.left_out.append(
+                f"lpips: it takes pictures of {_SMALLEST_LPIPS} pixels and more, and "
+                f"image_size is {image_size}."
+            )
+        else:
+            self._lpips = self._load("lpips", lpips.load_params)
+        self._inception = self._load("fid, inception_score", inception.load_params)
+        digest = hashlib.blake2b(digest_size=16)
+        for leaf in jax.tree.leaves([self._lpips, self._inception]):
+            digest.update(np.asarray(leaf).tobytes())
+        self.fingerprint = digest.hexdigest()
+        self._lpips = self._lpips and parallel.replicate(self._lpips)
+        self._inception = self._inception and parallel.replicate(self._inception)
+
+    def distances(self, images: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns ``lpips``, ``[N]``, of pictures ``[N, H, W, 3]``; or nothing."""
+        if self._lpips is None:
+            return {}
+        pair = {"a": images, "b": truth}
+        return {"lpips": _compile_lpips()(self._lpips, pair)}
+
+    def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns ``features``, ``[N, F]``, for `set_metrics`; or nothing."""
+        if self._inception is None:
+            return {}
+        return {"features": _compile_inception()(self._inception, {"images": images})}
+
+    def _load(self, name, load):
+        try:
+            return load()
+        except ValueError as error:
+            self.left_out.append(f"{name}: {error}")
+            return None
+
+
+def set_metrics(features: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Returns metrics of a set of pictures.
+
+    Args:
+      features: of the pictures, `Learned.features`.
+      truth: of the true ones.
+
+    Returns:
+      ``fid``, if there are two of each at least, and ``inception_score``.
+    """
+    found = {}
+    if min(len(features), len(truth)) > 1:
+        with _quiet(inception.__name__):  # Its warning is in the metric's definition.
+            pair = (x[:, :_FEATURES] for x in (features, truth))
+            found["fid"] = round(inception.frechet_distance(*pair), 4)
+    score, _ = inception.inception_score(features[:, _FEATURES:], splits=1)
+    return found | {"inception_score": round(score, 4)}
+
+
+@functools.cache
+def _compile_lpips():
+    def step(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
+        a, b = (batch[name].astype(np.float32) / 255 for name in ("a", "b"))
+        return lpips.distance(params, a, b)
+
+    return parallel.compile_eval_step(step)
+
+
+@functools.cache
+def _compile_inception():
+    def step(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
+        both = inception.features_and_logits(params, batch["images"])
+        return jax.numpy.concatenate(both, axis=-1)
+
+    return parallel.compile_eval_step(step)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -1,0 +1,254 @@
+"""What is compared: networks, and what one would use without any.
+
+A method fills pictures, uint8 ``[N, H, W, 3]``, with masks, uint8 ``[N, H, W, 1]``,
+1 = valid, 0 = hole. What it gives for valid pixels is replaced by the truth in the
+composite.
+"""
+
+import functools
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from pconv_jax import classical, parallel, pretrained, steps
+from pconv_jax import config as experiment
+from pconv_jax.checkpoint import Checkpoints
+from pconv_jax.classical.worker import Worker
+from pconv_jax.unet import PConvUNet
+
+
+class Filled(NamedTuple):
+    """What a method made of pictures.
+
+    Attributes:
+      pictures: uint8 ``[N, H, W, 3]``.
+      seconds: wall time of each, ``[N]``.
+      errors: why the method failed on a picture, or ''; N of them.
+    """
+
+    pictures: np.ndarray
+    seconds: np.ndarray
+    errors: list[str]
+
+
+class Method(Protocol):
+    """A method to compare.
+
+    Attributes:
+      name: in tables and files.
+      description: a sentence about it.
+      is_network: whether valid pixels of what it gives are its own, too.
+      fingerprint: a digest of all that determines what it gives.
+    """
+
+    name: str
+    description: str
+    is_network: bool
+    fingerprint: str
+
+    def fill(self, images: np.ndarray, mask: np.ndarray) -> Filled:
+        """Fills holes. A picture that cannot be filled is told of in `errors`."""
+
+    def close(self) -> None:
+        """Lets go of what the method holds on to."""
+
+
+class Network:
+    """A network, run on one picture at a time on each device."""
+
+    is_network = True
+
+    def __init__(
+        self,
+        name: str,
+        model: PConvUNet,
+        variables: Mapping[str, Any],
+        *,
+        description: str = "",
+    ):
+        """Puts the network on the devices.
+
+        Args:
+          name: see `Method`.
+          model: the network.
+          variables: its ``params`` and ``batch_stats``.
+          description: see `Method`.
+        """
+        self.name = name
+        self.description = description or f"A network ({model.conv} convolutions)."
+        self.model = model
+        self.variables = parallel.replicate(variables)
+        self._shapes: set[tuple[int, ...]] = set()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """See `Method`."""
+        digest = hashlib.blake2b(digest_size=16)
+        config = pretrained.model_config(self.model), str(self.model.dtype)
+        digest.update(json.dumps(config).encode())
+        for path, leaf in jax.tree.leaves_with_path(self.variables):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
+
+    def fill(self, images: np.ndarray, mask: np.ndarray) -> Filled:
+        """See `Method`."""
+        step = compile_fill_step(self.model)
+        if images.shape[1:] not in self._shapes:  # Compiled before it is timed.
+            step(self.variables, {"image": images[:1], "mask": mask[:1]})
+            self._shapes.add(images.shape[1:])
+        start = time.perf_counter()
+        filled = step(self.variables, {"image": images, "mask": mask})
+        seconds = (time.perf_counter() - start) / len(images)
+        errors = ["" if ok else "its output is not finite" for ok in filled["finite"]]
+        return Filled(filled["output"], np.full(len(images), seconds), errors)
+
+    def close(self) -> None:
+        """See `Method`."""
+
+
+class Classical:
+    """A method of `pconv_jax.classical`, in a process of its own, on one core."""
+
+    is_network = False
+
+    def __init__(self, name: str, *, time_budget: float = 60.0):
+        """Starts nothing yet.
+
+        Args:
+          name: one of `classical.METHODS`.
+          time_budget: seconds that a picture may take before it counts as a failure.
+        """
+        self.name = name
+        self.description = classical.DESCRIPTIONS[name]
+        # Of the budget, too: a failure within a small one is none within a large one.
+        self.fingerprint = f"{name} {self.description} {time_budget:g}"
+        self._worker = Worker(name, time_budget=time_budget)
+
+    def fill(self, images: np.ndarray, mask: np.ndarray) -> Filled:
+        """See `Method`."""
+        results = [self._worker.fill(*pair) for pair in zip(images, mask)]
+        blank = np.zeros_like(images[0])
+        return Filled(
+            np.stack([blank if r.image is None else r.image for r in results]),
+            np.array([r.seconds for r in results]),
+            [r.error for r in results],
+        )
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._worker.close()
+
+
+class Trained(NamedTuple):
+    """A network from a file.
+
+    Attributes:
+      model: the network.
+      variables: its ``params`` and ``batch_stats``.
+      config: of the experiment that it is from, if that is known.
+      about: where it is from, JSON-able.
+    """
+
+    model: PConvUNet
+    variables: Mapping[str, Any]
+    config: ConfigDict | None
+    about: dict[str, Any]
+
+
+def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
+    """Reads the network of a run.
+
+    Args:
+      workdir: of the run.
+      step: which checkpoint; None for the newest.
+
+    Raises:
+      ValueError: if there is no such run or checkpoint.
+    """
+    with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
+        restored = checkpoints.restore(("params", "batch_stats"), step=step)
+    if restored is None:
+        raise ValueError(f"workdir: there is no checkpoint in {workdir}/checkpoints.")
+    step, variables, meta = restored
+    config = ConfigDict(meta["config"])
+    about = {"step": step, "warnings": meta["warnings"]}
+    return Trained(experiment.get_model(config), variables, config, about)
+
+
+def load_release(source: str | Path) -> Trained:
+    """Reads a network from a file, or wherever `pretrained.from_pretrained` finds it.
+
+    Raises:
+      ValueError: as `from_pretrained`; or if the network is not of pictures.
+    """
+    model, variables, info = pretrained.from_pretrained(source)
+    channels = model.decoder[-1].features
+    if channels != 3:
+        raise ValueError(
+            f"weights: {source} is a network of {channels} channel(s), and pictures "
+            "have 3."
+        )
+    config = info.get("experiment")
+    about = {"step": None, "warnings": list(info.get("warnings", ()))}
+    return Trained(model, variables, config and ConfigDict(config), about)
+
+
+def get_methods(
+    specs: Sequence[str], network: Network | None, *, time_budget: float
+) -> list[Method]:
+    """Returns the methods that are asked for.
+
+    Args:
+      specs: names of classical methods; the network's name; ``NAME=PATH`` for others,
+        PATH a workdir or a release; ``all`` for the network and all classical ones.
+      network: the network that is evaluated.
+      time_budget: see `Classical`.
+
+    Raises:
+      ValueError: if one is unknown or asked for twice, or there is none.
+    """
+    known = ([network.name] if network else []) + list(classical.METHODS)
+    names = [n for spec in specs for n in (known if spec == "all" else [spec])]
+    methods: list[Method] = []
+    for spec in names:
+        name, is_other, path = spec.partition("=")
+        if is_other:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(
+                    f"methods: the name in {spec!r} may have letters, digits, '.', '_' "
+                    "and '-'."
+                )
+            load = load_run if Path(path).is_dir() else load_release
+            other = load(path)
+            about = f"A network ({other.model.conv} convolutions) from {path}."
+            methods.append(
+                Network(name, other.model, other.variables, description=about)
+            )
+        elif network and name == network.name:
+            methods.append(network)
+        elif name in classical.METHODS:
+            methods.append(Classical(name, time_budget=time_budget))
+        else:
+            raise ValueError(
+                f"methods: {name!r} is unknown; there are {', '.join(known)}, 'all', "
+                "and NAME=PATH for other networks."
+            )
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"methods must be some, each once, got {', '.join(specs)}.")
+    return methods
+
+
+@functools.lru_cache(maxsize=8)
+def compile_fill_step(model: PConvUNet) -> Any:
+    """Returns `steps.fill_step` of a network, for all devices."""
+    return parallel.compile_eval_step(functools.partial(steps.fill_step, model=model))

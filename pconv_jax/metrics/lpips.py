@@ -1,0 +1,221 @@
+"""LPIPS, the learned perceptual distance of two images, version 0.1.
+
+Features of a network trained on ImageNet, AlexNet (``'alex'``, the usual one to
+evaluate with) or VGG16 (``'vgg'``), at five depths: each is scaled to unit length at
+every position, and the squared differences are weighted by what people said of pairs
+of images, and averaged over positions.
+
+Reference: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a
+Perceptual Metric", 2018, https://arxiv.org/abs/1801.03924, equation 1.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from pconv_jax import convert
+from pconv_jax.metrics.image import check_pair
+from pconv_jax.vgg import IMAGENET_MEAN, IMAGENET_STD
+
+Params = Mapping[str, Any]
+
+_LPIPS_URL = (
+    "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
+)
+
+
+class _Conv(NamedTuple):
+    name: str
+    features: int
+    size: int = 3
+    stride: int = 1
+    padding: int = 1
+
+
+class _Stage(NamedTuple):
+    """Max pooling (of stride 2) if any, convolutions with ReLU, and a feature map."""
+
+    pool: int | None
+    convs: tuple[_Conv, ...]
+
+
+class _Network(NamedTuple):
+    stages: tuple[_Stage, ...]
+    smallest: int  # Image that leaves a pixel at every depth.
+    trunk: convert.Published
+    heads: convert.Published
+
+
+_NETWORKS = {
+    "alex": _Network(
+        stages=(
+            _Stage(None, (_Conv("conv1", 64, size=11, stride=4, padding=2),)),
+            _Stage(3, (_Conv("conv2", 192, size=5, padding=2),)),
+            _Stage(3, (_Conv("conv3", 384),)),
+            _Stage(None, (_Conv("conv4", 256),)),
+            _Stage(None, (_Conv("conv5", 256),)),
+        ),
+        smallest=31,
+        trunk=convert.Published(
+            "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            name="alexnet-owt-7be5be79.pth",
+            variable="PCONV_ALEXNET",
+        ),
+        heads=convert.Published(
+            f"{_LPIPS_URL}/alex.pth",
+            name="lpips_alex-df73285e.pth",
+            variable="PCONV_LPIPS_ALEX",
+        ),
+    ),
+    "vgg": _Network(
+        stages=tuple(
+            _Stage(
+                2 if block > 1 else None,
+                tuple(_Conv(f"conv{block}_{i}", features) for i in range(1, convs + 1)),
+            )
+            for block, features, convs in (
+                (1, 64, 2),
+                (2, 128, 2),
+                (3, 256, 3),
+                (4, 512, 3),
+                (5, 512, 3),
+            )
+        ),
+        smallest=16,
+        trunk=convert.Published(
+            "https://download.pytorch.org/models/vgg16-397923af.pth",
+            name="vgg16-397923af.pth",
+            variable="PCONV_VGG16",
+        ),
+        heads=convert.Published(
+            f"{_LPIPS_URL}/vgg.pth",
+            name="lpips_vgg-a78928a0.pth",
+            variable="PCONV_LPIPS_VGG",
+        ),
+    ),
+}
+
+# torchvision counts ReLUs and poolings too.
+_ALEX_INDICES = {"conv1": 0, "conv2": 3, "conv3": 6, "conv4": 8, "conv5": 10}
+
+
+class LPIPS(nn.Module):
+    """The network of the distance.
+
+    Attributes:
+      net: ``'alex'`` or ``'vgg'``.
+    """
+
+    net: str = "alex"
+
+    @nn.compact
+    def __call__(self, a: ArrayLike, b: ArrayLike) -> jax.Array:
+        """Returns the distances ``[N]`` of images ``[N, H, W, 3]`` in [0, 1]."""
+        network = _NETWORKS[self.net]
+        a, b = check_pair(a, b)
+        if a.shape[-1] != 3 or min(a.shape[1:3]) < network.smallest:
+            raise ValueError(
+                f"a and b must be RGB images of at least {network.smallest} x "
+                f"{network.smallest} pixels, got shape {a.shape}"
+            )
+        # The original's shift and scale of [-1, 1] are these of [0, 1].
+        x = (jnp.concatenate([a, b]) - jnp.array(IMAGENET_MEAN)) / jnp.array(
+            IMAGENET_STD
+        )
+        distance = jnp.zeros(len(a))
+        for depth, (pool, convs) in enumerate(network.stages):
+            if pool:
+                x = nn.max_pool(x, (pool, pool), strides=(2, 2))
+            for conv in convs:
+                x = nn.Conv(
+                    conv.features,
+                    (conv.size, conv.size),
+                    strides=conv.stride,
+                    padding=conv.padding,
+                    precision=jax.lax.Precision.HIGHEST,
+                    name=conv.name,
+                )(x)
+                x = nn.relu(x)
+            of_a, of_b = jnp.split(_to_unit_length(x), 2)
+            weights = self.param(f"lin{depth}", nn.initializers.ones, x.shape[-1:])
+            difference = jnp.sum(weights * jnp.square(of_a - of_b), axis=-1)
+            distance += jnp.mean(difference, axis=(1, 2))
+        return distance
+
+
+def distance(params: Params, a: ArrayLike, b: ArrayLike) -> jax.Array:
+    """Returns the LPIPS distance of each pair of images.
+
+    Args:
+      params: of `load_params`.
+      a: Images ``[N, H, W, 3]``, RGB in [0, 1], at least 31 pixels high and wide, or 16
+        with VGG16.
+      b: Images of the same shape.
+
+    Returns:
+      Float32 ``[N]`` of at least 0, 0 for equal images.
+
+    Raises:
+      ValueError: If the shapes are not equal, not of RGB images, or too small.
+    """
+    net = "vgg" if "conv1_1" in params else "alex"
+    return LPIPS(net).apply({"params": params}, a, b)
+
+
+def load_params(net: str = "alex") -> Params:
+    """Loads the trained weights of a network and of its five linear heads.
+
+    Each of the two files is looked for where an environment variable says
+    (``PCONV_ALEXNET`` and ``PCONV_LPIPS_ALEX``, ``PCONV_VGG16`` and
+    ``PCONV_LPIPS_VGG``), in the cache (``PCONV_CACHE``), and where it was published: by
+    torchvision (about 240 or 550 MB) and by the LPIPS project (6 kB).
+
+    Args:
+      net: ``'alex'`` or ``'vgg'``.
+
+    Returns:
+      Parameters for `distance`, as NumPy arrays.
+
+    Raises:
+      ValueError: If a file is not to be had, saying in a line where to put it; or if it
+        is another one, naming all that is missing, mis-shaped or not finite.
+    """
+    if net not in _NETWORKS:
+        raise ValueError(f"net must be 'alex' or 'vgg', got {net!r}")
+    network = _NETWORKS[net]
+    heads, trunk = convert.find_published(network.heads, network.trunk)
+    image = jnp.zeros((1, 32, 32, 3))
+    shapes = jax.eval_shape(LPIPS(net).init, jax.random.key(0), image, image)["params"]
+    weights = {name: shapes.pop(name) for name in list(shapes) if name[:3] == "lin"}
+    arrays = convert.read_vgg(trunk) if net == "vgg" else _read_alexnet(trunk)
+    return convert.to_tree(arrays, shapes, trunk) | convert.to_tree(
+        _read_heads(heads), weights, heads
+    )
+
+
+def _to_unit_length(x):
+    # A root's gradient at 0 is no number; the original's 1e-10 comes after it.
+    squares = jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-30)
+    return x / (jnp.sqrt(squares) + 1e-10)
+
+
+def _read_alexnet(path):
+    arrays = convert.read_arrays(path)
+    for conv, index in _ALEX_INDICES.items():
+        for leaf, name in (("kernel", "weight"), ("bias", "bias")):
+            if (array := arrays.get(f"features.{index}.{name}")) is not None:
+                arrays[f"{conv}/{leaf}"] = convert.from_torch(array)
+    return arrays
+
+
+def _read_heads(path):
+    arrays = convert.read_arrays(path)
+    # 1x1 convolutions behind dropout.
+    return {
+        name.removesuffix(".model.1.weight"): array.reshape(-1)
+        for name, array in arrays.items()
+    }

@@ -1,0 +1,226 @@
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import gradio as gr
+import numpy as np
+import pretrained_test
+import pytest
+from PIL import Image
+
+import pconv_jax
+from pconv_jax import cli, demo, pictures, pretrained
+from pconv_jax.inpaint import Inpainter
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    path = tmp_path_factory.mktemp("network") / "tiny.safetensors"
+    pretrained.save_pretrained(path, *pretrained_test.make_network(depth=3))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inpainter(network):
+    return Inpainter.from_pretrained(network)
+
+
+def photo(height=60, width=80):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def drawing(hole):
+    """What Gradio's editor gives, of a layer that was painted on."""
+    layer = np.zeros((*hole.shape, 4), np.uint8)
+    layer[hole] = (255, 45, 149, 255)
+    return {"background": None, "layers": [Image.fromarray(layer)], "composite": None}
+
+
+def test_what_is_painted_over_is_filled(inpainter, tmp_path):
+    image = photo()
+    path = tmp_path / "a.png"
+    Image.fromarray(image).save(path)
+    hole = np.zeros(image.shape[:2], bool)
+    hole[20:40, 30:50] = True
+    opened = np.roll(hole, 15, axis=1)
+    Image.fromarray(~opened).save(tmp_path / "mask.png")
+    expected, depth = inpainter(image, hole | opened, dilate=2, return_depth=True)
+    after, (before, _), overlay, legend, report, download = demo.repair(
+        inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole), 2, True
+    )
+    np.testing.assert_array_equal(after, expected)
+    np.testing.assert_array_equal(before, image)
+    assert pathlib.Path(download.value["path"]).name == "a-repaired.png"
+    np.testing.assert_array_equal(Image.open(download.value["path"]), expected)
+    assert "80 x 60 pixels" in report and f"{np.mean(depth > 0):.1%}" in report
+    # Grey outside of the hole, and inside a color for each depth.
+    overlay = np.asarray(overlay, int)
+    assert np.all(overlay[depth == 0].std(axis=-1) == 0)
+    assert np.all(overlay[depth > 0].std(axis=-1) > 0)
+    assert [f">{d}</span>" in legend for d in (1, 2, 3)] == [
+        *(bool(np.any(depth == d)) for d in (1, 2, 3))
+    ]
+
+
+def test_large_pictures_are_shown_small_and_repaired_whole(inpainter, tmp_path):
+    y, x = np.mgrid[:900, :2048]
+    image = np.stack([x // 32, y // 16, (x + y) // 32], axis=-1).astype(np.uint16) * 500
+    path = tmp_path / "a.tif"
+    pictures.write(path, pictures.Picture(image, {}))
+    shown = demo.show(str(path))
+    assert shown.size == (1024, 450)
+    small = np.zeros((450, 1024), bool)
+    small[100:120, 500:530] = True
+    after, *_, download = demo.repair(
+        inpainter, str(path), None, drawing(small), 0, False
+    )
+    assert after.size == (1024, 450)
+    result = pictures.read(download.value["path"]).image
+    assert result.dtype == np.uint16
+    hole = np.kron(small, np.ones((2, 2), bool))
+    np.testing.assert_array_equal(result, inpainter(image, hole))
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_examples_come_with_a_mask(index):
+    path, mask, shown = demo.open_example(index)
+    image = pictures.read(path).image
+    hole = pictures.hole_of_mask(pictures.read(mask).image)
+    assert hole.shape == image.size[::-1] and 0.08 < hole.mean() < 0.15
+    assert max(shown.size) <= 1024
+    different = np.any(np.asarray(shown) != np.asarray(demo.show(path)), axis=-1)
+    assert 0.08 < different.mean() < 0.15
+
+
+def test_mistakes_are_said_on_the_page(inpainter, tmp_path):
+    path = tmp_path / "a.png"
+    with pytest.raises(gr.Error, match="Open a picture first"):
+        demo.repair(inpainter, None, None, None, 0, False)
+    path.write_text("Hello")
+    with pytest.raises(gr.Error, match="it is no picture"):
+        demo.show(str(path))
+    Image.fromarray(photo()).save(path)
+    with pytest.raises(gr.Error, match="Nothing is painted over yet"):
+        demo.repair(inpainter, str(path), None, None, 0, False)
+    everything = drawing(np.ones((60, 80), bool))
+    with pytest.raises(gr.Error, match="no valid pixel is left"):
+        demo.repair(inpainter, str(path), None, everything, 0, False)
+
+
+def test_ports_that_are_taken(inpainter):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"127.0.0.1, port {port}: .* in use"):
+            demo.launch(inpainter, port=port)
+    with pytest.raises(ValueError, match="cannot listen on 127.0.0.1, port 70000"):
+        demo.launch(inpainter, port=70_000)
+
+
+def test_it_says_what_is_to_be_installed(network, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "pconv_jax.demo")
+    monkeypatch.delattr(pconv_jax, "demo")
+    with pytest.raises(SystemExit, match=r"pip install 'pconv-jax\[demo\]'"):
+        cli.main(["demo", "--network", str(network)])
+
+
+# In a browser.
+
+
+@pytest.fixture
+def page():
+    """A page of a browser, and all the hosts that it asks for something."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="the extra [browser] is not installed"
+    )
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.hosts = set()
+        page.on("request", lambda r: page.hosts.add(r.url.split("/")[2]))
+        yield page
+        browser.close()
+
+
+@pytest.fixture
+def address(network):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pconv_jax.cli", "demo"]
+        + ["--network", str(network), "--port", str(port)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
+    address = f"127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None
+            try:
+                urllib.request.urlopen(f"http://{address}", timeout=60).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.slow
+def test_in_a_browser(page, address, network, tmp_path):
+    image = photo(300, 400) // 4 + 100
+    path = tmp_path / "photo.png"
+    Image.fromarray(image).save(path)
+    page.goto(f"http://{address}")
+    with page.expect_file_chooser() as chooser:
+        page.click("#photo")
+    chooser.value.set_files(path)
+    # The canvas shows the picture in its middle, and is ready when it has its colors.
+    canvas = page.locator("#editor canvas").first
+    canvas.wait_for()
+    page.wait_for_timeout(2000)
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 60, y)
+    page.mouse.down()
+    page.mouse.move(x, y + 10, steps=6)
+    page.mouse.move(x + 60, y - 20, steps=6)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    page.click("#run")
+    page.wait_for_selector("#repaired img", timeout=60_000)
+    with page.expect_download() as download:
+        page.click("#download")
+    assert download.value.suggested_filename == "photo-repaired.png"
+    download.value.save_as(tmp_path / "out.png")
+    result = np.asarray(Image.open(tmp_path / "out.png"))
+    assert result.shape == image.shape
+    changed = np.any(result != image, axis=-1)
+    # The stroke goes through the middle, and ends well before the edges.
+    rows, columns = np.nonzero(changed)
+    assert 0.01 < changed.mean() < 0.2
+    assert changed[140:160, 180:220].mean() > 0.9
+    assert 60 < columns.min() < columns.max() < 340
+    assert 60 < rows.min() < rows.max() < 240
+    # What the page shows is what is downloaded.
+    source = page.get_attribute("#repaired img", "src")
+    with urllib.request.urlopen(source) as response:
+        (tmp_path / "shown.png").write_bytes(response.read())
+    np.testing.assert_array_equal(Image.open(tmp_path / "shown.png"), result)
+    # Nothing is asked of any other machine.
+    assert page.hosts == {address}
