@@ -5,10 +5,10 @@ when it is complete. This module adds what Orbax leaves to its users: a checksum
 every leaf, a fallback to the next older step when the newest cannot be read, and an
 error where a checkpoint would otherwise be dropped in silence.
 
-A checkpoint holds named items (`'params'`, `'batch_stats'`, `'opt_state'`), each a
-pytree of arrays that can be read without the others, and `meta`, a JSON-able dict.
-Leaves are stored as NumPy arrays in nested dicts, so neither the number of devices
-nor the classes of an optimizer's state matter to whoever reads them.
+A checkpoint holds named items (`'params'`, `'batch_stats'`, `'opt_state'`,
+`'average'`), each a pytree of arrays that can be read without the others, and `meta`,
+a JSON-able dict. Leaves are stored as NumPy arrays in nested dicts, so neither the
+number of devices nor the classes of an optimizer's state matter to whoever reads them.
 """
 
 import contextlib
@@ -315,6 +315,36 @@ class Checkpoints:
     def _steps_to_keep(self, steps: Sequence[int]) -> set[int | None]:
         periodic = [s for s in steps if self._keep_every and s % self._keep_every == 0]
         return {*sorted(steps)[-self._keep :], *periodic, self.best_step()}
+
+
+def restore_network(
+    directory: str | os.PathLike[str],
+    *,
+    targets: Mapping[str, PyTree] | None = None,
+    step: int | None = None,
+) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+    """Reads the network of a training run: the averaged one, if the run has that.
+
+    Args:
+      directory: of the run's checkpoints.
+      targets: ``params`` and ``batch_stats``, as for `Checkpoints.restore`.
+      step: of the checkpoint; by default the newest that is whole.
+
+    Returns:
+      The step, ``params`` and ``batch_stats``, and `meta`; None if there is no
+      checkpoint and no `step` was asked for.
+
+    Raises:
+      ValueError: as `Checkpoints.restore`.
+    """
+    targets = dict(targets or dict.fromkeys(("params", "batch_stats")))
+    with Checkpoints(directory) as checkpoints:
+        restored = checkpoints.restore(targets | {"average": None}, step=step)
+    if restored is None:
+        return None
+    step, items, meta = restored
+    average = items.pop("average")
+    return step, average or items, meta
 
 
 class _Preserve:

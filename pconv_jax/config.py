@@ -78,6 +78,9 @@ def paper() -> ConfigDict:
     # a warning if there are none to be had), or 'none' to leave these terms out.
     config.vgg = "imagenet"
 
+    # Of a moving average of the weights, which is then what is evaluated and released;
+    # 0 for none, as in the paper.
+    config.average_decay = 0.0
     # The paper trains until nothing improves, for ten days; open-mmlab's mmagic, which
     # reports results like the paper's, has these numbers of steps.
     config.phase1 = ConfigDict()
@@ -124,6 +127,10 @@ def check(config: Mapping[str, Any]) -> None:
     for name in ("phase1.steps", "phase2.steps"):
         if given[name] < 0:
             raise ValueError(f"config: {name} must not be negative, got {given[name]}.")
+    if not 0 <= given["average_decay"] < 1:
+        raise ValueError(
+            f"config: average_decay must be in [0, 1), got {given['average_decay']}."
+        )
     for name, choices in {
         "data.source": ("bundled", "folder", "tar", "tfds"),
         "masks.border": ("any", "always", "never"),

@@ -2,8 +2,8 @@
 
 A release is one ``.safetensors`` file with the parameters and the statistics of batch
 normalization. Its metadata says what network they are of, and what is known about it:
-where it is from, what it was trained on, how well it does. It holds float32 arrays and
-text, and nothing that could be run.
+where it is from, what it was trained on, how well it does. It holds arrays of numbers
+and text, and nothing that could be run.
 """
 
 import json
@@ -50,6 +50,7 @@ def save_pretrained(
     variables: Mapping[str, Any],
     *,
     info: Mapping[str, Any] | None = None,
+    half: bool = False,
 ) -> None:
     """Writes a release.
 
@@ -58,6 +59,8 @@ def save_pretrained(
       model: the network.
       variables: its ``params`` and ``batch_stats``, in float32.
       info: what is known about it, JSON-able.
+      half: whether to store kernels in float16, which halves the file, and takes 13 of
+        their 24 bits.
 
     Raises:
       ValueError: if variables are not the network's, naming all that are missing, too
@@ -70,6 +73,10 @@ def save_pretrained(
     if others:
         raise ValueError(f"variables must be float32, but {'; '.join(others)}.")
     _to_variables(arrays, model, "what is to be saved")
+    if half:
+        arrays = {
+            n: _halve(a) if n.endswith("/kernel") else a for n, a in arrays.items()
+        }
     header = {
         "format": _FORMAT,
         "model": model_config(model),
@@ -254,6 +261,14 @@ def _to_variables(
     except Exception as error:  # JAX's and Flax's are of many kinds.
         raise ValueError(f"{source} is of an impossible network: {error}") from error
     return convert.to_tree(arrays, shapes, source, strict=True)
+
+
+def _halve(kernel: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        half = kernel.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError("half: there are kernels beyond 65504, float16's largest.")
+    return half
 
 
 def _tuples(value: Any) -> Any:

@@ -36,12 +36,22 @@ class TrainState:
       params: the network's parameters.
       batch_stats: its running statistics of batch normalization.
       opt_state: the optimizer's state.
+      average: a moving average of ``params`` and ``batch_stats``; empty without one.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    average: Any = flax.struct.field(default_factory=dict)
+
+    @property
+    def variables(self) -> Any:
+        """Of the network, for evaluation: averaged, if there is an average."""
+        return self.average or {
+            "params": self.params,
+            "batch_stats": self.batch_stats,
+        }
 
 
 def create_state(
@@ -50,19 +60,29 @@ def create_state(
     model: PConvUNet,
     optimizer: optax.GradientTransformation,
     image_size: int,
+    average: bool = False,
 ) -> TrainState:
-    """Returns the state before the first step, for square images of some size."""
+    """Returns the state before the first step.
+
+    Args:
+      key: of the initial weights.
+      model: the network.
+      optimizer: of its weights.
+      image_size: of the square images.
+      average: whether the state has a moving average.
+    """
 
     @jax.jit
     def init():
         images = jnp.zeros((2, image_size, image_size, model.out_features))
         variables = model.init(key, images, jnp.ones((*images.shape[:-1], 1)))
-        params = variables["params"]
+        params, stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            batch_stats=variables.get("batch_stats", {}),
+            batch_stats=stats,
             opt_state=optimizer.init(params),
+            average={"params": params, "batch_stats": stats} if average else {},
         )
 
     return init()
@@ -80,6 +100,7 @@ def train_step(
     draw_mask: DrawMask | None = None,
     freeze_encoder_norm: bool = False,
     accumulate: int = 1,
+    average_decay: float = 0.0,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Makes one update.
@@ -98,6 +119,8 @@ def train_step(
       accumulate: number of parts that the batch is computed in, one after the other,
         to save memory. The gradient is the mean of theirs. Batch normalization sees a
         part at a time, and updates its running statistics after each.
+      average_decay: of `TrainState.average`, if the state has one. In the first steps
+        it is smaller, so that the initial weights are soon forgotten.
       axis_name: of the mapped axis over which a batch is divided, if it is.
 
     Returns:
@@ -139,11 +162,19 @@ def train_step(
             (grads, batch_stats, scalars), axis_name
         )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average:
+        decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
+        average = optax.incremental_update(
+            {"params": params, "batch_stats": batch_stats}, average, 1 - decay
+        )
     state = TrainState(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
+        average=average,
     )
     return state, scalars | {"gradient_norm": optax.tree.norm(grads)}
 

@@ -34,10 +34,10 @@ from pconv_jax import (
     vgg,
     writers,
 )
-from pconv_jax.checkpoint import Checkpoints
+from pconv_jax.checkpoint import Checkpoints, restore_network
 from pconv_jax.unet import PConvUNet
 
-_ITEMS = ("params", "batch_stats", "opt_state")
+_ITEMS = ("params", "batch_stats", "opt_state", "average")
 _BORDERS = {"any": None, "always": True, "never": False}
 
 
@@ -233,6 +233,7 @@ class _Run:
                 draw_mask=draw_mask,
                 freeze_encoder_norm=phase.freeze_encoder_norm,
                 accumulate=config.accumulate,
+                average_decay=config.average_decay,
             )
         )
 
@@ -318,14 +319,11 @@ class _Run:
         meta = {"config": self.config.to_dict(), "warnings": self.warnings}
         self.checkpoints.save(self.step, items, meta=meta, metrics=metrics)
 
-    def _variables(self) -> dict[str, Any]:
-        return {"params": self.state.params, "batch_stats": self.state.batch_stats}
-
     def _draw_pictures(self) -> None:
         if self.primary:
             picture = evaluator.draw_pictures(
                 self.model,
-                self._variables(),
+                self.state.variables,
                 self.validation_source,
                 image_size=self.config.image_size,
             )
@@ -334,7 +332,7 @@ class _Run:
     def _validate(self) -> None:
         self.evaluation = evaluator.evaluate(
             self.model,
-            self._variables(),
+            self.state.variables,
             self.validation_source,
             image_size=self.config.image_size,
             examples=self.config.validation_examples,
@@ -355,6 +353,7 @@ class _Run:
             model=self.model,
             optimizer=self._optimizer(get_phases(self.config)[0]),
             image_size=self.config.image_size,
+            average=self.config.average_decay > 0,
         )
         shapes = jax.eval_shape(create)
         targets = {name: getattr(shapes, name) for name in _ITEMS}
@@ -371,16 +370,20 @@ class _Run:
         state = create()
         if not self.config.init_from:
             return state
-        source = pathlib.Path(self.config.init_from)
+        variables = self._read_network(pathlib.Path(self.config.init_from), targets)
+        return state.replace(
+            **variables, average=dict(variables) if state.average else {}
+        )
+
+    def _read_network(self, source: pathlib.Path, targets: Any) -> dict[str, Any]:
         if source.suffix == ".safetensors" or source.is_file():
-            return state.replace(**self._read_release())
+            return self._read_release()
         directory = source / "checkpoints"
-        del targets["opt_state"]
-        with Checkpoints(directory) as checkpoints:
-            restored = checkpoints.restore(targets)
+        targets = {name: targets[name] for name in ("params", "batch_stats")}
+        restored = restore_network(directory, targets=targets)
         if not restored:
             raise ValueError(f"init_from: there is no checkpoint in {directory}.")
-        return state.replace(**restored[1])
+        return restored[1]
 
     def _read_release(self) -> dict[str, Any]:
         release = pretrained.from_pretrained(self.config.init_from)

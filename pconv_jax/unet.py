@@ -89,7 +89,7 @@ class PConvUNet(nn.Module):
 
       >>> import jax, jax.numpy as jnp
       >>> from pconv_jax.unet import PConvUNet
-      >>> model = PConvUNet(depth=4, width=8)
+      >>> model = PConvUNet(depth=2, width=8)
       >>> images, mask = jnp.zeros((1, 32, 32, 3)), jnp.ones((1, 32, 32, 1))
       >>> variables = model.init(jax.random.key(0), images, mask)
       >>> outputs, new_mask = model.apply(variables, images, mask)

@@ -61,8 +61,11 @@ def test_convert_a_run(tmp_path, capsys):
     _, variables = pretrained_test.make_network()
     meta = {"config": pretrained_test.train_config("").to_dict(), "warnings": ["Oh!"]}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(1, jax.tree.map(np.zeros_like, variables), meta=meta)
-        checkpoints.save(2, variables | {"opt_state": {}}, meta=meta)
+        zeros = jax.tree.map(np.zeros_like, variables)
+        items = {"opt_state": {}, "average": {}}
+        checkpoints.save(1, zeros | items, meta=meta)
+        # Of two networks, the averaged one is the run's.
+        checkpoints.save(2, zeros | items | {"average": variables}, meta=meta)
     row = {"hole": "all", "psnr dB": 12.5}
     (workdir / "evaluation").mkdir()
     results = workdir / "evaluation" / "results.json"

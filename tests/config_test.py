@@ -83,6 +83,7 @@ def test_all_wrong_fields_are_named_at_once():
         ("log_every", 0, "log_every must be positive, got 0"),
         ("batch_size", -1, "batch_size must be positive, got -1"),
         ("phase1.steps", -1, "phase1.steps must not be negative, got -1"),
+        ("average_decay", 1.0, "average_decay must be in .0, 1., got 1.0"),
         ("image_size", 500, "use 256 or 512, or a smaller depth"),
         ("image_size", 100, "use 256, or a smaller depth"),
     ],

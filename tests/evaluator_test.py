@@ -589,7 +589,7 @@ def run(tmp_path_factory, variables):
     workdir = tmp_path_factory.mktemp("run")
     meta = {"config": tiny_config().to_dict(), "warnings": ["a warning"]}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(7, dict(variables), meta=meta)
+        checkpoints.save(7, dict(variables) | {"average": {}}, meta=meta)
     return workdir
 
 

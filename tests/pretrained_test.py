@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from pconv_jax import config as experiment
 from pconv_jax import convert, pretrained, trainer
-from pconv_jax.checkpoint import Checkpoints
+from pconv_jax.checkpoint import restore_network
 from pconv_jax.unet import IMAGENET, Normalization, PConvUNet, Stage, paper_stages
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -68,6 +68,31 @@ def test_round_trip_bit_for_bit(fields, channels, tmp_path):
     again = tmp_path / "again.safetensors"
     pretrained.save_pretrained(again, *read[:2], info=read.info)
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_kernels_in_half_the_bytes(tmp_path):
+    model, variables = make_network()
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    pretrained.save_pretrained(whole, model, variables)
+    pretrained.save_pretrained(half, model, variables, half=True)
+    kernels = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(variables)
+        if path[-1].key == "kernel"
+    ]
+    saved = 2 * sum(kernel.size for kernel in kernels)
+    assert whole.stat().st_size - half.stat().st_size == pytest.approx(saved, abs=200)
+    read = pretrained.from_pretrained(half).variables
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(read), jax.tree.leaves(variables), strict=True
+    ):
+        assert a.dtype == np.float32
+        # float16 has 11 significant bits.
+        rtol = 2.0**-11 if path[-1].key == "kernel" else 0
+        np.testing.assert_allclose(a, b, rtol=rtol)
+    variables["params"]["pconv1"]["kernel"][0, 0, 0, 0] = 7e4
+    with pytest.raises(ValueError, match="half: there are kernels beyond 65504"):
+        pretrained.save_pretrained(half, model, variables, half=True)
 
 
 def test_what_only_says_how_it_is_computed_is_left_out(tmp_path):
@@ -311,8 +336,7 @@ def test_training_goes_on_from_an_imported_network(normalization, tmp_path):
     fields = {"phase2.learning_rate": 1e-9, "model.normalization": normalization}
     workdir = tmp_path / "run"
     trainer.train_and_evaluate(train_config(path, **fields), workdir)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        _, items, _ = checkpoints.restore(("params", "batch_stats"))
+    _, items, _ = restore_network(workdir / "checkpoints")
     expected = imported.variables["params"]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),

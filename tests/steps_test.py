@@ -118,6 +118,24 @@ def test_four_devices_update_as_one_does_by_gradient_descent():
     chex.assert_trees_all_close(four.params, one.params, rtol=0, atol=1e-6)
 
 
+def test_the_average_forgets_the_first_weights_and_follows_the_others():
+    state = make_state()
+    weights = {"params": state.params, "batch_stats": state.batch_stats}
+    expected = average = jax.tree.map(np.zeros_like, weights)
+    state = state.replace(average=average)
+    step = jax.jit(make_step(average_decay=0.15))
+    for decay in (0.1, 0.15):  # min(0.15, (1 + t) / (10 + t))
+        state, _ = step(state, make_batch(), EXTRA)
+        expected = jax.tree.map(
+            lambda old, new, decay=decay: decay * old + (1 - decay) * new,
+            expected,
+            {"params": state.params, "batch_stats": state.batch_stats},
+        )
+    chex.assert_trees_all_close(state.average, expected, rtol=1e-5, atol=1e-7)
+    assert state.variables is state.average
+    assert make_state().variables.keys() == {"params", "batch_stats"}
+
+
 def test_order_in_the_batch_does_not_matter():
     batch = make_batch(4)
     shuffled = {name: x[[2, 0, 3, 1]] for name, x in batch.items()}

@@ -48,7 +48,7 @@ def tiny(**fields):
 def read_checkpoint(workdir, step=None):
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step, items, _ = checkpoints.restore(
-            ("params", "batch_stats", "opt_state"), step=step
+            ("params", "batch_stats", "opt_state", "average"), step=step
         )
     return step, items
 
@@ -252,7 +252,13 @@ def test_default_workdir():
 
 
 def command(workdir, *arguments, **fields):
-    long = {"phase1.steps": 30, "phase2.steps": 10, "validate_every": 10}
+    long = {
+        "phase1.steps": 24,
+        "phase2.steps": 8,
+        "picture_every": 16,
+        "validate_every": 16,
+        "average_decay": 0.9,
+    }
     fields = TINY | long | fields
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     config = f"--config={ROOT}/configs/pconv.py"
@@ -296,7 +302,7 @@ def test_killed_and_stopped_runs_end_as_one_that_never_was(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = run(command(whole))
     assert result.returncode == 0, result.stderr
-    assert "Finished at step 40" in result.stdout
+    assert "Finished at step 32" in result.stdout
 
     # With the weights killed in mid-flight, and then by a scheduler's polite request.
     code, _ = start_and_signal(command(broken), broken, signal.SIGKILL, after=6)
@@ -306,12 +312,12 @@ def test_killed_and_stopped_runs_end_as_one_that_never_was(tmp_path):
         command(broken), broken, signal.SIGTERM, after=first + 4
     )
     second = read_checkpoint(broken)[0]
-    assert first + 4 <= second < 40
+    assert first + 4 <= second < 32
     assert code == 0 and f"Stopped at step {second}, to go on by the same" in output
     assert json.loads((broken / "summary.json").read_text())["finished"] is False
 
     result = run(command(broken))
-    assert "Finished at step 40" in result.stdout
+    assert "Finished at step 32" in result.stdout
     assert_same_checkpoint(whole, broken)
     losses = [
         {
@@ -321,7 +327,7 @@ def test_killed_and_stopped_runs_end_as_one_that_never_was(tmp_path):
         }
         for workdir in (whole, broken)
     ]
-    assert losses[0] == losses[1] and len(losses[0]) == 40
+    assert losses[0] == losses[1] and len(losses[0]) == 32
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from ml_collections import ConfigDict, config_flags
 
 from pconv_jax import config as experiment
 from pconv_jax import evaluator, trainer, writers
-from pconv_jax.checkpoint import Checkpoints
+from pconv_jax.checkpoint import restore_network
 from pconv_jax.unet import PConvUNet
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -165,8 +165,7 @@ def train(
         summary = trainer.train_and_evaluate(config, workdir, model=model)
         if not summary["finished"]:
             return None
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        _, variables, _ = checkpoints.restore(("params", "batch_stats"))
+    _, variables, _ = restore_network(workdir / "checkpoints")
     return variables
 
 

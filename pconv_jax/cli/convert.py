@@ -39,6 +39,9 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--force", action="store_true", help="replace OUT if there is such a file"
     )
+    command.add_argument(
+        "--half", action="store_true", help="store kernels in float16, half the size"
+    )
     command.set_defaults(run=_convert)
 
 
@@ -56,7 +59,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         imported = convert.import_network(source)
         info = {"origin": imported.project, "notes": list(imported.notes)}
         network = Pretrained(imported.model, imported.variables, info)
-    pretrained.save_pretrained(out, network.model, network.variables, info=network.info)
+    model, variables, info = network
+    pretrained.save_pretrained(out, model, variables, info=info, half=arguments.half)
     print(_describe(network))
     print(f"Written to {out} ({out.stat().st_size / 1e6:.1f} MB).")
 
@@ -64,10 +68,9 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _read_run(workdir: Path, step: int | None) -> Pretrained:
     # These take long to import.
     from pconv_jax import config as experiment
-    from pconv_jax.checkpoint import Checkpoints
+    from pconv_jax.checkpoint import restore_network
 
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        restored = checkpoints.restore(("params", "batch_stats"), step=step)
+    restored = restore_network(workdir / "checkpoints", step=step)
     if restored is None:
         raise ValueError(f"SOURCE: there is no checkpoint in {workdir}/checkpoints.")
     step, variables, meta = restored

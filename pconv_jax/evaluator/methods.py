@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from pconv_jax import classical, parallel, pretrained, steps
 from pconv_jax import config as experiment
-from pconv_jax.checkpoint import Checkpoints
+from pconv_jax.checkpoint import restore_network
 from pconv_jax.classical.worker import Worker
 from pconv_jax.unet import PConvUNet
 
@@ -174,8 +174,7 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
     Raises:
       ValueError: if there is no such run or checkpoint.
     """
-    with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
-        restored = checkpoints.restore(("params", "batch_stats"), step=step)
+    restored = restore_network(Path(workdir) / "checkpoints", step=step)
     if restored is None:
         raise ValueError(f"workdir: there is no checkpoint in {workdir}/checkpoints.")
     step, variables, meta = restored
