@@ -179,7 +179,7 @@ def _random_mask(key, low, high, *, shape, kind, border):
     if kind == "mixed":
         share_key, *keys = jax.random.split(field_key, 1 + len(_FIELDS))
         # Strokes are what most of the published masks look like.
-        logits = jnp.array([3.0, 0, 0]) + 2 * jax.random.normal(share_key, (3,))
+        logits = jnp.array([4.0, 0, 0]) + 2 * jax.random.normal(share_key, (3,))
         shares = jax.nn.softmax(logits)
         shares = jnp.where(shares < 0.05, 0, shares)  # less would be mere specks
         field = jnp.inf
@@ -207,7 +207,7 @@ def _strokes(key, y, x, *, pens=28, steps=10):
         _grid(y, x, 24),
     )
     # Fast pens in quick succession draw long thin lines, slow ones short thick ones.
-    walk, delay = jnp.exp(drawing[0] - 5.5), jnp.exp(drawing[1] - 6)
+    walk, delay = jnp.exp(drawing[0] - 5.5), jnp.exp(drawing[1] - 6.7)
     heading, spread = jnp.pi * drawing[2], jnp.exp(0.7 * drawing[3])
     length = jnp.exp(0.6 * pen[0] + 0.3 * step[0] - 2.3)
     thinness = jnp.exp(0.35 * pen[1] + 0.15 * width)
