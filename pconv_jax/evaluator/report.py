@@ -281,7 +281,7 @@ def _pictures(
             image = (
                 "<div class='failed'>failed</div>"
                 if picture is None
-                else f"<img src='{_data_url(picture)}' loading='lazy' "
+                else f"<img src='{_data_url(picture)}' "
                 f"alt='{html.escape(column)}'>"
             )
             figures.append(
