@@ -195,12 +195,14 @@ def _part(part, size, batch, depth, width):
         y, pullback, updates = jax.vjp(forward, params, has_aux=True)
         return y, pullback(output), updates
 
-    def loss(output, features_fn):
-        terms = losses.inpainting_loss(output, images, mask, features_fn=features_fn)
-        return terms["total"].mean()
+    def loss_gradient(features_fn, output, images, mask):
+        def loss(output):
+            terms = losses.inpainting_loss(
+                output, images, mask, features_fn=features_fn
+            )
+            return terms["total"].mean()
 
-    def loss_gradient(output, features_fn):
-        return jax.value_and_grad(loss)(output, features_fn)
+        return jax.value_and_grad(loss)(output)
 
     def update(params, grads, opt_state):
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -220,17 +222,28 @@ def _part(part, size, batch, depth, width):
             jax.block_until_ready((new_params, opt_state))
 
         return Program(call, seconds)
-    function, argument = {
+    function, *arguments = {
         "network forward": (forward, params),
         "network forward and backward": (network_gradient, params),
         "VGG16 forward, 3 images": (
             lambda xs: [features(x) for x in xs],
             [output, images, ops.composite(output, images, mask)],
         ),
-        "loss forward and backward": (lambda x: loss_gradient(x, features), output),
-        "loss without VGG16": (lambda x: loss_gradient(x, None), output),
+        # Arguments all, or XLA would compute what depends on none when it compiles.
+        "loss forward and backward": (
+            functools.partial(loss_gradient, features),
+            output,
+            images,
+            mask,
+        ),
+        "loss without VGG16": (
+            functools.partial(loss_gradient, None),
+            output,
+            images,
+            mask,
+        ),
     }[part]
-    return _compiled(function, argument)
+    return _compiled(function, *arguments)
 
 
 def _data(size, batch, workers, count):

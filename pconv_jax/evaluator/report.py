@@ -281,8 +281,7 @@ def _pictures(
             image = (
                 "<div class='failed'>failed</div>"
                 if picture is None
-                else f"<img src='{_data_url(picture)}' "
-                f"alt='{html.escape(column)}'>"
+                else f"<img src='{_data_url(picture)}' alt='{html.escape(column)}'>"
             )
             figures.append(
                 f"<figure>{image}<figcaption>{dot}{caption}</figcaption></figure>"
