@@ -1,3 +1,4 @@
+import io
 import pathlib
 import shutil
 import socket
@@ -181,6 +182,21 @@ def address(network):
         process.wait(60)
 
 
+def wait_until_shown(page, canvas, image):
+    """Waits until a canvas has the picture in its middle, and moves no more."""
+    shots = []
+    for _ in range(100):
+        shots.append(canvas.screenshot())
+        pixels = np.asarray(Image.open(io.BytesIO(shots[-1])).convert("RGB"), float)
+        height, width, _ = pixels.shape
+        middle = pixels[height // 2 - 9 : height // 2 + 9, width // 2 - 9 :][:, :18]
+        shown = np.abs(middle.mean((0, 1)) - image.mean((0, 1))).max() < 10
+        if shown and len(set(shots[-4:])) == 1 and len(shots) > 4:
+            return
+        page.wait_for_timeout(400)
+    raise AssertionError("The picture does not come to rest on the canvas.")
+
+
 @pytest.mark.slow
 def test_in_a_browser(page, address, network, tmp_path):
     image = photo(300, 400) // 4 + 100
@@ -190,10 +206,9 @@ def test_in_a_browser(page, address, network, tmp_path):
     with page.expect_file_chooser() as chooser:
         page.click("#photo")
     chooser.value.set_files(path)
-    # The canvas shows the picture in its middle, and is ready when it has its colors.
     canvas = page.locator("#editor canvas").first
     canvas.wait_for()
-    page.wait_for_timeout(2000)
+    wait_until_shown(page, canvas, image)
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x - 60, y)
