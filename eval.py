@@ -42,6 +42,9 @@ _BUDGET = flags.DEFINE_float(
 _LEARNED = flags.DEFINE_bool(
     "learned", True, "LPIPS, FID and Inception Score, if their weights can be had."
 )
+_VGG = flags.DEFINE_string(
+    "vgg", None, "Weights of a VGG, for a perceptual distance that needs nothing else."
+)
 _OUT = flags.DEFINE_string("out", None, "Directory to write to.")
 
 
@@ -62,6 +65,7 @@ def main(_):
             seed=_SEED.value,
             time_budget=_BUDGET.value,
             learned=_LEARNED.value,
+            vgg=_VGG.value,
             out=_OUT.value,
         )
     except ValueError as error:

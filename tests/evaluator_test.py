@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import functools
 import io
@@ -15,16 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.metrics
+from flax import traverse_util
+from safetensors.numpy import save_file
 
 from pconv_jax import config as experiment
-from pconv_jax import data, evaluator, masks, pretrained
+from pconv_jax import data, evaluator, masks, pretrained, vgg
 from pconv_jax.checkpoint import Checkpoints
 from pconv_jax.evaluator import evaluation as evaluation_lib
 from pconv_jax.evaluator import learned as learned_lib
 from pconv_jax.evaluator import methods, report
 from pconv_jax.evaluator.learned import Learned
 from pconv_jax.evaluator.records import Store
-from pconv_jax.metrics import inception
+from pconv_jax.metrics import inception, lpips
 from pconv_jax.unet import PConvUNet
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -629,6 +632,38 @@ def test_networks_of_releases_beside_each_other(run, variables, tmp_path):
     assert evaluation.methods == ["pconv", "again", "third"]
     numbers = [evaluation.mean(method=m) for m in evaluation.methods]
     assert numbers[0] == numbers[1] == numbers[2]
+
+
+def test_a_perceptual_distance_by_any_vgg(run, tmp_path):
+    params = jax.tree.map(np.asarray, vgg.random_params(jax.random.key(1)))
+    weights = tmp_path / "vgg.safetensors"
+    save_file(traverse_util.flatten_dict(params, sep="/"), weights)
+    evaluation = evaluator.evaluate_run(
+        run,
+        methods=["network", "mean"],
+        examples=1,
+        learned=False,
+        vgg=str(weights),
+        out=tmp_path / "out",
+    )
+    assert evaluation.metrics[:5] == ["l1", "l1_hole", "psnr", "ssim", "vgg_distance"]
+    assert evaluation.left_out == []
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["vgg"] == "vgg.safetensors"
+    source = experiment.get_source(tiny_config(), "validation")
+    protocol = evaluator.Protocol(source, image_size=SIZE, examples=1)
+    ((index, truth),) = protocol.batches(1)
+    mask = protocol.masks(index, 4, True)
+    (fill,) = methods.get_methods(["mean"], None, time_budget=9.0)
+    with contextlib.closing(fill):
+        comp = np.where(mask == 0, fill.fill(truth, mask).pictures, truth)
+    expected = lpips.vgg_distance(
+        params, comp / np.float32(255), truth / np.float32(255)
+    )
+    (found,) = evaluation.select(method="mean", hole_bin=4, border=True)
+    assert found["vgg_distance"] == pytest.approx(float(expected[0]), rel=1e-4)
+    with pytest.raises(ValueError, match="none.npz"):
+        evaluator.evaluate_run(run, learned=False, vgg="none.npz")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import scipy.linalg
 import torch_writer
 from safetensors.numpy import save_file
 
-from pconv_jax import convert
+from pconv_jax import convert, vgg
 from pconv_jax.metrics import inception, lpips
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -122,6 +122,27 @@ def test_lpips_of_the_smallest_images(net, size):
     assert shape(size) == (1,)
     with pytest.raises(ValueError, match=f"at least {size} x {size} pixels"):
         shape(size - 1)
+
+
+def test_vgg_distance_is_the_formula_of_lpips_without_weights():
+    # 26 is not a multiple of 8: the pools are of 13, 6 and 3 pixels.
+    a, b = np.random.default_rng(0).random((2, 3, 26, 16, 3), np.float32)
+    params = vgg.random_params(jax.random.key(0))
+    expected = np.zeros(3)
+    for x, y in zip(
+        vgg.vgg16_features(params, 2 * a - 1), vgg.vgg16_features(params, 2 * b - 1)
+    ):
+        x, y = (np.asarray(f, np.float64) for f in (x, y))
+        cosine = (
+            (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+        )
+        expected += (2 - 2 * cosine).mean((1, 2))
+    actual = lpips.vgg_distance(params, a, b)
+    chex.assert_shape(actual, (3,))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    np.testing.assert_array_equal(lpips.vgg_distance(params, a, a), np.zeros(3))
+    with pytest.raises(ValueError, match="same shape"):
+        lpips.vgg_distance(params, a, b[:1])
 
 
 def test_lpips_refuses():

@@ -77,7 +77,7 @@ def compare(
     Args:
       methods: what to compare. Differences are taken from the first one.
       protocol: the pairs.
-      learned: the networks of LPIPS, FID and Inception Score; None leaves these out.
+      learned: the networks of metrics that need some; None leaves these out.
       directory: where to keep records as they come, so that the same call goes on where
         one that was killed stopped; None keeps none.
       progress: whether to show a progress bar.
@@ -145,6 +145,7 @@ def evaluate_run(
     seed: int = 0,
     time_budget: float = 60.0,
     learned: bool = True,
+    vgg: str | None = None,
     out: str | pathlib.Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -171,6 +172,8 @@ def evaluate_run(
       time_budget: seconds that a classical method may take for a picture.
       learned: whether to compute LPIPS, FID and Inception Score, if the weights of
         their networks are there or can be downloaded.
+      vgg: weights of a VGG, see `vgg.load_params`, for a perceptual distance that needs
+        nothing else; None leaves it out.
       out: directory to write to; by default ``evaluation`` in the workdir, or for a
         release ``runs/NAME-evaluation``.
       progress: whether to show a progress bar.
@@ -206,17 +209,23 @@ def evaluate_run(
     network = Network(name, trained.model, trained.variables)
     specs = [name if spec == "network" else spec for spec in methods]
     chosen = methods_lib.get_methods(specs, network, time_budget=time_budget)
+    networks = None
+    if learned or vgg:
+        networks = Learned(
+            image_size=protocol.image_size, published=learned, vgg_weights=vgg
+        )
     out = pathlib.Path(out)
     try:
         evaluation = compare(
             chosen,
             protocol,
-            learned=Learned(image_size=protocol.image_size) if learned else None,
+            learned=networks,
             directory=out / "records",
             progress=progress,
         )
         about = {"step": trained.about["step"], "config": config.to_dict()}
         about |= {"warnings": trained.about["warnings"]}
+        about |= {"vgg": pathlib.Path(vgg).name} if vgg else {}
         write_results(out, evaluation, protocol, chosen, about=about)
     finally:
         for method in chosen:

@@ -1,16 +1,16 @@
-"""LPIPS, FID and Inception Score, as far as there are weights of their networks."""
+"""Metrics by networks, as far as there are weights of these."""
 
 import contextlib
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from pconv_jax import parallel
+from pconv_jax import parallel, vgg
 from pconv_jax.metrics import inception, lpips
 
 _SMALLEST_LPIPS = 31  # Pixels.
@@ -25,14 +25,37 @@ class Learned:
       fingerprint: a digest of the weights.
     """
 
-    def __init__(self, *, image_size: int):
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        published: bool = True,
+        vgg_weights: str | None = None,
+    ):
         """Looks for weights, and downloads them if they can be had.
 
         Args:
           image_size: side of the pictures, in pixels.
+          published: whether to compute LPIPS, FID and Inception Score.
+          vgg_weights: of `lpips.vgg_distance`, see `vgg.load_params`; or None.
+
+        Raises:
+          ValueError: if ``vgg_weights`` cannot be read.
         """
         self.left_out: list[str] = []
         self._lpips = self._inception = None
+        self._vgg = None if vgg_weights is None else vgg.load_params(vgg_weights)
+        if published:
+            self._find_published(image_size)
+        digest = hashlib.blake2b(digest_size=16)
+        for leaf in jax.tree.leaves([self._lpips, self._inception, self._vgg]):
+            digest.update(np.asarray(leaf).tobytes())
+        self.fingerprint = digest.hexdigest()
+        self._lpips = self._lpips and parallel.replicate(self._lpips)
+        self._inception = self._inception and parallel.replicate(self._inception)
+        self._vgg = self._vgg and parallel.replicate(self._vgg)
+
+    def _find_published(self, image_size: int) -> None:
         if image_size < _SMALLEST_LPIPS:
             self.left_out.append(
                 f"lpips: it takes pictures of {_SMALLEST_LPIPS} pixels and more, and "
@@ -41,19 +64,21 @@ class Learned:
         else:
             self._lpips = self._load("lpips", lpips.load_params)
         self._inception = self._load("fid, inception_score", inception.load_params)
-        digest = hashlib.blake2b(digest_size=16)
-        for leaf in jax.tree.leaves([self._lpips, self._inception]):
-            digest.update(np.asarray(leaf).tobytes())
-        self.fingerprint = digest.hexdigest()
-        self._lpips = self._lpips and parallel.replicate(self._lpips)
-        self._inception = self._inception and parallel.replicate(self._inception)
 
     def distances(self, images: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns ``lpips``, ``[N]``, of pictures ``[N, H, W, 3]``; or nothing."""
-        if self._lpips is None:
-            return {}
+        """Returns what there is of ``lpips`` and ``vgg_distance``, ``[N]`` each.
+
+        Args:
+          images: uint8 ``[N, H, W, 3]``.
+          truth: of the same shape.
+        """
         pair = {"a": images, "b": truth}
-        return {"lpips": _compile_lpips()(self._lpips, pair)}
+        found = {}
+        if self._lpips is not None:
+            found["lpips"] = _compile_lpips()(self._lpips, pair)
+        if self._vgg is not None:
+            found["vgg_distance"] = _compile_vgg_distance()(self._vgg, pair)
+        return found
 
     def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Returns ``features``, ``[N, F]``, for `set_metrics`; or nothing."""
@@ -90,9 +115,18 @@ def set_metrics(features: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 @functools.cache
 def _compile_lpips():
+    return _compile_distance(lpips.distance)
+
+
+@functools.cache
+def _compile_vgg_distance():
+    return _compile_distance(lpips.vgg_distance)
+
+
+def _compile_distance(distance: Callable[..., jax.Array]):
     def step(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         a, b = (batch[name].astype(np.float32) / 255 for name in ("a", "b"))
-        return lpips.distance(params, a, b)
+        return distance(params, a, b)
 
     return parallel.compile_eval_step(step)
 

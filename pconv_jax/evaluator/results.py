@@ -64,6 +64,13 @@ METRICS: Mapping[str, Metric] = {
         "",
         "lower",
     ),
+    "vgg_distance": Metric(
+        "perceptual distance without learned weights: LPIPS's formula of pool1, pool2 "
+        "and pool3 of the VGG that the evaluation was given, all channels alike; "
+        f"{_COMP}",
+        "",
+        "lower",
+    ),
     "output_l1": Metric(f"{_L1}; {_OUT}", "%", "lower"),
     "output_psnr": Metric(f"{_PSNR}; {_OUT}", "dB", "higher"),
     "output_ssim": Metric(f"{_SSIM}; {_OUT}", "", "higher"),

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from pconv_jax import convert
 from pconv_jax.metrics.image import check_pair
-from pconv_jax.vgg import IMAGENET_MEAN, IMAGENET_STD
+from pconv_jax.vgg import IMAGENET_MEAN, IMAGENET_STD, features_of
 
 Params = Mapping[str, Any]
 
@@ -164,6 +164,29 @@ def distance(params: Params, a: ArrayLike, b: ArrayLike) -> jax.Array:
     """
     net = "vgg" if "conv1_1" in params else "alex"
     return LPIPS(net).apply({"params": params}, a, b)
+
+
+def vgg_distance(params: Params, a: ArrayLike, b: ArrayLike) -> jax.Array:
+    """Returns a distance like LPIPS that needs no learned heads.
+
+    The features are those of the training loss, ``pool1`` to ``pool3``, and differences
+    in all of them count alike.
+
+    Args:
+      params: of a VGG16 or VGG19, see `vgg.load_params`.
+      a: Images ``[N, H, W, 3]``, RGB in [0, 1], at least 8 pixels high and wide.
+      b: Images of the same shape.
+
+    Returns:
+      Float32 ``[N]`` from 0, for equal images, to 6.
+
+    Raises:
+      ValueError: If the shapes are not equal, not of RGB images, or too small.
+    """
+    a, b = check_pair(a, b)
+    pools = features_of(params)(params, 2 * jnp.concatenate([a, b]) - 1)
+    pairs = [jnp.split(_to_unit_length(x), 2) for x in pools]
+    return sum(jnp.square(x - y).sum(axis=-1).mean(axis=(1, 2)) for x, y in pairs)
 
 
 def load_params(net: str = "alex") -> Params:
