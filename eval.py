@@ -5,7 +5,7 @@
     python eval.py --workdir runs/a --methods=network,b=runs/b,telea,patchmatch
 
 All methods get the same pictures and masks. Written are report.html, a page to look at;
-results.json, results.md and examples.csv; timing.json; and pictures.png: into
+results.json, results.md, examples.csv; timing.json; pictures.png, worst.png: into
 evaluation/ in the workdir, or --out. Started again, it goes on where it stopped.
 """
 

@@ -612,7 +612,7 @@ def test_a_run_is_evaluated_as_it_was_trained(run):
     files = {path.name for path in out.iterdir()}
     assert files == {
         "results.json", "timing.json", "results.md", "examples.csv", "report.html",
-        "pictures.png", "records",
+        "pictures.png", "worst.png", "records",
     }  # fmt: skip
     with pytest.raises(ValueError, match="no checkpoint of step 3"):
         evaluator.evaluate_run(run, step=3)
@@ -632,6 +632,20 @@ def test_networks_of_releases_beside_each_other(run, variables, tmp_path):
     assert evaluation.methods == ["pconv", "again", "third"]
     numbers = [evaluation.mean(method=m) for m in evaluation.methods]
     assert numbers[0] == numbers[1] == numbers[2]
+
+
+def test_a_release_is_evaluated_on_pictures_that_everyone_has(variables, tmp_path):
+    config = tiny_config()
+    config.data.source, config.data.path = "folder", "photos/of/whoever/trained/it"
+    weights = tmp_path / "net.safetensors"
+    info = {"experiment": config.to_dict()}
+    pretrained.save_pretrained(weights, MODEL, variables, info=info)
+    options = dict(weights=str(weights), methods=["pconv"], examples=1, learned=False)
+    evaluator.evaluate_run(**options, out=tmp_path / "out")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["protocol"]["pictures"]["names"] == ["coffee.png"]
+    with pytest.raises(ValueError, match="photos/of/whoever"):
+        evaluator.evaluate_run(**options, config=config)
 
 
 def test_a_perceptual_distance_by_any_vgg(run, tmp_path):

@@ -153,8 +153,9 @@ def evaluate_run(
 
     Written are ``results.json``, which is always the same for the same arguments, on
     any number of devices (unless a method runs out of its time); ``timing.json``;
-    ``results.md``; ``examples.csv``; ``report.html``; ``pictures.png``; and
-    ``records/``, from which the same call goes on after one that was killed.
+    ``results.md``; ``examples.csv``; ``report.html``; ``pictures.png`` and
+    ``worst.png``, the median and the worst example of each hole bin; and ``records/``,
+    from which the same call goes on after one that was killed.
 
     Args:
       workdir: of the run.
@@ -164,7 +165,8 @@ def evaluate_run(
       step: which checkpoint; None for the newest.
       methods: what to compare, see `methods.get_methods`; 'network' is the network.
       examples: how many for each of `MASK_CLASSES`; None for what the experiment says.
-      images: a folder of pictures, or a tar file, instead of the validation split.
+      images: a folder of pictures, or a tar file; by default the experiment's
+        validation split, or for a release without one, scikit-image's photos.
       mask_folder: a folder of mask pictures; None for masks that are drawn.
       hole: the colour of holes in them, 'white' or 'black'.
       image_size: side of the squares, in pixels; None for the experiment's.
@@ -192,10 +194,13 @@ def evaluate_run(
             raise ValueError("step: is of a workdir, and weights have none.")
         trained = methods_lib.load_release(weights)
         out = out or pathlib.Path("runs") / f"{pathlib.Path(weights).stem}-evaluation"
+    with_pictures = config is not None or weights is None
     config = config or trained.config or experiment.paper()
     if images:
         kind = "folder" if pathlib.Path(images).expanduser().is_dir() else "tar"
         source = {"folder": data.FolderSource, "tar": data.TarSource}[kind](images)
+    elif not with_pictures:
+        source = data.open_source("bundled", split="validation")
     else:
         source = experiment.get_source(config, "validation")
     protocol = Protocol(
@@ -296,9 +301,10 @@ def write_results(
         shown=[(rank, e, p) for (rank, e), p in zip(shown, pictures)],
     )
     writers.write_atomically(directory / "report.html", page.encode())
-    medians = [p for (rank, _), p in zip(shown, pictures) if rank == "median"]
-    if medians:
-        writers.write_png(directory / "pictures.png", _lay_out(medians))
+    for rank, name in {"median": "pictures.png", "worst": "worst.png"}.items():
+        rows = [p for (found, _), p in zip(shown, pictures) if found == rank]
+        if rows:
+            writers.write_png(directory / name, _lay_out(rows))
 
 
 def choose_examples(evaluation: Evaluation) -> list[tuple[str, Record]]:
