@@ -68,7 +68,7 @@ def main(_):
             vgg=_VGG.value,
             out=_OUT.value,
         )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         logging.debug("", exc_info=True)  # For --verbosity=1.
         sys.exit(f"eval.py: {error}")
     print(evaluation)

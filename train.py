@@ -33,17 +33,20 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "The number of this one.")
 
 def main(_):
     """Runs the experiment, and says how it ended."""
-    if _DISTRIBUTED.value:
-        parallel.initialize(
-            coordinator_address=_ADDRESS.value,
-            num_processes=_PROCESSES.value,
-            process_id=_PROCESS.value,
-        )
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or trainer.default_workdir(name)
+    others = {
+        "coordinator_address": _ADDRESS.value,
+        "num_processes": _PROCESSES.value,
+        "process_id": _PROCESS.value,
+    }
     try:
+        if _DISTRIBUTED.value:
+            parallel.initialize(**others)
+        elif any(value is not None for value in others.values()):
+            raise ValueError("what is said of other processes needs --distributed.")
         summary = trainer.train_and_evaluate(_CONFIG.value, workdir)
-    except (ValueError, trainer.TrainingDiverged) as error:
+    except (OSError, ValueError, trainer.TrainingDiverged) as error:
         logging.debug("", exc_info=True)  # For --verbosity=1.
         sys.exit(f"train.py: {error}")
     print(trainer.format_summary(summary, workdir))

@@ -54,7 +54,6 @@ class Checkpoints:
         *,
         keep: int = 3,
         best_metric: str | None = None,
-        keep_every: int | None = None,
     ):
         """Opens a directory. It need not exist: the first `save` makes it.
 
@@ -63,20 +62,15 @@ class Checkpoints:
           keep: how many of the newest checkpoints to keep.
           best_metric: the metric, to be maximised, whose best checkpoint is kept
             besides the newest.
-          keep_every: keep every checkpoint whose step is a multiple of this, too.
 
         Raises:
-          ValueError: if `keep` or `keep_every` is less than 1.
+          ValueError: if `keep` is less than 1.
         """
-        if keep < 1 or (keep_every is not None and keep_every < 1):
-            raise ValueError(
-                "keep and keep_every must be at least 1, "
-                f"got keep={keep} and keep_every={keep_every}."
-            )
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}.")
         logging.getLogger("absl").addFilter(_is_no_orbax_chatter)
         self._directory = pathlib.Path(os.path.abspath(directory))
         self._keep = keep
-        self._keep_every = keep_every
         self._best_metric = best_metric
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -313,8 +307,7 @@ class Checkpoints:
             self._scores[step] = score
 
     def _steps_to_keep(self, steps: Sequence[int]) -> set[int | None]:
-        periodic = [s for s in steps if self._keep_every and s % self._keep_every == 0]
-        return {*sorted(steps)[-self._keep :], *periodic, self.best_step()}
+        return {*sorted(steps)[-self._keep :], self.best_step()}
 
 
 def restore_network(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from pconv_jax import data
+from pconv_jax import data, masks
 from pconv_jax.unet import IMAGENET, PConvUNet
 
 # Fields that may differ from what a run was started with when it goes on: they do not
@@ -54,6 +54,7 @@ def paper() -> ConfigDict:
     config.data.validation_fraction = 0.05  # That part.
     config.data.name = ""  # Of the TFDS data set.
     config.data.data_dir = ""  # Of TFDS; '' is its default.
+    config.data.feature = ""  # Which one is the picture, if there are several.
     config.data.train_split = "train"
     config.data.validation_split = "validation"
     config.data.workers = 0  # Processes that read pictures; 0 reads in threads.
@@ -131,10 +132,19 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"config: average_decay must be in [0, 1), got {given['average_decay']}."
         )
+    if not 0 <= given["seed"] < 2**32:
+        raise ValueError(f"config: seed must be in [0, 2**32), got {given['seed']}.")
+    for name in ("data.scale", "masks.hole_ratio"):
+        if not _is_range(given[name]):
+            raise ValueError(
+                f"config: {name} must be two numbers, 0 <= low <= high <= 1, got "
+                f"{given[name]}."
+            )
     for name, choices in {
         "data.source": ("bundled", "folder", "tar", "tfds"),
         "masks.border": ("any", "always", "never"),
         "masks.hole": ("white", "black"),
+        "masks.kind": masks.KINDS,
         "model.conv": ("partial", "standard"),
         "model.dtype": ("float32", "bfloat16"),
         "model.normalization": ("none", "imagenet"),
@@ -214,6 +224,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if isinstance(e, AttributeError):
             message = message.strip("'").replace("\\'", "'").replace("\\n", ". ")
         sys.exit(f"{pathlib.Path(argv[0]).name}: {message}")
+
+
+def _is_range(values: tuple[Any, ...]) -> bool:
+    numbers = [v for v in values if _same_type(0.0, v)]
+    return len(values) == len(numbers) == 2 and 0 <= values[0] <= values[1] <= 1
 
 
 def _same_type(expected: Any, value: Any) -> bool:

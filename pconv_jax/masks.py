@@ -352,7 +352,7 @@ class MaskFolder:
     holes are white in the test set and black in the training set.
 
     Attributes:
-      paths: The files, PNG, JPEG and WebP.
+      paths: The files, PNG, JPEG and WebP, but for hidden ones.
       hole: Colour of the holes, 'white' or 'black'.
       threshold: Grey value as a fraction of 255 above which a pixel is white. The
         paper's is 0.6.
@@ -375,8 +375,8 @@ class MaskFolder:
         suffixes = (".png", ".jpg", ".jpeg", ".webp")
         self.paths = sorted(
             file
-            for file in pathlib.Path(path).rglob("*")
-            if file.suffix.lower() in suffixes
+            for file in pathlib.Path(path).expanduser().rglob("*")
+            if file.suffix.lower() in suffixes and not file.name.startswith(".")
         )
         if not self.paths:
             found = "it has none" if os.path.isdir(path) else "there is no such folder"

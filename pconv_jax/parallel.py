@@ -31,12 +31,26 @@ def initialize(
 
     To be called once, before anything touches a device, by every process. On most
     clusters the arguments are found by `jax.distributed.initialize`.
+
+    Args:
+      coordinator_address: host and port of process number 0.
+      num_processes: how many there are.
+      process_id: the number of this one.
+
+    Raises:
+      ValueError: if the others cannot be found, or not be reached.
     """
-    jax.distributed.initialize(
-        coordinator_address=coordinator_address,
-        num_processes=num_processes,
-        process_id=process_id,
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator_address=coordinator_address,
+            num_processes=num_processes,
+            process_id=process_id,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"coordinator_address = {coordinator_address!r}, num_processes = "
+            f"{num_processes}, process_id = {process_id}: {error}"
+        ) from error
 
 
 def process_index() -> int:
@@ -160,7 +174,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Yields a function that tells, once a step, whether the run is asked to stop.
 
     A run is asked to by SIGTERM or Ctrl-C; a second Ctrl-C interrupts it at once. With
-    several processes it is enough to ask one: all of them stop after the same step.
+    several processes it is by SIGTERM alone, and enough to ask one: all of them stop
+    after the same step.
     """
     if process_count() > 1:
         # JAX has taken SIGTERM over, to agree with the others on a step.

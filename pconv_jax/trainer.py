@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from pconv_jax import config as experiment
 from pconv_jax import (
+    convert,
     data,
     evaluator,
     losses,
@@ -136,6 +138,10 @@ class _Run:
         self.train_source = experiment.get_source(config, "train")
         self.validation_source = experiment.get_source(config, "validation")
         feature_params = self._load_feature_params()
+        self.identity = {
+            "network": type(self.model).__name__,
+            "features": _digest(feature_params),
+        }
         self.features = feature_params and functools.partial(
             vgg.features_of(feature_params), dtype=self.model.dtype
         )
@@ -195,7 +201,7 @@ class _Run:
         """Ends the run: validates if that was not done yet, and sums up."""
         finished = self.step >= self.last_step
         if finished and not self.evaluation:
-            self._validate()
+            self._validate(write=False)  # The run that came here first has done it.
         if self.unreadable:
             names = ", ".join(sorted(self.unreadable))
             self._warn(f"{len(self.unreadable)} unreadable picture(s): {names}")
@@ -317,6 +323,7 @@ class _Run:
         self._wait_for_scalars()
         items = {name: getattr(self.state, name) for name in _ITEMS}
         meta = {"config": self.config.to_dict(), "warnings": self.warnings}
+        meta |= self.identity
         self.checkpoints.save(self.step, items, meta=meta, metrics=metrics)
 
     def _draw_pictures(self) -> None:
@@ -329,7 +336,7 @@ class _Run:
             )
             self.writer.write_picture(self.step, "validation", picture)
 
-    def _validate(self) -> None:
+    def _validate(self, *, write: bool = True) -> None:
         self.evaluation = evaluator.evaluate(
             self.model,
             self.state.variables,
@@ -339,9 +346,10 @@ class _Run:
             progress=self.primary,
         )
         mean = self.evaluation.mean()
-        self.writer.write_scalars(
-            self.step, {f"validation/{name}": x for name, x in mean.items()}
-        )
+        if write:
+            self.writer.write_scalars(
+                self.step, {f"validation/{name}": x for name, x in mean.items()}
+            )
         numbers = "  ".join(f"{name} {x:.4g}" for name, x in mean.items())
         self.progress.write(f"validation at step {self.step}: {numbers}")
 
@@ -358,13 +366,15 @@ class _Run:
         shapes = jax.eval_shape(create)
         targets = {name: getattr(shapes, name) for name in _ITEMS}
         restored = self.checkpoints.restore(targets)
+        step = restored[0] if restored else -1
+        if any(parallel.gather(np.array([step])) != step):
+            raise ValueError(
+                "the processes of this run cannot read the same checkpoint in "
+                f"{self.workdir / 'checkpoints'}; is it on a common file system?"
+            )
         if restored:
-            step, items, _ = restored
-            if any(parallel.gather(np.array([step])) != step):
-                raise ValueError(
-                    "the processes of this run cannot read the same checkpoint in "
-                    f"{self.workdir / 'checkpoints'}; is it on a common file system?"
-                )
+            step, items, meta = restored
+            self._check_identity(meta)
             logging.info("Going on from step %d.", step)
             return steps.TrainState(step=jnp.asarray(step, jnp.int32), **items)
         state = create()
@@ -375,6 +385,17 @@ class _Run:
             **variables, average=dict(variables) if state.average else {}
         )
 
+    def _check_identity(self, meta: Mapping[str, Any]) -> None:
+        for name, value in self.identity.items():
+            if meta.get(name, value) != value:
+                raise ValueError(
+                    f"workdir {self.workdir} was trained with another {name}: "
+                    f"{meta[name]}, now {value}. What vgg = {self.config.vgg!r} finds "
+                    "may have changed; name the file, or use another workdir."
+                    if name == "features"
+                    else f"workdir {self.workdir} is of a {meta[name]}, not a {value}."
+                )
+
     def _read_network(self, source: pathlib.Path, targets: Any) -> dict[str, Any]:
         if source.suffix == ".safetensors" or source.is_file():
             return self._read_release()
@@ -383,7 +404,11 @@ class _Run:
         restored = restore_network(directory, targets=targets)
         if not restored:
             raise ValueError(f"init_from: there is no checkpoint in {directory}.")
-        return restored[1]
+        _, variables, meta = restored
+        ours = self.identity["network"]
+        if (theirs := meta.get("network", ours)) != ours:
+            raise ValueError(f"init_from: {source} is of a {theirs}, not a {ours}.")
+        return variables
 
     def _read_release(self) -> dict[str, Any]:
         release = pretrained.from_pretrained(self.config.init_from)
@@ -419,11 +444,19 @@ class _Run:
         logging.warning(warning)
 
 
+def _digest(params: vgg.Params | None) -> str | None:
+    """Returns a digest of parameters."""
+    if params is None:
+        return None
+    arrays = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    return convert.checksum(arrays)
+
+
 def _check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Checks that a workdir is new, or this experiment's."""
     path = workdir / "config.json"
-    if not path.exists():
-        return
+    if not path.exists() or not any((workdir / "checkpoints").glob("*")):
+        return  # It has come to nothing yet: what was said may have been a mistake.
     changed = experiment.differences(json.loads(path.read_text()), config.to_dict())
     if changed:
         changes = "; ".join(f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items())

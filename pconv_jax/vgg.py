@@ -9,6 +9,7 @@ Reference: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-S
 Image Recognition", 2015, https://arxiv.org/abs/1409.1556.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -167,7 +168,10 @@ def load_params(source: str | Path = "imagenet") -> Params:
             "notop.h5, may be named there as well."
         ) from error
     params = _to_params(arrays, convert.VGG16_URL)
-    convert.write_cache(path, traverse_util.flatten_dict(params, sep="/"))
+    try:
+        convert.write_cache(path, traverse_util.flatten_dict(params, sep="/"))
+    except OSError as error:
+        logging.warning("The VGG16 is not kept for the next time: %s", error)
     return params
 
 

@@ -161,30 +161,6 @@ def write_png(path: pathlib.Path, image: np.ndarray) -> None:
     write_atomically(path, png.getvalue())
 
 
-def show_hole(image: ArrayLike, mask: ArrayLike, *, color: float = 1.0) -> np.ndarray:
-    """Fills the hole with a flat color, for display.
-
-    Args:
-      image: float `[..., H, W, C]` in [-1, 1].
-      mask: `[..., H, W, 1]` or `[..., H, W, C]`, 1 = valid, 0 = hole.
-      color: the fill in [-1, 1]; white by default, mid grey is 0.
-
-    Returns:
-      The image, float32, with `color` wherever the mask is 0.
-
-    Raises:
-      ValueError: if the mask's shape does not go with the image's.
-    """
-    image = np.asarray(image, np.float32)
-    mask = np.asarray(mask)
-    if mask.shape not in (image.shape, (*image.shape[:-1], 1)):
-        raise ValueError(
-            f"mask must be of shape {[*image.shape[:-1], 1]} or {list(image.shape)} "
-            f"to go with image, got {list(mask.shape)}."
-        )
-    return np.where(mask == 0, np.float32(color), image)
-
-
 def picture_grid(
     columns: Mapping[str, ArrayLike], *, max_rows: int | None = 8
 ) -> np.ndarray:

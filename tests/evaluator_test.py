@@ -25,6 +25,7 @@ from pconv_jax.checkpoint import Checkpoints
 from pconv_jax.evaluator import evaluation as evaluation_lib
 from pconv_jax.evaluator import learned as learned_lib
 from pconv_jax.evaluator import methods, report
+from pconv_jax.evaluator import protocol as protocol_lib
 from pconv_jax.evaluator.learned import Learned
 from pconv_jax.evaluator.records import Store
 from pconv_jax.metrics import inception, lpips
@@ -175,7 +176,7 @@ def test_masks_and_pictures_of_other_shapes(tmp_path):
     assert pairs.masks(np.arange(1), 0, False).shape == (1, SIZE, SIZE, 1)
 
 
-def test_fingerprints_tell_protocols_apart(tmp_path):
+def test_fingerprints_tell_protocols_apart(tmp_path, monkeypatch):
     write_mask_folder(tmp_path / "m", [(1, False)])
     folder = masks.MaskFolder(tmp_path / "m")
     options = [{}, {"seed": 1}, {"examples": 6}, {"image_size": 16}]
@@ -185,6 +186,14 @@ def test_fingerprints_tell_protocols_apart(tmp_path):
     prints += [evaluator.Protocol(train, image_size=SIZE, examples=5).fingerprint]
     assert len(set(prints)) == len(prints)
     assert make_protocol().fingerprint == prints[0]
+    # Masks that are drawn in another way are others.
+    otherwise = functools.partial(masks.random_mask, kind="rectangles")
+    with monkeypatch.context() as patch:
+        patch.setattr(masks, "random_mask", otherwise)
+        protocol_lib._draw.clear_cache()
+        changed = make_protocol().fingerprint
+    protocol_lib._draw.clear_cache()
+    assert changed != prints[0] == make_protocol().fingerprint
 
 
 # Numbers.
@@ -450,6 +459,11 @@ def test_metrics_with_networks_are_of_the_composites(stand_ins, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert evaluation.summary()[0]["fid"]["low"] is None
     assert "fid (lower is better)" in str(evaluation.format(markdown=True))
+    # One example is no set.
+    alone = evaluator.compare(
+        [half], make_protocol(examples=1), learned=learned, progress=False
+    )
+    assert "fid" not in alone.mean(**place) and "lpips" in alone.mean(**place)
     # Features are kept, too.
     again = evaluate([Fake("half", fails=lambda i: "must not be asked again")])
     assert again.sets == evaluation.sets
@@ -606,6 +620,8 @@ def test_a_run_is_evaluated_as_it_was_trained(run):
     assert len(results["examples"]) == 4 * 24
     assert set(results["metrics"]["l1"]) == {"definition", "unit", "better"}
     assert "difference" in results["summary"][-1]
+    page = (out / "report.html").read_text()
+    assert "<td>–</td>" in page and "<td class='best'>–" not in page
     timing = json.loads((out / "timing.json").read_text())
     assert timing["methods"]["telea"]["pictures"] == 24
     assert "seconds" not in (out / "results.json").read_text()

@@ -271,14 +271,16 @@ def test_folder_threshold(tmp_path, threshold, hole_columns):
     assert holes(mask) == 4 * hole_columns
 
 
-def test_folder_is_recursive_and_sorted_and_reads_every_format(tmp_path):
+def test_folder_is_recursive_and_sorted_and_reads_every_format(tmp_path, monkeypatch):
     names = ["b/1.jpg", "a.png", "b/0.webp", "c.JPEG", "b/c/2.png"]
     for i, name in enumerate(names):
         image = np.zeros((16, 16, 3), np.uint8)
         image[: 2 * i + 2] = 255
         write(tmp_path / name, image)
     (tmp_path / "notes.txt").write_text("not a mask")
-    folder = masks.MaskFolder(str(tmp_path))
+    (tmp_path / "._a.png").write_text("what macOS leaves beside a file")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = masks.MaskFolder("~")
     found = [path.relative_to(tmp_path).as_posix() for path in folder.paths]
     assert found == sorted(names)
     for name, mask in zip(found, folder, strict=True):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch_writer
+from flax import traverse_util
 from safetensors.numpy import load_file, save, save_file
 
 from pconv_jax import convert, vgg
@@ -77,6 +78,15 @@ def assert_same(params, kind="VGG16"):
 def no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PCONV_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("PCONV_VGG16", raising=False)
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch, caplog):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    params = jax.device_get(vgg.random_params(jax.random.key(0)))
+    arrays = traverse_util.flatten_dict(params, sep="/")
+    monkeypatch.setattr(convert, "download_vgg16", lambda: arrays)
+    jax.tree.map(np.testing.assert_array_equal, vgg.load_params(), params)
+    assert "not kept for the next time" in caplog.text
 
 
 # Files.

@@ -22,7 +22,6 @@ from pconv_jax.writers import (
     Progress,
     format_table,
     picture_grid,
-    show_hole,
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -199,23 +198,6 @@ def test_grids_show_all_there_is_if_it_is_less():
 def test_columns_that_do_not_make_a_grid(columns):
     with pytest.raises(ValueError, match="columns must be images"):
         picture_grid(columns)
-
-
-def test_show_hole():
-    image = np.linspace(-1, 1, 2 * 2 * 3 * 3).reshape(2, 2, 3, 3)
-    mask = np.ones((2, 2, 3, 1))
-    mask[1, 0, 2] = 0
-    shown = show_hole(jnp.asarray(image), mask, color=0.25)
-    np.testing.assert_array_equal(shown[1, 0, 2], 0.25)
-    np.testing.assert_array_equal(
-        np.where(mask == 1, shown, 0), np.where(mask == 1, np.float32(image), 0)
-    )
-    assert show_hole(image[0], mask[1])[0, 2].tolist() == [1, 1, 1]
-    per_channel = np.ones(image.shape)
-    per_channel[0, 0, 0, 1] = 0
-    assert (show_hole(image, per_channel, color=9) == 9).sum() == 1
-    with pytest.raises(ValueError, match=r"\[2, 2, 3, 1\] or \[2, 2, 3, 3\]"):
-        show_hole(image, mask[..., 0])
 
 
 ROWS = [

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except ValueError as error:
-        sys.exit(f"pconv: {error}")
     except BrokenPipeError:  # Whoever read the output has seen enough.
         sys.stderr.close()
+    except (OSError, ValueError) as error:
+        sys.exit(f"pconv: {error}")

@@ -66,27 +66,22 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _read_run(workdir: Path, step: int | None) -> Pretrained:
-    # These take long to import.
-    from pconv_jax import config as experiment
-    from pconv_jax.checkpoint import restore_network
+    from pconv_jax.evaluator import methods  # It takes long to import.
 
-    restored = restore_network(workdir / "checkpoints", step=step)
-    if restored is None:
-        raise ValueError(f"SOURCE: there is no checkpoint in {workdir}/checkpoints.")
-    step, variables, meta = restored
-    config = experiment.ConfigDict(meta["config"])
+    model, variables, config, about = methods.load_run(workdir, step=step)
+    step = about["step"]
     info = {
         "origin": f"pconv_jax {__version__}, step {step}",
         "training_data": config.data.to_dict(),
         "experiment": config.to_dict(),
-        "warnings": meta["warnings"],
+        "warnings": about["warnings"],
     }
     results = workdir / "evaluation" / "results.json"
     if results.is_file():
         evaluation = json.loads(results.read_text())
         if evaluation["step"] == step:
             info["metrics"] = evaluation["table"]
-    return Pretrained(experiment.get_model(config), variables, info)
+    return Pretrained(model, variables, info)
 
 
 def _describe(network: Pretrained) -> str:

@@ -205,8 +205,8 @@ def evaluate_run(
         source = experiment.get_source(config, "validation")
     protocol = Protocol(
         source,
-        image_size=image_size or config.image_size,
-        examples=examples or config.evaluation_examples,
+        image_size=config.image_size if image_size is None else image_size,
+        examples=config.evaluation_examples if examples is None else examples,
         seed=seed,
         mask_folder=masks.MaskFolder(mask_folder, hole=hole) if mask_folder else None,
     )

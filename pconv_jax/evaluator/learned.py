@@ -102,15 +102,15 @@ def set_metrics(features: np.ndarray, truth: np.ndarray) -> dict[str, float]:
       truth: of the true ones.
 
     Returns:
-      ``fid``, if there are two of each at least, and ``inception_score``.
+      ``fid`` and ``inception_score``, if there are two of each at least.
     """
-    found = {}
-    if min(len(features), len(truth)) > 1:
-        with _quiet(inception.__name__):  # Its warning is in the metric's definition.
-            pair = (x[:, :_FEATURES] for x in (features, truth))
-            found["fid"] = round(inception.frechet_distance(*pair), 4)
+    if min(len(features), len(truth)) < 2:
+        return {}
+    with _quiet(inception.__name__):  # Its warning is in the metric's definition.
+        pair = (x[:, :_FEATURES] for x in (features, truth))
+        distance = inception.frechet_distance(*pair)
     score, _ = inception.inception_score(features[:, _FEATURES:], splits=1)
-    return found | {"inception_score": round(score, 4)}
+    return {"fid": round(distance, 4), "inception_score": round(score, 4)}
 
 
 @functools.cache

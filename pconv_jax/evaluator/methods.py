@@ -7,6 +7,7 @@ composite.
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import re
 import time
@@ -115,6 +116,13 @@ class Network:
         """See `Method`."""
 
 
+# What classical methods are computed by.
+_VERSIONS = " ".join(
+    f"{name} {importlib.metadata.version(name)}"
+    for name in ("opencv-python-headless", "scikit-image", "scipy")
+)
+
+
 class Classical:
     """A method of `pconv_jax.classical`, in a process of its own, on one core."""
 
@@ -130,7 +138,7 @@ class Classical:
         self.name = name
         self.description = classical.DESCRIPTIONS[name]
         # Of the budget, too: a failure within a small one is none within a large one.
-        self.fingerprint = f"{name} {self.description} {time_budget:g}"
+        self.fingerprint = f"{name} {self.description} {time_budget:g} {_VERSIONS}"
         self._worker = Worker(name, time_budget=time_budget)
 
     def fill(self, images: np.ndarray, mask: np.ndarray) -> Filled:
@@ -172,12 +180,18 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
       step: which checkpoint; None for the newest.
 
     Raises:
-      ValueError: if there is no such run or checkpoint.
+      ValueError: if there is no such run or checkpoint, or if it is of another network
+        than its experiment's.
     """
     restored = restore_network(Path(workdir) / "checkpoints", step=step)
     if restored is None:
         raise ValueError(f"workdir: there is no checkpoint in {workdir}/checkpoints.")
     step, variables, meta = restored
+    if (kind := meta.get("network", PConvUNet.__name__)) != PConvUNet.__name__:
+        raise ValueError(
+            f"workdir: {workdir} is of a {kind}, a network that its experiment does "
+            "not tell of; build it, and use checkpoint.restore_network."
+        )
     config = ConfigDict(meta["config"])
     about = {"step": step, "warnings": meta["warnings"]}
     return Trained(experiment.get_model(config), variables, config, about)

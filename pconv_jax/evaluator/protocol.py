@@ -72,6 +72,8 @@ class Protocol:
         for name, value in {"image_size": image_size, "examples": examples}.items():
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}.")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), got {seed}.")
         if image_size < 11:
             raise ValueError(
                 "image_size must be at least 11 pixels, the size of SSIM's window, got "
@@ -152,6 +154,8 @@ class Protocol:
         digest = hashlib.blake2b(digest_size=16)
         about = [self.image_size, self.examples, self.seed, self._mask_digest]
         digest.update(json.dumps(about).encode())
+        if self._folder is None:  # How they are drawn may change.
+            digest.update(self.masks(np.array([0]), 3, True).tobytes())
         for number in range(min(len(self.source), self.examples)):
             try:
                 digest.update(hashlib.blake2b(self.source.read(number)).digest())

@@ -153,7 +153,7 @@ def _details(evaluation: Evaluation) -> Iterable[str]:
             for hole in holes:
                 value, values = row[hole], [r[hole] for r in others]
                 best = _best(metric, [math.nan if v is None else v for v in values])
-                mark = " class='best'" if value == best else ""
+                mark = " class='best'" if value is not None and value == best else ""
                 text = "–" if value is None else f"{value:.3f}"
                 cells.append(f"<td{mark}>{text}</td>")
             body.append(f"<tr>{''.join(cells)}</tr>")
