@@ -1,6 +1,6 @@
 """Repairs pictures: of any size, of any kind, and nothing but their holes.
 
-    inpainter = Inpainter.from_pretrained("places.safetensors")
+    inpainter = Inpainter.from_pretrained()
     inpainter("photo.jpg", "mask.png").save("repaired.png")
 
 In a mask **white means: fill this**, as in other tools for pictures; see

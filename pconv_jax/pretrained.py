@@ -22,7 +22,9 @@ from pconv_jax import convert
 from pconv_jax.unet import Normalization, PConvUNet, Stage
 
 # Releases that come with this package, by name.
-BUNDLED: Mapping[str, Path] = {}
+BUNDLED: Mapping[str, Path] = {
+    "photos": Path(__file__).parent / "weights" / "photos.safetensors"
+}
 
 _HUB_FILE = "model.safetensors"
 _KEY = "pconv_jax"
@@ -99,11 +101,11 @@ def from_pretrained(source: str | Path | None = None) -> Pretrained:
         once. By default the first of the bundled networks.
 
     Raises:
-      ValueError: if there is none, saying how to get one; if the file is damaged, of
-        another kind, or has not all of the network.
+      ValueError: if there is none of that name, saying how to get one; if the file is
+        damaged, of another kind, or has not all of the network.
     """
     if source is None:
-        source = _default()
+        source = next(iter(BUNDLED))
     path = _find(source)
     header = _read_header(path)
     model = model_from_config(header.get("model"), path)
@@ -167,16 +169,6 @@ def model_from_config(config: Mapping[str, Any], source: str | Path) -> PConvUNe
         ) from error
 
 
-def _default() -> str:
-    if not BUNDLED:
-        raise ValueError(
-            "source: no network is bundled with this version. Make a file of one by "
-            "'pconv convert CHECKPOINT NETWORK.safetensors', of a checkpoint that "
-            "another project has published or of a run of train.py, and name it."
-        )
-    return next(iter(BUNDLED))
-
-
 def _find(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
@@ -186,10 +178,10 @@ def _find(source: str | Path) -> Path:
     # A folder of that name is meant rather than the Hub.
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or path.exists():
         raise ValueError(
-            f"source: there is no file {source}, and {_bundled_names()}. Give the path "
-            "of a .safetensors file, or a repository on the Hugging Face Hub, "
-            "'user/name'; or make a file of another project's weights or of a run by "
-            "'pconv convert SOURCE OUT.safetensors'."
+            f"source: there is no file {source}, nor a bundled network of that name "
+            f"({', '.join(BUNDLED)}). Give the path of a .safetensors file, or a "
+            "repository on the Hugging Face Hub, 'user/name'; or make a file of a run "
+            "or of another project's weights by 'pconv convert SOURCE OUT.safetensors'."
         )
     import huggingface_hub  # Not needed by those who have the file.
 
@@ -209,12 +201,6 @@ def _find(source: str | Path) -> Path:
             f"({type(error).__name__}). Where there is a network, fetch {url}, and "
             "give its path instead."
         ) from error
-
-
-def _bundled_names() -> str:
-    if not BUNDLED:
-        return "no network is bundled with this version"
-    return f"the bundled networks are {', '.join(BUNDLED)}"
 
 
 def _check_suffix(path: str | Path) -> Path:

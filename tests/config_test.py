@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from pconv_jax import config as experiment
+from pconv_jax import trainer
 
 EXPERIMENTS = sorted(pathlib.Path(__file__).parents[1].glob("configs/*.py"))
 
@@ -54,6 +55,19 @@ def test_quickstart_and_unknown_variants():
     experiment.check(load(path, "quickstart"))
     with pytest.raises(ValueError, match="'paper' and 'quickstart', got 'fast'"):
         load(path, "fast")
+
+
+def test_the_runs_of_the_release_follow_each_other():
+    path = next(path for path in EXPERIMENTS if path.stem == "release")
+    before = ""
+    for variant in ("coarse", "fine"):
+        config = load(path, variant)
+        experiment.check(config)
+        assert config.is_locked and config.init_from == before
+        assert f"configs/release.py:{variant} " in path.read_text()
+        before = trainer.default_workdir(f"configs/release.py:{variant}")
+    with pytest.raises(ValueError, match="'coarse' and 'fine', got 'x'"):
+        load(path, "x")
 
 
 def test_unknown_field_cannot_be_set():

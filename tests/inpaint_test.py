@@ -153,8 +153,6 @@ def test_from_pretrained(tmp_path, monkeypatch):
     inpainter = pconv_jax.Inpainter.from_pretrained(path)
     assert inpainter.info["origin"] == "a test"
     np.testing.assert_array_equal(inpainter(image, hole), expected)
-    with pytest.raises(ValueError, match="pconv convert CHECKPOINT .* train.py"):
-        Inpainter.from_pretrained()
     monkeypatch.setattr(pretrained, "BUNDLED", {"tiny": path})
     np.testing.assert_array_equal(Inpainter.from_pretrained()(image, hole), expected)
 

@@ -250,7 +250,7 @@ def test_releases_without_a_checksum(tmp_path):
 
 
 def test_sources_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="no network is bundled .*pconv convert"):
+    with pytest.raises(ValueError, match=r"of that name \(photos\).*pconv convert"):
         pretrained.from_pretrained("places")
     with pytest.raises(ValueError, match="there is no file"):
         pretrained.from_pretrained(tmp_path / "none.safetensors")
@@ -361,3 +361,20 @@ def test_training_from_another_network(fields, difference, tmp_path):
     pretrained.save_pretrained(path, model, variables)
     with pytest.raises(ValueError, match=f"init_from: .*{difference}"):
         trainer.train_and_evaluate(train_config(path, **fields), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", pretrained.BUNDLED)
+def test_bundled_networks_are_whole_and_speak_of_nobodys_machine(name):
+    path = pretrained.BUNDLED[name]
+    assert path.stat().st_size < 70e6
+    network = pretrained.from_pretrained(name)
+    info = json.dumps(network.info)
+    assert '"/' not in info and "~" not in info  # No path of its makers.
+    experiment = network.info["experiment"]
+    assert len(network.model.encoder) == experiment["model"]["depth"]
+    assert (path.parent / "README.md").is_file()
+
+
+def test_the_first_bundled_network_is_the_default():
+    default = pretrained.from_pretrained()
+    assert default.info == pretrained.from_pretrained("photos").info

@@ -124,8 +124,8 @@ def add_network(command: argparse.ArgumentParser) -> None:
         "--network",
         metavar="FILE",
         help="a .safetensors file, as 'pconv convert' makes of published checkpoints "
-        "and of runs; or a repository on the Hugging Face Hub, user/name. By default "
-        "the one that comes with this package, if one does",
+        "and of runs; or a repository on the Hugging Face Hub, user/name. By default, "
+        "the one that comes with this package",
     )
 
 
