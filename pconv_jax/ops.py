@@ -45,6 +45,9 @@ _CONTINUATIONS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 # For fewer, summing the kernel's taps takes longer than it saves.
 _WORTHWHILE = 512
 
+# The largest kernel, in taps, whose windows are copied where the map is smaller: 7 x 7.
+_MOST_TAPS = 49
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +396,9 @@ def _conv(x, kernel, window: _Window, groups, precision) -> jax.Array:
         max(0, (n + low + high - (size - 1) * dilation - 1) // stride + 1)
         for n, size, stride, dilation, (low, high), _ in zip(x.shape[1:-1], *window)
     ]
-    if groups == 1 and math.prod(lengths) < math.prod(window.size):
+    # Large kernels are left to XLA: copying their windows would take much memory.
+    taps = math.prod(window.size)
+    if groups == 1 and math.prod(lengths) < taps <= _MOST_TAPS:
         return _conv_patches(x, kernel, lengths, window, precision)
     spatial = "DHW"[-len(window.size) :]
     return lax.conv_general_dilated(

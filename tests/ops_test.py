@@ -196,6 +196,13 @@ def test_equals_reference_for_any_geometry(geometry):
     check_reference(**geometry)
 
 
+def test_large_kernels_on_small_maps_are_left_to_xla():
+    x, kernel = np.ones((1, 2, 2, 1)), jax.ShapeDtypeStruct((2**20, 3, 1, 1), "f4")
+    apply = functools.partial(ops.partial_conv, x, None)
+    y, _ = jax.eval_shape(apply, kernel)
+    assert y.shape == (1, 2, 2, 1)
+
+
 @pytest.mark.parametrize(
     ("spatial", "size", "options"),
     [
