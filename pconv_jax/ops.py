@@ -398,7 +398,7 @@ def _conv(x, kernel, window: _Window, groups, precision) -> jax.Array:
     ]
     # Large kernels are left to XLA: copying their windows would take much memory.
     taps = math.prod(window.size)
-    if groups == 1 and math.prod(lengths) < taps <= _MOST_TAPS:
+    if groups == 1 and 0 < math.prod(lengths) < taps <= _MOST_TAPS:
         return _conv_patches(x, kernel, lengths, window, precision)
     spatial = "DHW"[-len(window.size) :]
     return lax.conv_general_dilated(
