@@ -53,6 +53,16 @@ def fill(image: np.ndarray, mask: np.ndarray, *, method: str) -> np.ndarray:
     return np.where(hole[..., None], filled, image)
 
 
+def versions() -> str:
+    """Returns the versions of the libraries that compute the methods, in a line."""
+    import cv2
+    import scipy
+    import skimage
+
+    modules = (cv2, scipy, skimage)
+    return " ".join(f"{module.__name__} {module.__version__}" for module in modules)
+
+
 def _mean(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     return np.rint(image[~hole].mean(axis=0)).astype(np.uint8)
 

@@ -7,7 +7,6 @@ composite.
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import re
 import time
@@ -116,13 +115,6 @@ class Network:
         """See `Method`."""
 
 
-# What classical methods are computed by.
-_VERSIONS = " ".join(
-    f"{name} {importlib.metadata.version(name)}"
-    for name in ("opencv-python-headless", "scikit-image", "scipy")
-)
-
-
 class Classical:
     """A method of `pconv_jax.classical`, in a process of its own, on one core."""
 
@@ -138,7 +130,8 @@ class Classical:
         self.name = name
         self.description = classical.DESCRIPTIONS[name]
         # Of the budget, too: a failure within a small one is none within a large one.
-        self.fingerprint = f"{name} {self.description} {time_budget:g} {_VERSIONS}"
+        parts = (name, self.description, f"{time_budget:g}", classical.versions())
+        self.fingerprint = " ".join(parts)
         self._worker = Worker(name, time_budget=time_budget)
 
     def fill(self, images: np.ndarray, mask: np.ndarray) -> Filled:
