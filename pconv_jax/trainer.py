@@ -374,7 +374,8 @@ class _Run:
             )
         if restored:
             step, items, meta = restored
-            self._check_identity(meta)
+            self._check_network(meta, f"workdir {self.workdir}")
+            self._check_features(meta)
             logging.info("Going on from step %d.", step)
             return steps.TrainState(step=jnp.asarray(step, jnp.int32), **items)
         state = create()
@@ -385,16 +386,19 @@ class _Run:
             **variables, average=dict(variables) if state.average else {}
         )
 
-    def _check_identity(self, meta: Mapping[str, Any]) -> None:
-        for name, value in self.identity.items():
-            if meta.get(name, value) != value:
-                raise ValueError(
-                    f"workdir {self.workdir} was trained with another {name}: "
-                    f"{meta[name]}, now {value}. What vgg = {self.config.vgg!r} finds "
-                    "may have changed; name the file, or use another workdir."
-                    if name == "features"
-                    else f"workdir {self.workdir} is of a {meta[name]}, not a {value}."
-                )
+    def _check_network(self, meta: Mapping[str, Any], what: str) -> None:
+        ours = self.identity["network"]
+        if (theirs := meta.get("network", ours)) != ours:
+            raise ValueError(f"{what} is of a {theirs}, not a {ours}.")
+
+    def _check_features(self, meta: Mapping[str, Any]) -> None:
+        ours = self.identity["features"]
+        if (theirs := meta.get("features", ours)) != ours:
+            raise ValueError(
+                f"workdir {self.workdir} was trained with other VGG features: "
+                f"{theirs}, now {ours}. What vgg = {self.config.vgg!r} finds may have "
+                "changed; name the file, or use another workdir."
+            )
 
     def _read_network(self, source: pathlib.Path, targets: Any) -> dict[str, Any]:
         if source.suffix == ".safetensors" or source.is_file():
@@ -405,9 +409,7 @@ class _Run:
         if not restored:
             raise ValueError(f"init_from: there is no checkpoint in {directory}.")
         _, variables, meta = restored
-        ours = self.identity["network"]
-        if (theirs := meta.get("network", ours)) != ours:
-            raise ValueError(f"init_from: {source} is of a {theirs}, not a {ours}.")
+        self._check_network(meta, f"init_from: {source}")
         return variables
 
     def _read_release(self) -> dict[str, Any]:

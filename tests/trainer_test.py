@@ -267,7 +267,7 @@ def test_random_features_are_warned_of_until_the_end(tmp_path, monkeypatch):
     # Now there are others: the loss would not be the same any more.
     others = jax.device_get(vgg.random_params(jax.random.key(1)))
     monkeypatch.setattr(vgg, "load_params", lambda source="imagenet": others)
-    with pytest.raises(ValueError, match="another features: .* vgg = 'auto' finds"):
+    with pytest.raises(ValueError, match="other VGG features: .* vgg = 'auto' finds"):
         trainer.train_and_evaluate(
             tiny(**fields | {"phase2.steps": 1}), tmp_path / "run"
         )
