@@ -419,10 +419,10 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(
         learned_lib.inception, "features_and_logits", features_and_logits
     )
-    learned_lib._compile_lpips.cache_clear()
+    learned_lib._compile_distance.cache_clear()
     learned_lib._compile_inception.cache_clear()
     yield distance, features_and_logits
-    learned_lib._compile_lpips.cache_clear()
+    learned_lib._compile_distance.cache_clear()
     learned_lib._compile_inception.cache_clear()
 
 

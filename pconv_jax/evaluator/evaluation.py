@@ -194,12 +194,13 @@ def evaluate_run(
             raise ValueError("step: is of a workdir, and weights have none.")
         trained = methods_lib.load_release(weights)
         out = out or pathlib.Path("runs") / f"{pathlib.Path(weights).stem}-evaluation"
-    with_pictures = config is not None or weights is None
+    # An experiment that nobody named says nothing of a release's pictures.
+    on_photos = weights is not None and config is None
     config = config or trained.config or experiment.paper()
     if images:
         kind = "folder" if pathlib.Path(images).expanduser().is_dir() else "tar"
         source = {"folder": data.FolderSource, "tar": data.TarSource}[kind](images)
-    elif not with_pictures:
+    elif on_photos:
         source = data.open_source("bundled", split="validation")
     else:
         source = experiment.get_source(config, "validation")

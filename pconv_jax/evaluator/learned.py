@@ -75,9 +75,11 @@ class Learned:
         pair = {"a": images, "b": truth}
         found = {}
         if self._lpips is not None:
-            found["lpips"] = _compile_lpips()(self._lpips, pair)
+            found["lpips"] = _compile_distance(lpips.distance)(self._lpips, pair)
         if self._vgg is not None:
-            found["vgg_distance"] = _compile_vgg_distance()(self._vgg, pair)
+            found["vgg_distance"] = _compile_distance(lpips.vgg_distance)(
+                self._vgg, pair
+            )
         return found
 
     def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -114,15 +116,6 @@ def set_metrics(features: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 @functools.cache
-def _compile_lpips():
-    return _compile_distance(lpips.distance)
-
-
-@functools.cache
-def _compile_vgg_distance():
-    return _compile_distance(lpips.vgg_distance)
-
-
 def _compile_distance(distance: Callable[..., jax.Array]):
     def step(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         a, b = (batch[name].astype(np.float32) / 255 for name in ("a", "b"))
