@@ -1,14 +1,16 @@
 """The network that comes with this package: see pconv_jax/weights/README.md.
 
 Trained on two CPU cores, so it is small (width 32), and without the terms of the loss
-that need a VGG: they take six times as long as all the rest. It learns in two runs, the
-second from the weights of the first. PHOTOS is a comma-separated list of tar files:
+that need a VGG: they take six times as long as all the rest. It learns in three runs,
+each from the weights of the one before. PHOTOS is a comma-separated list of tar files:
 
     python train.py --config configs/release.py:coarse --config.data.path=PHOTOS
     python train.py --config configs/release.py:fine --config.data.path=PHOTOS
+    python train.py --config configs/release.py:longer --config.data.path=PHOTOS
 
 `coarse` has a large learning rate, and crops of up to the whole picture; `fine` has
-crops near the photos' own resolution, and both phases of the paper.
+crops near the photos' own resolution, and both phases of the paper; `longer` has both
+once more.
 """
 
 from ml_collections import ConfigDict
@@ -43,6 +45,15 @@ def get_config(variant: str) -> ConfigDict:
         config.phase1.learning_rate = 5e-4
         config.phase2.steps = 4_000
         config.phase2.learning_rate = 2e-4
+    elif variant == "longer":
+        config.init_from = "runs/release-fine"
+        config.data.scale = (0.35, 0.7)
+        config.phase1.steps = 9_000
+        config.phase1.learning_rate = 7e-4
+        config.phase2.steps = 4_000
+        config.phase2.learning_rate = 1.5e-4
     else:
-        raise ValueError(f"the variants are 'coarse' and 'fine', got {variant!r}")
+        raise ValueError(
+            f"the variants are 'coarse', 'fine' and 'longer', got {variant!r}"
+        )
     return config

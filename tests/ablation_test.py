@@ -1,6 +1,4 @@
-import importlib.util
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +8,9 @@ import pytest
 from pconv_jax import config as experiment
 from pconv_jax import evaluator, ops, trainer
 from pconv_jax.unet import PConvUNet
+from tools import ablation
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-_PATH = pathlib.Path(__file__).parents[1] / "tools" / "ablation.py"
-_SPEC = importlib.util.spec_from_file_location("ablation", _PATH)
-
-
-@pytest.fixture(scope="module")
-def ablation():
-    module = importlib.util.module_from_spec(_SPEC)
-    _SPEC.loader.exec_module(module)
-    return module
 
 
 def make_inputs(size=16):
@@ -30,7 +19,7 @@ def make_inputs(size=16):
     return images, (rng.random((2, size, size, 1)) > 0.4).astype(np.float32)
 
 
-def test_version_1_scales_by_the_number_of_valid_inputs(ablation):
+def test_version_1_scales_by_the_number_of_valid_inputs():
     """A window by hand: W^T (X * M) / sum(M) + b, with sum(M) over all channels."""
     images, mask = make_inputs()
     rng = np.random.default_rng(1)
@@ -43,7 +32,7 @@ def test_version_1_scales_by_the_number_of_valid_inputs(ablation):
     np.testing.assert_allclose(outputs[0, 3, 4], expected + bias, rtol=1e-4)
 
 
-def test_version_1_is_another_parametrization_of_version_2(ablation):
+def test_version_1_is_another_parametrization_of_version_2():
     images, mask = make_inputs()
     model, v1 = (c(depth=2, width=4) for c in (PConvUNet, ablation.PConvV1))
     variables = jax.jit(v1.init)(jax.random.key(0), images, mask)
@@ -56,7 +45,7 @@ def test_version_1_is_another_parametrization_of_version_2(ablation):
     assert isinstance(v1.clone(axis_name="batch"), ablation.PConvV1)
 
 
-def test_mean_filled_network_sees_no_more_of_a_hole_than_the_mean(ablation):
+def test_mean_filled_network_sees_no_more_of_a_hole_than_the_mean():
     images, mask = make_inputs()
     model = ablation.MeanFilledUNet(depth=2, width=4, conv="standard")
     variables = jax.jit(model.init)(jax.random.key(0), images, mask)
@@ -80,7 +69,7 @@ def make_evaluation(values, name="a"):
     )
 
 
-def test_differences_are_of_the_same_seed_and_picture(ablation):
+def test_differences_are_of_the_same_seed_and_picture():
     rng = np.random.default_rng(0)
     seeds = rng.normal(20, 5, (3, 1)) + rng.normal(0, 5, (3, 30))
     shift = np.array([0.5, 1.0, 1.5])[:, None]
@@ -103,7 +92,7 @@ def test_differences_are_of_the_same_seed_and_picture(ablation):
 
 
 @pytest.mark.slow
-def test_runs_go_on_and_end_in_a_table(ablation, tmp_path, monkeypatch):
+def test_runs_go_on_and_end_in_a_table(tmp_path, monkeypatch):
     config = experiment.paper()
     config.update_from_flattened_dict(
         {"image_size": 16, "batch_size": 4, "model.depth": 2, "model.width": 4}

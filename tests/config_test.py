@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import json
 import pathlib
 
@@ -12,10 +12,7 @@ EXPERIMENTS = sorted(pathlib.Path(__file__).parents[1].glob("configs/*.py"))
 
 
 def load(path, *arguments):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*arguments)
+    return importlib.import_module(f"configs.{path.stem}").get_config(*arguments)
 
 
 def test_paper_has_the_numbers_of_the_paper():
@@ -60,13 +57,13 @@ def test_quickstart_and_unknown_variants():
 def test_the_runs_of_the_release_follow_each_other():
     path = next(path for path in EXPERIMENTS if path.stem == "release")
     before = ""
-    for variant in ("coarse", "fine"):
+    for variant in ("coarse", "fine", "longer"):
         config = load(path, variant)
         experiment.check(config)
         assert config.is_locked and config.init_from == before
         assert f"configs/release.py:{variant} " in path.read_text()
         before = trainer.default_workdir(f"configs/release.py:{variant}")
-    with pytest.raises(ValueError, match="'coarse' and 'fine', got 'x'"):
+    with pytest.raises(ValueError, match="'coarse', 'fine' and 'longer', got 'x'"):
         load(path, "x")
 
 

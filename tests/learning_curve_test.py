@@ -1,18 +1,8 @@
-import importlib.util
 import json
-import pathlib
 
 import pytest
 
-_PATH = pathlib.Path(__file__).parents[1] / "tools" / "learning_curve.py"
-_SPEC = importlib.util.spec_from_file_location("learning_curve", _PATH)
-
-
-@pytest.fixture(scope="module")
-def tool():
-    module = importlib.util.module_from_spec(_SPEC)
-    _SPEC.loader.exec_module(module)
-    return module
+from tools import learning_curve
 
 
 def write_run(workdir, batch_size, psnr):
@@ -26,14 +16,14 @@ def write_run(workdir, batch_size, psnr):
     return workdir
 
 
-def test_a_run_goes_on_where_the_one_before_it_ended(tool, tmp_path):
+def test_a_run_goes_on_where_the_one_before_it_ended(tmp_path):
     first = write_run(tmp_path / "first", 8, {10: 20.0, 20: 21.0})
     second = write_run(tmp_path / "second", 4, {100: 22.5})
-    figure = tool.draw([first, second], "psnr")
+    figure = learning_curve.draw([first, second], "psnr")
     lines = figure.axes[0].get_lines()
     curves = [list(zip(*line.get_data())) for line in lines]
     assert curves == [[(0.08, 20.0), (0.16, 21.0)], [(0.56, 22.5)]]
     figure.savefig(tmp_path / "curve.svg")
     assert "second, 64 x 64" in [line.get_label() for line in lines]
     with pytest.raises(ValueError, match="no validation/ssim"):
-        tool.draw([first], "ssim")
+        learning_curve.draw([first], "ssim")

@@ -1,6 +1,6 @@
 """Draws a validation metric over training, of one run after another.
 
-    python tools/learning_curve.py runs/release-small runs/release-large --out curve.svg
+    python tools/learning_curve.py runs/release-coarse runs/release-fine --out curve.svg
 
 Each run is a line, from where the one before it ended. The pictures that they validate
 on may be of different sizes: then values are to be compared within a line alone.
@@ -14,27 +14,22 @@ from collections.abc import Sequence
 import matplotlib.figure
 
 
-def read_curve(
-    workdir: pathlib.Path, metric: str, start: int = 0
-) -> list[tuple[int, float]]:
-    """Returns pairs of how many pictures were seen, and the metric.
+def read_curve(workdir: pathlib.Path, metric: str) -> list[tuple[int, float]]:
+    """Returns pairs of a step and the metric that validation came to after it.
 
     Args:
       workdir: of the run.
       metric: such as ``psnr``.
-      start: how many pictures were seen before the run.
 
     Raises:
       ValueError: if the run has never validated by that metric.
     """
-    batch_size = json.loads((workdir / "config.json").read_text())["batch_size"]
+    name = f"validation/{metric}"
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    records = [r for line in lines if f"validation/{metric}" in (r := json.loads(line))]
-    if not records:
-        raise ValueError(f"{workdir}: there is no validation/{metric} in its metrics.")
-    return [
-        (start + r["step"] * batch_size, r[f"validation/{metric}"]) for r in records
-    ]
+    curve = [(r["step"], r[name]) for r in map(json.loads, lines) if name in r]
+    if not curve:
+        raise ValueError(f"{workdir}: there is no {name} in its metrics.")
+    return curve
 
 
 def draw(workdirs: Sequence[pathlib.Path], metric: str) -> matplotlib.figure.Figure:
@@ -45,11 +40,12 @@ def draw(workdirs: Sequence[pathlib.Path], metric: str) -> matplotlib.figure.Fig
     )
     seen = 0
     for workdir in workdirs:
-        curve = read_curve(workdir, metric, seen)
-        seen = curve[-1][0]
-        size = json.loads((workdir / "config.json").read_text())["image_size"]
+        config = json.loads((workdir / "config.json").read_text())
+        steps, values = zip(*read_curve(workdir, metric))
+        pictures = [seen + step * config["batch_size"] for step in steps]
+        seen = pictures[-1]
+        size = config["image_size"]
         label = f"{workdir.name}, {size} x {size}"
-        pictures, values = zip(*curve)
         axes.plot([n / 1e3 for n in pictures], values, marker="o", label=label)
     axes.grid(alpha=0.3)
     axes.legend()
