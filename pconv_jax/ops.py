@@ -43,7 +43,7 @@ _CONTINUATIONS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 # From how many pixels on, of a whole batch, an upsampled source is convolved as it is.
 # For fewer, summing the kernel's taps takes longer than it saves.
-_WORTHWHILE = 512
+_WORTHWHILE = 256
 
 # The largest kernel, in taps, whose windows are copied where the map is smaller: 7 x 7.
 _MOST_TAPS = 49
