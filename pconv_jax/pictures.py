@@ -9,6 +9,7 @@ True where it is to be filled: the reverse of the masks of the network.
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,12 +37,18 @@ _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 _JPEG_MODES = ("L", "RGB", "CMYK")
 _NO_CMYK = (".png", ".webp", ".bmp", ".gif")
 
+# Of TIFF files, whose pixels would not come back.
+_LOSSY = ("jpeg", "tiff_jpeg", "webp")
+
+# Pillow's limit of a picture's size is a global variable.
+_PILLOW_LIMIT = threading.Lock()
+
 # Tags that tell how pixels lie in a TIFF file, or where its other parts are.
 _LAYOUT_TAGS = frozenset(
     [*range(254, 267), 273, *range(277, 282), 284, 317, *range(320, 348), 700]
     + [*range(512, 533), 33723, 34377, 34675]
 )
-_TEXT_TAGS = (270, 271, 272, 305, 306, 315, 33432)
+_TEXT_TAGS = (270, 271, 272, 306, 315, 33432)
 _IFDS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 
 
@@ -83,9 +90,10 @@ def read(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Pictu
 def write(path: str | os.PathLike[str], picture: Picture) -> None:
     """Writes a picture as its file's suffix says, complete or not at all.
 
-    All but JPEG and GIF give back the very pixels. A JPEG file is compressed by the
-    tables of the one that the picture came from, by which what was not touched changes
-    least, or else with quality 95 and without subsampling.
+    PNG, TIFF, WebP and BMP give back the very pixels; of 16 bits a channel PNG and
+    TIFF alone, of CMYK TIFF alone. A JPEG file is compressed by the tables of the one
+    that the picture came from, by which what was not touched changes least, or else
+    with quality 95 and without subsampling.
 
     Args:
       path: of the file; see `SUFFIXES`.
@@ -96,15 +104,23 @@ def write(path: str | os.PathLike[str], picture: Picture) -> None:
         kind, or cannot be written.
     """
     path = Path(path).expanduser()
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    check_suffix(path)
+    try:
+        writers.write_atomically(path, _encode(path.suffix.lower(), *picture))
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def check_suffix(path: str | os.PathLike[str]) -> None:
+    """Checks that a file's suffix is one of `SUFFIXES`.
+
+    Raises:
+      ValueError: if it is not.
+    """
+    if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"{path}: pictures are written as {', '.join(SUFFIXES)} files alone."
         )
-    try:
-        writers.write_atomically(path, _encode(suffix, *picture))
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -169,10 +185,10 @@ def hole_of_mask(mask: Image.Image | np.ndarray, *, invert: bool = False) -> np.
     """Returns the hole that a mask tells of: **white, 255, 1 or True: fill this**.
 
     Args:
-      mask: ``[H, W]``, or ``[H, W, C]`` with C = 1, 3 or 4, or a Pillow image of any
-        mode. Of colours counts the brightest channel. Where it has transparency, what
-        is transparent is not to be filled; and if one colour is all that it shows, as
-        where a layer was painted on, then all that is not transparent is.
+      mask: ``[H, W]``, or ``[H, W, C]`` with C = 1, 2, 3 or 4, or a Pillow image of
+        any mode. Of colours counts the brightest channel. Where it has transparency,
+        what is transparent is not to be filled; and if one colour is all that it shows,
+        as where a layer was painted on, then all that is not transparent is.
       invert: whether black, 0 or False are to be filled instead.
 
     Returns:
@@ -185,11 +201,15 @@ def hole_of_mask(mask: Image.Image | np.ndarray, *, invert: bool = False) -> np.
     array = _array_of(mask)
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (2,), (3,), (4,)):
         raise ValueError(
-            "mask must be of shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got "
+            "mask must be of shape [H, W] or [H, W, C] with C = 1, 2, 3 or 4, got "
             f"{list(array.shape)}."
         )
-    if np.issubdtype(array.dtype, np.integer) and array.max(initial=0) <= 1:
-        array = array > 0
+    if np.issubdtype(array.dtype, np.integer):
+        most = array.max(initial=0)
+        if most <= 1:
+            array = array > 0
+        elif most <= 255 and array.dtype == np.uint16:
+            array = array.astype(np.uint8)
     grey = _as_fraction(array.reshape(*array.shape[:2], -1))
     if grey.min(initial=0) < 0 or grey.max(initial=0) > 1:
         raise ValueError(
@@ -229,8 +249,10 @@ def hole_of_color(
         picture was ever a JPEG file, 0 finds little.
 
     Raises:
-      ValueError: if there is no such colour.
+      ValueError: if there is no such colour, or the picture is not of colours.
     """
+    if tolerance < 0:
+        raise ValueError(f"tolerance must be 0 or more, got {tolerance}.")
     try:
         rgb = ImageColor.getrgb(color)[:3]
     except ValueError as error:
@@ -238,6 +260,10 @@ def hole_of_color(
             f"color must be one of CSS, such as '#ff00ff' or 'magenta', got {color!r}."
         ) from error
     array = _array_of(image)
+    if array.shape[2:] not in ((), (1,), (2,), (3,), (4,)):
+        raise ValueError(
+            f"image must have colours, but it is of shape {list(array.shape)}."
+        )
     values = _as_fraction(array.reshape(*array.shape[:2], -1)) * 255
     values = values[..., :-1] if _alpha(values) is not None else values
     # Float arithmetic is off by less than half a level.
@@ -265,8 +291,6 @@ def resize_hole(hole: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "it is empty." if not path.stat().st_size else "it is no picture."
-    if isinstance(error, Image.DecompressionBombError):
-        return f"{error}."
     if isinstance(error, FileNotFoundError):
         return "there is no such file."
     if isinstance(error, OSError) and error.strerror:
@@ -290,13 +314,10 @@ def _read_npy(path: Path, max_pixels: int) -> np.ndarray:
 
 
 def _read_picture(data: bytes, max_pixels: int) -> Picture:
-    with warnings.catch_warnings():
-        # There is a limit here, too.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        _check_size(*image.size, max_pixels)
-        frames = getattr(image, "n_frames", 1)
-        image.load()
+    image = _open(data)
+    _check_size(*image.size, max_pixels)
+    frames = getattr(image, "n_frames", 1)
+    image.load()
     if frames > 1 and image.format != "MPO":  # Which is a JPEG with previews.
         warnings.warn(f"it has {frames} frames; only the first is taken.", stacklevel=3)
     exif = image.getexif()
@@ -314,14 +335,21 @@ def _read_picture(data: bytes, max_pixels: int) -> Picture:
         info["qtables"] = [table.ravel().tolist() for table in tables]
         info["subsampling"] = max(JpegImagePlugin.get_sampling(image), 0)
     if _has_16_bit_colour(image, data):
-        array = cv2.imdecode(
-            np.frombuffer(data, np.uint8),
-            cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION,
-        )
-        if array is None:
-            raise ValueError("its kind of 16-bit colour is not known")
-        return Picture(_turn(_swap_red_and_blue(array), orientation), info)
-    return Picture(ImageOps.exif_transpose(image), info)
+        return Picture(_turn(_decode_16_bits(image, data), orientation), info)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("L", "RGB") and "transparency" in image.info:  # A colour.
+        image = image.convert("LA" if image.mode == "L" else "RGBA")
+    return Picture(image, info)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Opens a picture of any size, without decoding it: there is a limit here, too."""
+    with _PILLOW_LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data), formats=_FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _has_16_bit_colour(image: Image.Image, data: bytes) -> bool:
@@ -332,6 +360,23 @@ def _has_16_bit_colour(image: Image.Image, data: bytes) -> bool:
         bits = image.tag_v2.get(ExifTags.Base.BitsPerSample, (8,))
         return len(bits) > 1 and max(bits) == 16
     return False
+
+
+def _decode_16_bits(image: Image.Image, data: bytes) -> np.ndarray:
+    """Returns what Pillow would halve, uint16 ``[H, W, C]``."""
+    if image.format == "TIFF":
+        if image.tag_v2.get(338) == (1,):  # ExtraSamples: associated alpha.
+            raise ValueError("its 16-bit colours are multiplied by their alpha")
+        if image.tag_v2.get(ExifTags.Base.PlanarConfiguration) == 2:
+            # OpenCV would take a plane for pixels.
+            return np.moveaxis(tifffile.imread(io.BytesIO(data), key=0), 0, -1)
+    array = cv2.imdecode(
+        np.frombuffer(data, np.uint8),
+        cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION,
+    )
+    if array is None:
+        raise ValueError("its kind of 16-bit colour is not known")
+    return _swap_red_and_blue(array)
 
 
 def _swap_red_and_blue(array: np.ndarray) -> np.ndarray:
@@ -381,6 +426,8 @@ def _encode(suffix: str, image: Image.Image | np.ndarray, info: dict) -> bytes:
         info = {k: v for k, v in info.items() if k not in ("qtables", "subsampling")}
     if suffix == ".webp":
         info |= {"lossless": True, "exact": True}
+    if suffix in (".tif", ".tiff") and image.info.get("compression") in _LOSSY:
+        info["compression"] = "tiff_deflate"
     image.save(file, format=Image.registered_extensions()[suffix], **info)
     return file.getvalue()
 
@@ -389,6 +436,10 @@ def _to_pillow(array: np.ndarray, suffix: str) -> Image.Image:
     array = array[..., 0] if array.shape[2:] == (1,) else array
     shallow = array.ndim == 3 or suffix not in (".png", ".tif", ".tiff")
     if array.dtype == np.uint16 and shallow:
+        warnings.warn(
+            f"16 bits a channel are rounded to 8, which is what {suffix} files hold.",
+            stacklevel=4,
+        )
         array = np.rint(array / 257).astype(np.uint8)
     if array.dtype == np.float32 and array.ndim == 2 and suffix in (".tif", ".tiff"):
         return Image.fromarray(array)
@@ -454,22 +505,30 @@ def _encode_tiff(array: np.ndarray, info: dict) -> bytes:
         resolution=dpi or None,
         resolutionunit="INCH" if dpi else None,
         metadata=None,
+        software=str(exif.get(ExifTags.Base.Software, "")) or False,
         extratags=[(t, "s", 0, str(exif[t]), True) for t in _TEXT_TAGS if t in exif],
     )
     return file.getvalue()
 
 
 def _to_palette(new: Image.Image, image: Image.Image) -> Image.Image:
-    """Returns the indices of the nearest colours in the palette of another image."""
-    indices = np.asarray(new.convert("RGB").quantize(palette=image.convert("P")))
-    clear = image.info.get("transparency")
+    """Returns the indices of the nearest colours in the palette of another image.
+
+    What is filled is seen: colours of the palette that are not opaque are left out.
+    """
+    palette = np.reshape(image.getpalette("RGB"), (-1, 3)).astype(np.uint8)
+    alpha = np.full(len(palette), 255)
+    clear = image.info.get("transparency", b"")
     if isinstance(clear, int):
-        # What is filled is seen: the colour next to the one that stands for nothing.
-        palette = np.reshape(image.getpalette("RGB"), (-1, 3)).astype(int)
-        distance = np.abs(palette - palette[clear]).sum(axis=1)
-        distance[clear] = distance.max() + 1
-        indices = np.where(indices == clear, distance.argmin(), indices)
-    return Image.fromarray(indices.astype(np.uint8))
+        alpha[clear] = 0
+    else:  # A value for each of the first colours.
+        alpha[: len(clear)] = list(clear)[: len(alpha)]
+    # All 256 places are taken: the last ones by the first colours once more.
+    indices = np.resize(np.flatnonzero(alpha == alpha.max()), 256)
+    opaque = Image.new("P", (1, 1))
+    opaque.putpalette(palette[indices].tobytes())
+    nearest = np.asarray(new.convert("RGB").quantize(palette=opaque))
+    return Image.fromarray(indices[nearest].astype(np.uint8))
 
 
 def _array_of(image: Image.Image | np.ndarray) -> np.ndarray:

@@ -21,12 +21,6 @@ def network(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def pillow_limit(monkeypatch):
-    """The command sets it for its process."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-
-
 def run(*arguments):
     cli.main([str(argument) for argument in arguments])
 
@@ -176,7 +170,8 @@ def test_what_cannot_be_repaired(network, folder):
         ),
         (("--image", folder / "empty", "--output", out), "no picture in the folder"),
         (("--image", image, "--mask", mask, "--output", mask), "already; --force"),
-        (("--image", image, "--mask", mask, "--output", "a.doc"), "files alone"),
+        (("--image", folder / "none.png", "--output", "a.doc"), "files alone"),
+        (("--image", image, "--output", out, "--invert-mask"), "mask is needed for"),
         (
             ("--image", image, "--mask", mask, "--output", out, "--max-pixels", 9),
             "a.png: it has 40 x 30 pixels, and max_pixels is 9",
@@ -213,6 +208,7 @@ def test_example_masks(tmp_path, capsys):
     for wrong, problem in [
         (("--count", 0), "--count must be 1 or more"),
         (("--ratio", "0.3", "0.2"), "hole_ratio must be"),
+        (("--seed", 2**32), r"--seed must be in \[0, 2\*\*32\)"),
     ]:
         with pytest.raises(SystemExit, match=problem):
             run("masks", "--output", tmp_path / "other", *wrong)

@@ -90,6 +90,46 @@ def test_16_bit_pictures_of_other_programs(tmp_path):
         np.testing.assert_array_equal(array, expected)
 
 
+def test_16_bit_planes_and_premultiplied_colours(tmp_path, caplog):
+    colour, path = noise(5, 6, 3, dtype=np.uint16), tmp_path / "a.tif"
+    planes = np.moveaxis(colour, -1, 0)
+    options = dict(photometric="rgb", software="Scanner")
+    tifffile.imwrite(path, planes, planarconfig="separate", **options)
+    read = pictures.read(path)
+    np.testing.assert_array_equal(read.image, colour)
+    np.testing.assert_array_equal(round_trip(path, read).image, colour)
+    with tifffile.TiffFile(path) as file:
+        assert file.pages[0].software == "Scanner"
+    assert not caplog.messages
+    alpha = noise(5, 6, 4, dtype=np.uint16)
+    tifffile.imwrite(path, alpha, photometric="rgb", extrasamples=["assocalpha"])
+    with pytest.raises(ValueError, match="a.tif: .* multiplied by their alpha"):
+        pictures.read(path)
+
+
+def test_a_tiff_file_that_was_compressed_with_losses_is_so_no_more(tmp_path):
+    path = tmp_path / "a.tif"
+    for compression in ("jpeg", "tiff_lzw"):
+        Image.fromarray(smooth()).save(path, compression=compression)
+        read = pictures.read(path)
+        np.testing.assert_array_equal(round_trip(path, read).image, read.image)
+        with Image.open(path) as image:
+            kept = {"jpeg": "tiff_adobe_deflate"}.get(compression, compression)
+            assert image.info["compression"] == kept
+
+
+@pytest.mark.parametrize(("mode", "key"), [("L", 9), ("RGB", (255, 0, 255))])
+def test_a_colour_that_stands_for_nothing_is_transparent(mode, key, tmp_path):
+    image = Image.new(mode, (6, 5), 200 if mode == "L" else (10, 20, 30))
+    image.putpixel((2, 1), key)
+    image.save(tmp_path / "a.png", transparency=key)
+    read = pictures.read(tmp_path / "a.png").image
+    alpha = np.full((5, 6), 255)
+    alpha[1, 2] = 0
+    np.testing.assert_array_equal(pictures.to_array(read)[..., -1], alpha)
+    assert read.mode == mode + "A"
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("deep", [False, True])
 def test_pictures_are_upright(orientation, deep, tmp_path):
@@ -189,10 +229,12 @@ def test_other_pictures_are_compressed_little(tmp_path):
 
 def test_kinds_of_file_that_cannot_hold_it(tmp_path):
     deep = noise(5, 5, dtype=np.uint16)
-    read = round_trip(tmp_path / "a.jpg", Picture(Image.fromarray(deep), {})).image
+    with pytest.warns(UserWarning, match="rounded to 8, .* .jpg files"):
+        read = round_trip(tmp_path / "a.jpg", Picture(Image.fromarray(deep), {})).image
     assert np.abs(np.asarray(read, int) - deep // 257).mean() < 6
     colour = noise(5, 5, 3, dtype=np.uint16)
-    read = round_trip(tmp_path / "a.webp", Picture(colour, {})).image
+    with pytest.warns(UserWarning, match="rounded to 8, .* .webp files"):
+        read = round_trip(tmp_path / "a.webp", Picture(colour, {})).image
     np.testing.assert_array_equal(read, np.rint(colour / 257))
     opaque = Image.new("RGBA", (4, 4), (9, 9, 9, 255))
     assert round_trip(tmp_path / "b.jpg", Picture(opaque, {})).image.mode == "RGB"
@@ -254,8 +296,13 @@ def test_pictures_over_the_limit_are_not_decoded(tmp_path):
     header = struct.pack(">LLBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
     (tmp_path / "bomb.png").write_bytes(bomb)
-    with pytest.raises(ValueError, match="bomb.png: .*1600000000 pixels"):
+    with pytest.raises(ValueError, match="bomb.png: .*40000 x 40000 pixels, .* is 1"):
         pictures.read(tmp_path / "bomb.png")
+    # Pillow's own limit does not count, and is left as it is.
+    limit = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(ValueError, match="bomb.png: (?!.*pixels)"):
+        pictures.read(tmp_path / "bomb.png", max_pixels=10**10)
+    assert Image.MAX_IMAGE_PIXELS == limit
     Image.new("L", (30, 20)).save(tmp_path / "a.png")
     np.save(tmp_path / "a.npy", np.zeros((20, 30)))
     for name in ("a.png", "a.npy"):
@@ -318,6 +365,10 @@ def test_masks_of_all_kinds(mask):
     np.testing.assert_array_equal(pictures.hole_of_mask(mask, invert=True), ~HOLE)
 
 
+def test_a_mask_of_8_bits_in_16():
+    np.testing.assert_array_equal(pictures.hole_of_mask(WHITE.astype(np.uint16)), HOLE)
+
+
 def test_grey_masks_are_binarised_with_a_warning():
     grey = cv2.GaussianBlur(WHITE, (3, 3), 0)
     file = io.BytesIO()
@@ -355,6 +406,13 @@ def test_colours():
         pictures.hole_of_color(image, "pinkish")
 
 
+def test_colours_are_looked_for_in_pictures_alone():
+    with pytest.raises(ValueError, match="tolerance must be 0 or more, got -5"):
+        pictures.hole_of_color(noise(4, 4, 3), "red", tolerance=-5)
+    with pytest.raises(ValueError, match=r"must have colours, .* \[4, 4, 7\]"):
+        pictures.hole_of_color(noise(4, 4, 7), "red")
+
+
 def test_alpha():
     for alpha in (255 - WHITE, 65535 - 257 * WHITE.astype(np.uint16), 1.0 - HOLE):
         np.testing.assert_array_equal(pictures.hole_of_alpha(alpha), HOLE)
@@ -372,6 +430,17 @@ def test_filled_pixels_of_a_palette_are_never_those_that_stand_for_nothing():
     hole[5:20, 5:20] = True
     result = pictures.paste(image, pictures.to_array(image), hole)
     assert result.mode == "P" and not np.any(np.asarray(result)[hole] == clear)
+    np.testing.assert_array_equal(np.asarray(result)[~hole], np.asarray(image)[~hole])
+
+
+def test_filled_pixels_of_a_palette_with_alpha_are_opaque():
+    image = Image.fromarray(smooth()).quantize(16)
+    image.info["transparency"] = bytes([0, 128, 255, 254, 90])
+    hole = np.zeros((40, 60), bool)
+    hole[5:20, 5:20] = True
+    result = pictures.paste(image, pictures.to_array(image), hole)
+    alpha = pictures.to_array(result)[..., 3]
+    assert np.all(alpha[hole] == 255) and len(np.unique(np.asarray(result)[hole])) > 2
     np.testing.assert_array_equal(np.asarray(result)[~hole], np.asarray(image)[~hole])
 
 

@@ -29,5 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.run(arguments)
     except BrokenPipeError:  # Whoever read the output has seen enough.
         sys.stderr.close()
+    except KeyboardInterrupt:
+        sys.exit("pconv: interrupted.")
     except (OSError, ValueError) as error:
         sys.exit(f"pconv: {error}")

@@ -15,7 +15,8 @@ from pconv_jax.inpaint import Inpainter
 
 _DESCRIPTION = """\
 Fills the hole of a picture. Only the hole changes: all other pixels come back as
-they were, in PNG, TIFF, WebP and BMP files bit for bit.
+they were, in PNG, TIFF, WebP and BMP files bit for bit (of 16 bits a channel in PNG
+and TIFF files alone, of CMYK in TIFF files alone).
 
 WHITE IS WHAT IS FILLED in a picture of a mask, as in other tools. Without --mask and
 --mask-color, it is what is transparent in the picture, or NaN in a .npy file.
@@ -131,7 +132,6 @@ def add_network(command: argparse.ArgumentParser) -> None:
 
 def _inpaint(arguments: argparse.Namespace) -> None:
     pairs = _pair(arguments.image, arguments.output)
-    Image.MAX_IMAGE_PIXELS = None  # --max-pixels takes the place of Pillow's own limit.
     inpainter = Inpainter.from_pretrained(
         arguments.network,
         value_range=None if arguments.raw else tuple(arguments.value_range),
@@ -154,7 +154,9 @@ def _inpaint(arguments: argparse.Namespace) -> None:
 def _pair(image: Path, output: Path) -> list[tuple[Path, Path]]:
     """Returns the pictures, and for each the file to write."""
     if not image.is_dir():
-        return [(image, output / image.name if output.is_dir() else output)]
+        output = output / image.name if output.is_dir() else output
+        pictures.check_suffix(output)
+        return [(image, output)]
     if output.exists() and not output.is_dir():
         raise ValueError(
             f"--output must be a folder where --image is one, but {output} is a file."

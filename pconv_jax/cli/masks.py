@@ -84,6 +84,8 @@ def _masks(arguments: argparse.Namespace) -> None:
     existing = [path for path in paths if path.exists()]
     if existing and not arguments.force:
         raise ValueError(f"there is a file {existing[0]} already; --force replaces it.")
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed must be in [0, 2**32), got {arguments.seed}.")
     key = jax.random.key(arguments.seed)
     for i, path in enumerate(tqdm(paths, unit=" masks", disable=None)):
         mask = masks.random_mask(
