@@ -156,6 +156,9 @@ class Inpainter:
             result, depth = self._repair(image, mask, **options)
             return (result, depth) if return_depth else result
         masks = [mask] * len(image)
+        if not len(image):
+            depths = [] if many else np.zeros(image.shape[:3], np.uint8)
+            return (image, depths) if return_depth else image
         shape = getattr(mask, "shape", ())
         batched = len(shape) == 4 or (not many and shape == image.shape[:3])
         if isinstance(mask, list | tuple) or batched:
@@ -226,13 +229,25 @@ class Inpainter:
             )
         if channels == n or channels == 1:
             return array, None
-        return array[..., :-1], array[..., -1]
+        colour, alpha = array[..., :-1], array[..., -1]
+        if _is_float(alpha):
+            alpha = alpha.astype(np.float32)  # bfloat16 is none of NumPy's floats.
+            if not (0 <= alpha.min(initial=0) <= alpha.max(initial=0) <= 1):
+                raise ValueError(
+                    "image must have an alpha in [0, 1] where it is of floats, got "
+                    f"{alpha.min():g} to {alpha.max():g}."
+                )
+        return colour, alpha
 
     def _hole(self, image, colour, alpha, mask, *, invert_mask, resize_mask, dilate):
         missing = np.zeros(colour.shape[:2], bool)
         if _is_float(colour):
             missing = ~np.isfinite(colour).all(axis=-1)
         if mask is None:
+            if invert_mask or resize_mask:
+                raise ValueError(
+                    "mask is needed for invert_mask and resize_mask: there is none."
+                )
             if alpha is None and not _is_float(colour):
                 raise ValueError(
                     "mask is needed: the picture has no transparency that would show "
@@ -242,8 +257,10 @@ class Inpainter:
         else:
             if isinstance(mask, str | os.PathLike):
                 mask = pictures.read(mask, max_pixels=self._max_pixels).image
-            elif isinstance(mask, jax.Array):
+            elif isinstance(mask, jax.Array | np.ndarray):
                 mask = np.asarray(mask)
+                if _is_float(mask):
+                    mask = mask.astype(np.float32)
             hole = pictures.hole_of_mask(mask, invert=invert_mask)
             if hole.shape != missing.shape:
                 if not resize_mask:
@@ -261,7 +278,8 @@ class Inpainter:
         elif self._value_range is not None:
             low, high = self._value_range
             least, most = values[known].min(), values[known].max()
-            if least < low or most > high:
+            rounding = 1e-5 * (high - low)
+            if least < low - rounding or most > high + rounding:
                 raise ValueError(
                     f"image must be of floats in [{low:g}, {high:g}], got {least:g} to "
                     f"{most:g}; say another value_range, or None for data that is no "
@@ -439,7 +457,8 @@ def _cut(hole, box, force):
         filled = np.flatnonzero(part.any(axis=1 - axis))
         steps = np.diff(filled)
         if steps.size and steps.max() > 2 * _MARGINS[0]:  # Else little is gained.
-            i = steps.argmax()
+            widest = np.flatnonzero(steps == steps.max())
+            i = widest[len(widest) // 2]  # Of equal ones, so that parts are alike.
             gaps.append((steps[i], axis, int(filled[i]) + 1))
     if gaps:
         _, axis, at = max(gaps)
@@ -478,7 +497,7 @@ def _double(array, shape, interpolation=cv2.INTER_LINEAR):
 
 
 def _is_float(array):
-    return np.issubdtype(array.dtype, np.floating)
+    return jnp.issubdtype(array.dtype, jnp.floating)  # bfloat16 is one here.
 
 
 def _sizes_differ(image, mask, shape):

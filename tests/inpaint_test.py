@@ -312,6 +312,37 @@ def test_ranges_of_floats():
 # Any size, in a handful of compilations.
 
 
+def test_floats_of_sixteen_bits(inpainter):
+    image, mask = photo(20, 20, dtype=np.float32), np.zeros((20, 20), np.float32)
+    mask[5:9, 5:9] = 1
+    half = jnp.asarray(image, jnp.bfloat16)
+    result = inpainter(half, jnp.asarray(mask, jnp.bfloat16))
+    assert result.dtype == jnp.bfloat16
+    expected = inpainter(np.asarray(half, np.float32), mask)
+    np.testing.assert_array_equal(result, expected.astype(jnp.bfloat16))
+
+
+def test_rounding_is_no_value_out_of_range(inpainter):
+    image, mask = photo(20, 20, dtype=np.float32), np.zeros((20, 20), bool)
+    mask[5:9, 5:9] = True
+    image[0, 0] = [1 + 1e-6, -1e-9, 1]
+    np.testing.assert_array_equal(inpainter(image, mask)[0, 0], image[0, 0])
+
+
+def test_no_pictures(inpainter):
+    image = np.zeros((0, 20, 20, 3), np.uint8)
+    result, depth = inpainter(image, np.zeros((20, 20)), return_depth=True)
+    assert (result.shape, depth.shape) == (image.shape, (0, 20, 20))
+    assert inpainter([], np.zeros((20, 20)), return_depth=True) == ([], [])
+
+
+def test_many_specks_in_a_strip_are_divided_evenly():
+    hole = np.zeros((4, 140_000), bool)
+    hole[0, ::131] = True
+    tiles = divide(hole, [256])
+    assert sum(hole[tile.box].sum() for tile in tiles) == hole.sum()
+
+
 def test_fifty_sizes_compile_a_handful_of_times():
     compilations = []
     inpainter = Inpainter(*pretrained_test.make_network(depth=1, width=2))
@@ -467,6 +498,7 @@ def test_nothing_to_fill_and_nothing_to_go_by(inpainter):
         (np.zeros((8, 0, 3), np.uint8), np.eye(8), "image must be of shape"),
         (np.zeros((8, 8, 3), np.int64), np.eye(8), "got int64"),
         (np.zeros((8, 8, 3), np.uint8), np.zeros(8), "mask must be of shape"),
+        (255 * np.ones((8, 8, 4)), np.eye(8), "an alpha in .0, 1. .* got 255 to 255"),
         (np.zeros((8, 8, 3), np.uint8), 3 * np.eye(8), "floats in .* from 0.0 to 3.0"),
         (np.zeros((8, 8, 3), np.uint8), np.eye(9), "mask is of 9 x 9 pixels"),
         (Image.new("LAB", (8, 8)), np.eye(8), "mode 'LAB'"),
@@ -475,6 +507,12 @@ def test_nothing_to_fill_and_nothing_to_go_by(inpainter):
 def test_what_cannot_be_repaired(image, mask, problem, inpainter):
     with pytest.raises(ValueError, match=problem):
         inpainter(image, mask)
+
+
+def test_what_is_said_of_a_mask_needs_one(inpainter):
+    for option in ("invert_mask", "resize_mask"):
+        with pytest.raises(ValueError, match="mask is needed for invert_mask"):
+            inpainter(photo(channels=4), **{option: True})
 
 
 def test_networks_of_no_use():
