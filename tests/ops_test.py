@@ -312,6 +312,14 @@ def test_without_holes_it_is_a_convolution_bit_for_bit(given_mask, padding, dtyp
     np.testing.assert_array_equal(new_mask, np.ones((*expected.shape[:-1], 1)))
 
 
+def test_without_holes_it_is_a_convolution_of_a_small_map_to_rounding():
+    x, mask, kernel, bias = make_case((5, 4), (3, 3))  # 6 windows of 9 taps.
+    y, _ = ops.partial_conv(x, np.ones_like(mask), kernel, bias, padding="VALID")
+    conv = nn.Conv(6, (3, 3), padding="VALID")
+    expected = conv.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("content", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("planes", [ONE_PLANE, EACH_CHANNEL])
 @pytest.mark.parametrize("groups", [1, 2])
