@@ -4,13 +4,15 @@ The page shows pictures at a size that a browser likes; what is downloaded is th
 picture, as it came in but for its hole. Nothing leaves the machine that it runs on.
 """
 
-import atexit
 import functools
 import importlib.resources
+import ipaddress
 import shutil
 import socket
 import tempfile
+import threading
 import time
+import urllib.parse
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ import gradio as gr
 import jax
 import numpy as np
 from PIL import Image
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pconv_jax import masks, pictures
 from pconv_jax.inpaint import Inpainter
@@ -29,11 +35,19 @@ _SIDE = 1024  # Of what is shown, in pixels.
 _PAINT = (255, 45, 149)
 _EXAMPLES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 _SUFFIXES = [suffix for suffix in pictures.SUFFIXES if suffix != ".npy"]
+_MAX_UPLOAD = "200mb"
+
+# Whoever catches warnings catches those of all threads, and Gradio has many.
+_CATCHING = threading.RLock()
 
 _INTRODUCTION = """\
 # Repair a picture
 Open a picture, **paint over what is to be filled**, and press *Repair*. Nothing but
 what is painted over changes.
+"""
+
+_REFUSAL = """\
+This page answers to localhost alone, and to no other site; --host opens it to others.
 """
 
 # What is shown before there is a result.
@@ -60,6 +74,7 @@ def build(inpainter: Inpainter) -> gr.Blocks:
         fill_width=True,
     ) as page:
         photo_path, mask_path = gr.State(), gr.State()
+        result_path = gr.State(delete_callback=_delete)
         gr.Markdown(_INTRODUCTION)
         with gr.Row(equal_height=False):
             with gr.Column():
@@ -148,8 +163,8 @@ def build(inpainter: Inpainter) -> gr.Blocks:
         )
         run.click(
             functools.partial(repair, inpainter),
-            [photo_path, mask_path, editor, dilate, invert],
-            results,
+            [photo_path, mask_path, editor, dilate, invert, result_path],
+            [*results, result_path],
         )
     return page
 
@@ -190,6 +205,7 @@ def repair(
     drawing: dict[str, Any] | None,
     dilate: int,
     invert: bool,
+    previous: str | None = None,
 ) -> tuple[Any, ...]:
     """Returns what the page shows of a repaired picture, and the file to download.
 
@@ -200,11 +216,12 @@ def repair(
       drawing: what was painted, as Gradio's editor gives it.
       dilate: by how many pixels to enlarge the hole.
       invert: whether the mask is black where to fill.
+      previous: path of an earlier result, which is deleted.
     """
     if photo is None:
         raise _error("Open a picture first.")
     start = time.monotonic()
-    with warnings.catch_warnings(record=True) as caught:
+    with _CATCHING, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             picture = _read(photo)
@@ -217,6 +234,7 @@ def repair(
             pictures.write(path, Picture(result, picture.info))
         except ValueError as error:
             raise _error(str(error)) from error
+    _delete(previous)
     for warning in caught:
         gr.Warning(str(warning.message))
     after = _shown(result)
@@ -227,11 +245,15 @@ def repair(
     )
     download = gr.DownloadButton(value=str(path), interactive=True)
     overlay = _overlay(after, depth)
-    return after, (before, after), overlay, _legend(depth), report, download
+    slider, legend = (before, after), _legend(depth)
+    return after, slider, overlay, legend, report, download, str(path)
 
 
 def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -> None:
     """Serves the page until it is interrupted.
+
+    Files of more than 200 MB are refused. At a loopback address, so is whatever a page
+    of another site asks for.
 
     Args:
       inpainter: what repairs the pictures.
@@ -251,10 +273,13 @@ def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -
             ) from error
     # Gradio's own fonts would be fetched from elsewhere.
     fonts = ["system-ui", "sans-serif"]
-    print(f"Open http://{host}:{port} in a browser. Ctrl-C ends it.", flush=True)
-    build(inpainter).launch(
+    name = f"[{host}]" if ":" in host else host
+    guards = [Middleware(_refuse_other_sites)] if _is_loopback(name) else []
+    print(f"Open http://{name}:{port} in a browser. Ctrl-C ends it.", flush=True)
+    page = build(inpainter).queue(api_open=False)  # So that no request goes past it.
+    page.launch(
         quiet=True,
-        server_name=host,
+        server_name=name,
         server_port=port,
         share=False,
         ssr_mode=False,
@@ -263,7 +288,41 @@ def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -
         theme=gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         allowed_paths=[str(_example("").parent)],
+        max_file_size=_MAX_UPLOAD,
+        app_kwargs={"middleware": guards},
     )
+
+
+def _refuse_other_sites(app: ASGIApp) -> ASGIApp:
+    """Returns an application that does not do what pages of other sites ask for.
+
+    They reach it by names of their own that lead to this machine, and by posting to it.
+    """
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or _is_of_this_site(scope):
+            await app(scope, receive, send)
+        else:
+            refusal = PlainTextResponse(_REFUSAL, status_code=403)
+            await refusal(scope, receive, send)
+
+    return guarded
+
+
+def _is_of_this_site(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    host, origin = headers.get("host", ""), headers.get("origin")
+    harmless = origin is None or scope.get("method") == "GET"
+    return _is_loopback(host) and (harmless or origin.partition("://")[2] == host)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host, with or without a port, is this machine by name or address."""
+    try:
+        name = urllib.parse.urlsplit(f"//{host}").hostname
+        return name == "localhost" or ipaddress.ip_address(name or "").is_loopback
+    except ValueError:
+        return False
 
 
 def _error(message: str) -> gr.Error:
@@ -272,7 +331,8 @@ def _error(message: str) -> gr.Error:
 
 def _read(path: str) -> Picture:
     try:
-        return pictures.read(path)
+        with _CATCHING:
+            return pictures.read(path)
     except ValueError as error:
         raise _error(str(error)) from error
 
@@ -339,14 +399,14 @@ def _legend(depth: np.ndarray) -> str:
 
 
 def _new_file(name: str) -> Path:
-    return Path(tempfile.mkdtemp(dir=_folder()), name)
+    # Gradio deletes what is shown from there, once it is old.
+    return Path(tempfile.mkdtemp(dir=gr.utils.get_upload_folder()), name)
 
 
-@functools.cache
-def _folder() -> str:
-    folder = tempfile.mkdtemp(prefix="pconv-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def _delete(path: str | None) -> None:
+    """Deletes a file of `_new_file`, if there is one."""
+    if path is not None:
+        shutil.rmtree(Path(path).parent, ignore_errors=True)
 
 
 def _suffix(path: str) -> str:

@@ -1,4 +1,9 @@
+import concurrent.futures
+import contextlib
+import http.client
 import io
+import json
+import os
 import pathlib
 import shutil
 import socket
@@ -6,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from unittest import mock
 
 import gradio as gr
 import numpy as np
@@ -34,6 +40,12 @@ def inpainter(network):
     return Inpainter.from_pretrained(network)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The folder where Gradio keeps files."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+
+
 def photo(height=60, width=80):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
@@ -54,13 +66,14 @@ def test_what_is_painted_over_is_filled(inpainter, tmp_path):
     opened = np.roll(hole, 15, axis=1)
     Image.fromarray(~opened).save(tmp_path / "mask.png")
     expected, depth = inpainter(image, hole | opened, dilate=2, return_depth=True)
-    after, (before, _), overlay, legend, report, download = demo.repair(
+    after, (before, _), overlay, legend, report, download, result = demo.repair(
         inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole), 2, True
     )
     np.testing.assert_array_equal(after, expected)
     np.testing.assert_array_equal(before, image)
-    assert pathlib.Path(download.value["path"]).name == "a-repaired.png"
-    np.testing.assert_array_equal(Image.open(download.value["path"]), expected)
+    assert download.value["path"] == result
+    assert pathlib.Path(result).name == "a-repaired.png"
+    np.testing.assert_array_equal(Image.open(result), expected)
     assert "80 x 60 pixels" in report and f"{np.mean(depth > 0):.1%}" in report
     # Grey outside of the hole, and inside a color for each depth.
     overlay = np.asarray(overlay, int)
@@ -80,11 +93,11 @@ def test_large_pictures_are_shown_small_and_repaired_whole(inpainter, tmp_path):
     assert shown.size == (1024, 450)
     small = np.zeros((450, 1024), bool)
     small[100:120, 500:530] = True
-    after, *_, download = demo.repair(
+    after, *_, result = demo.repair(
         inpainter, str(path), None, drawing(small), 0, False
     )
     assert after.size == (1024, 450)
-    result = pictures.read(download.value["path"]).image
+    result = pictures.read(result).image
     assert result.dtype == np.uint16
     hole = np.kron(small, np.ones((2, 2), bool))
     np.testing.assert_array_equal(result, inpainter(image, hole))
@@ -116,6 +129,50 @@ def test_mistakes_are_said_on_the_page(inpainter, tmp_path):
         demo.repair(inpainter, str(path), None, everything, 0, False)
 
 
+def test_a_result_goes_with_the_next(inpainter, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(photo()).save(path)
+    hole = np.zeros((60, 80), bool)
+    hole[20:40, 30:50] = True
+    before = set(tmp_path.iterdir())
+    *_, first = demo.repair(inpainter, str(path), None, drawing(hole), 0, False)
+    *_, second = demo.repair(inpainter, str(path), None, drawing(hole), 0, False, first)
+    assert set(tmp_path.iterdir()) - before == {pathlib.Path(second).parent}
+    # Of a mistake, nothing goes.
+    with pytest.raises(gr.Error):
+        demo.repair(inpainter, str(path), None, None, 0, False, second)
+    assert pathlib.Path(second).is_file()
+
+
+def test_nothing_is_read_while_warnings_are_caught(inpainter, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(photo()).save(path)
+    hole = np.zeros((60, 80), bool)
+    hole[20:40, 30:50] = True
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        shown = []
+
+        def repair(*args, **options):
+            shown.append(threads.submit(demo.show, str(path)))
+            with pytest.raises(TimeoutError):
+                shown[0].result(timeout=0.5)
+            return inpainter(*args, **options)
+
+        demo.repair(repair, str(path), None, drawing(hole), 0, False)
+        assert shown[0].result(timeout=60).size == (80, 60)
+
+
+@pytest.mark.parametrize(
+    "host, guarded", [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)]
+)
+def test_only_loopback_addresses_are_guarded(inpainter, monkeypatch, host, guarded):
+    build = mock.MagicMock()
+    monkeypatch.setattr(demo, "build", build)
+    demo.launch(inpainter, host=host, port=0)
+    options = build().queue().launch.call_args.kwargs
+    assert bool(options["app_kwargs"]["middleware"]) == guarded
+
+
 def test_ports_that_are_taken(inpainter):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -131,8 +188,115 @@ def test_it_says_what_is_to_be_installed(network, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "pconv_jax.demo")
     monkeypatch.delattr(pconv_jax, "demo")
+    monkeypatch.setattr(cli.demo, "_use_temporary_folder", lambda: None)
     with pytest.raises(SystemExit, match=r"pip install 'pconv-jax\[demo\]'"):
         cli.main(["demo", "--network", str(network)])
+
+
+# As a process.
+
+
+@contextlib.contextmanager
+def serve(network, folder):
+    """Gives a process, and its address; its temporary files are in the folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pconv_jax.cli", "demo"]
+        + ["--network", str(network), "--port", str(port)],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.DEVNULL,
+    )
+    address = f"127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None
+            try:
+                urllib.request.urlopen(f"http://{address}", timeout=60).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield process, address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def address(network, folder):
+    with serve(network, folder) as (_, address):
+        yield address
+
+
+def ask(address, method="GET", path="/", body=None, **headers):
+    """Gives the status and the text of an answer."""
+    connection = http.client.HTTPConnection(address, timeout=60)
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    with contextlib.closing(connection):
+        connection.request(method, path, body, names)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+def upload(address, **headers):
+    kind = "multipart/form-data; boundary=X"
+    head = 'Content-Disposition: form-data; name="files"; filename="uploaded.png"'
+    body = f"--X\r\n{head}\r\n\r\nabc\r\n--X--\r\n"
+    return ask(
+        address, "POST", "/gradio_api/upload", body, Content_Type=kind, **headers
+    )
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:1"])
+def test_names_of_this_machine(address, host):
+    assert ask(address, Host=host)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["example.org", "localhost.example.org:1", "127.0.0.1.example.org"]
+    + ["192.168.0.1", "[::1", ""],
+)
+def test_other_names_are_refused(address, host):
+    status, text = ask(address, Host=host)
+    assert status == 403 and "localhost alone" in text
+
+
+def test_other_sites_post_nothing(address, folder):
+    port = address.split(":")[1]
+    for origin in ("http://example.org", "http://127.0.0.1:1", "null"):
+        assert upload(address, Origin=origin)[0] == 403
+    assert not list(folder.rglob("uploaded.png"))
+    assert ask(address, Origin="http://example.org")[0] == 200  # To read is allowed.
+    for host in (address, f"localhost:{port}"):
+        assert upload(address, Host=host, Origin=f"http://{host}")[0] == 200
+    assert list(folder.rglob("uploaded.png"))
+
+
+def test_uploads_have_a_limit(address):
+    _, config = ask(address, path="/config")
+    assert json.loads(config)["max_file_size"] == 200 * 2**20
+
+
+@pytest.mark.slow
+def test_no_file_outlives_the_process(network, tmp_path):
+    with serve(network, tmp_path) as (process, address):
+        assert upload(address)[0] == 200
+        (uploaded,) = tmp_path.rglob("uploaded.png")
+        assert uploaded.relative_to(tmp_path).parts[0].startswith("pconv-")
+        # As a page that is still open.
+        url = f"http://{address}/gradio_api/heartbeat/a"
+        with urllib.request.urlopen(url, timeout=60):
+            process.terminate()
+            process.wait(60)
+    assert not list(tmp_path.iterdir())
 
 
 # In a browser.
@@ -156,32 +320,6 @@ def page():
         browser.close()
 
 
-@pytest.fixture
-def address(network):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pconv_jax.cli", "demo"]
-        + ["--network", str(network), "--port", str(port)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-    )
-    address = f"127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert process.poll() is None
-            try:
-                urllib.request.urlopen(f"http://{address}", timeout=60).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 def wait_until_shown(page, canvas, image):
     """Waits until a canvas has the picture in its middle, and moves no more."""
     shots = []
@@ -198,7 +336,7 @@ def wait_until_shown(page, canvas, image):
 
 
 @pytest.mark.slow
-def test_in_a_browser(page, address, network, tmp_path):
+def test_in_a_browser(page, address, folder, tmp_path):
     image = photo(300, 400) // 4 + 100
     path = tmp_path / "photo.png"
     Image.fromarray(image).save(path)
@@ -237,5 +375,14 @@ def test_in_a_browser(page, address, network, tmp_path):
     with urllib.request.urlopen(source) as response:
         (tmp_path / "shown.png").write_bytes(response.read())
     np.testing.assert_array_equal(Image.open(tmp_path / "shown.png"), result)
+    # The next result takes its place.
+    (first,) = folder.rglob("photo-repaired.png")
+    page.click("#run")
+    for _ in range(100):
+        page.wait_for_timeout(200)
+        if not first.exists():
+            break
+    (second,) = folder.rglob("photo-repaired.png")
+    assert second != first
     # Nothing is asked of any other machine.
     assert page.hosts == {address}

@@ -1,6 +1,11 @@
 """``pconv demo``: a page in the browser that repairs pictures."""
 
 import argparse
+import atexit
+import os
+import shutil
+import signal
+import tempfile
 from typing import Any
 
 from pconv_jax.cli import inpaint
@@ -30,6 +35,7 @@ def add(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    _use_temporary_folder()
     try:
         from pconv_jax import demo  # Gradio takes long to import.
     except ModuleNotFoundError as error:
@@ -38,3 +44,11 @@ def _demo(arguments: argparse.Namespace) -> None:
         ) from error
     inpainter = Inpainter.from_pretrained(arguments.network)
     demo.launch(inpainter, host=arguments.host, port=arguments.port)
+
+
+def _use_temporary_folder() -> None:
+    """Has Gradio keep its files where none outlives the process."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # It ends as by Ctrl-C.
+    folder = tempfile.mkdtemp(prefix="pconv-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = folder  # It is read when Gradio is imported.
