@@ -19,6 +19,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from pconv_jax import convert
+from pconv_jax.convert.importers import make_network
 from pconv_jax.unet import Normalization, PConvUNet, Stage
 
 # Releases that come with this package, by name.
@@ -156,14 +157,14 @@ def model_from_config(config: Mapping[str, Any], source: str | Path) -> PConvUNe
     """
     try:
         fields = dict(config)
-        fields["stages"] = tuple(
+        stages = tuple(
             tuple(Stage(**_tuples(stage)) for stage in side)
-            for side in fields["stages"]
+            for side in fields.pop("stages")
         )
         if fields["normalization"]:
             fields["normalization"] = Normalization(**_tuples(fields["normalization"]))
-        return PConvUNet(**fields)
-    except (KeyError, TypeError, AttributeError) as error:
+        return make_network(stages, **fields)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{source} has the configuration of no network that is known here: {error}."
         ) from error

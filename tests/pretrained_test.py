@@ -59,6 +59,8 @@ def test_round_trip_bit_for_bit(fields, channels, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read.variables, variables)
     assert read.info == INFO
     assert pretrained.model_config(read.model) == pretrained.model_config(model)
+    sizes = len(model.encoder), model.encoder[0].features, model.decoder[-1].features
+    assert (read.model.depth, read.model.width, read.model.out_features) == sizes
     hash(read.model)  # As functools.lru_cache wants it.
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (1, 16, 16, channels)).astype(np.float32)
@@ -201,6 +203,8 @@ def test_files_that_are_no_releases(metadata, problem, tmp_path):
         lambda m: m | {"unknown": 1},
         lambda m: m | {"stages": 5},
         lambda m: m | {"stages": [[], []]},
+        lambda m: m | {"stages": m["stages"][:1]},
+        lambda m: m | {"stages": m["stages"] * 2},
         lambda m: m | {"stages": [m["stages"][0] * 10_000, m["stages"][1] * 10_000]},
         lambda m: m | {"stages": [m["stages"][0][:1], m["stages"][1]]},
         lambda m: m | {"stages": [[{"features": "a", "kernel_size": 3}]] * 2},
@@ -370,8 +374,9 @@ def test_bundled_networks_are_whole_and_speak_of_nobodys_machine(name):
     network = pretrained.from_pretrained(name)
     info = json.dumps(network.info)
     assert '"/' not in info and "~" not in info  # No path of its makers.
-    experiment = network.info["experiment"]
-    assert len(network.model.encoder) == experiment["model"]["depth"]
+    fields = network.info["experiment"]["model"]
+    assert len(network.model.encoder) == network.model.depth == fields["depth"]
+    assert network.model.width == fields["width"]
     assert (path.parent / "README.md").is_file()
 
 

@@ -7,7 +7,7 @@ unless what the original takes and gives is asked for.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -124,7 +124,7 @@ def import_network(
         source, arrays = weights, read_arrays(weights)
     for project in PROJECTS:
         names = project.find(arrays)
-        if names and names.depth <= _MAX_DEPTH:
+        if names and 0 < names.depth <= _MAX_DEPTH:
             project = _with_image_note(project, raw)
             if raw:
                 project = project._replace(bgr=False, normalization=None)
@@ -175,6 +175,25 @@ def import_layers(
     )
 
 
+def make_network(
+    stages: tuple[Sequence[Stage], Sequence[Stage]], **fields: Any
+) -> PConvUNet:
+    """Returns a network of given stages, with the depth and the width that these have.
+
+    Args:
+      stages: the encoder's and the decoder's.
+      **fields: the others of `PConvUNet`.
+    """
+    encoder, decoder = stages
+    return PConvUNet(
+        depth=len(encoder),
+        width=encoder[0].features,
+        out_features=decoder[-1].features,
+        stages=(encoder, decoder),
+        **fields,
+    )
+
+
 def _with_image_note(project: Project, raw: bool) -> Project:
     if project.images is None:
         return project
@@ -195,8 +214,8 @@ def _convert(
         if path.endswith("/kernel") and kernel.ndim == 4 and project.layout == "OIHW":
             found[path] = kernel.transpose(2, 3, 1, 0)
     stages = [_stage(project, names.depth, i, found) for i in _numbers(names.depth)]
-    model = PConvUNet(
-        stages=(tuple(stages[: names.depth]), tuple(stages[names.depth :])),
+    model = make_network(
+        (tuple(stages[: names.depth]), tuple(stages[names.depth :])),
         normalization=project.normalization,
         sigmoid_head=project.sigmoid_head,
     )
