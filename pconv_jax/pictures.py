@@ -20,7 +20,7 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, ImageColor, ImageOps, JpegImagePlugin
 
-from pconv_jax import writers
+from pconv_jax import files
 
 MAX_PIXELS = 100_000_000
 """How many pixels a picture may have, unless one says otherwise."""
@@ -106,7 +106,7 @@ def write(path: str | os.PathLike[str], picture: Picture) -> None:
     path = Path(path).expanduser()
     check_suffix(path)
     try:
-        writers.write_atomically(path, _encode(path.suffix.lower(), *picture))
+        files.write(path, _encode(path.suffix.lower(), *picture))
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}.") from error
 

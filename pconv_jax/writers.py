@@ -20,6 +20,8 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from pconv_jax import files
+
 _GAP = 2  # Pixels between the pictures of a grid.
 _CAPTION_HEIGHT = 18
 _LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -52,15 +54,15 @@ class MetricWriter:
           enabled: if False (on all hosts but the first), nothing is ever written.
         """
         self._tensorboard = None
+        workdir = pathlib.Path(workdir)
+        self._pictures = workdir / "pictures"
         if not enabled:
             return
-        workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._pictures = workdir / "pictures"
         path = workdir / "metrics.jsonl"
         if path.exists():
             lines = _lines_before(path.read_bytes(), first_step)
-            write_atomically(path, b"".join(lines))
+            files.write(path, b"".join(lines))
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"),
@@ -113,8 +115,12 @@ class MetricWriter:
         """
         if not self._tensorboard:
             return
-        write_png(self._pictures / f"{name}_{step:07d}.png", image)
+        write_png(self.picture_path(step, name), image)
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def picture_path(self, step: int, name: str) -> pathlib.Path:
+        """Returns the file that `write_picture` writes."""
+        return self._pictures / f"{name}_{step:07d}.png"
 
 
 def _lines_before(text: bytes, first_step: int | None) -> Iterator[bytes]:
@@ -127,17 +133,9 @@ def _lines_before(text: bytes, first_step: int | None) -> Iterator[bytes]:
             yield line
 
 
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file, complete or not at all, and the directories above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-
-
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a JSON file, complete or not at all."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+    files.write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_png(path: pathlib.Path, image: np.ndarray) -> None:
@@ -158,7 +156,7 @@ def write_png(path: pathlib.Path, image: np.ndarray) -> None:
         )
     png = io.BytesIO()
     Image.fromarray(image).save(png, format="PNG")
-    write_atomically(path, png.getvalue())
+    files.write(path, png.getvalue())
 
 
 def picture_grid(

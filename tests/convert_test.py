@@ -348,7 +348,9 @@ def norm_shapes(block, features):
 
 def test_small_networks_are_recognised_too():
     imported = convert.import_network(small_mmagic(), "small")
-    assert [stage.features for stage in imported.model.encoder] == [4, 8]
+    model = imported.model
+    assert [stage.features for stage in model.encoder] == [4, 8]
+    assert (model.depth, model.width, model.out_features) == (2, 4, 3)
     images, mask = make_inputs()
     y, _ = apply(imported, images, mask)
     assert y.shape == images.shape
@@ -473,7 +475,14 @@ def test_impossible_weights(name, array, problem):
         convert.import_network(small_mmagic() | {name: array}, "FILE")
 
 
-@pytest.mark.parametrize("arrays", [{}, {"conv.weight": np.ones(3)}])
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {},
+        {"conv.weight": np.ones(3)},
+        {"encoder.enc0.conv.weight": np.ones((4, 3, 7, 7))},
+    ],
+)
 def test_unknown_weights(arrays):
     with pytest.raises(
         ValueError, match="FILE is of no project that is known .*mmagic"

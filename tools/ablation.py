@@ -31,7 +31,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from pconv_jax import config as experiment
-from pconv_jax import evaluator, trainer, writers
+from pconv_jax import evaluator, files, trainer, writers
 from pconv_jax.checkpoint import restore_network
 from pconv_jax.unet import PConvUNet
 
@@ -140,7 +140,7 @@ def run(
     }
     writers.write_json(out / "ablation.json", found)
     markdown = f"# Ablation\n\n{describe(found, markdown=True)}\n"
-    writers.write_atomically(out / "ablation.md", markdown.encode())
+    files.write(out / "ablation.md", markdown.encode())
     return found
 
 

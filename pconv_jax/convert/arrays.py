@@ -1,7 +1,6 @@
 """Weights files to arrays, and arrays to trees."""
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import load_file, save
 
+from pconv_jax import files
 from pconv_jax.convert import torch_file
 
 
@@ -100,14 +100,8 @@ def write_arrays(
     path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Writes a ``.safetensors`` file, complete or not at all, and folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(save(arrays, dict(metadata)))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write(path, save(arrays, dict(metadata)))
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
@@ -124,8 +118,12 @@ def _as_float32(array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32, order="C")
 
 
-def check_hash(path: Path) -> None:
+def check_hash(path: Path, *, written_to: Path | None = None) -> None:
     """Compares a file with the hash in its name, a custom of torchvision and mmagic.
+
+    Args:
+      path: of the file.
+      written_to: where it is, if it has yet to be given its name.
 
     Raises:
       ValueError: if it is another one.
@@ -135,7 +133,7 @@ def check_hash(path: Path) -> None:
         kind, expected = "sha256", match[1]
     if not expected:
         return
-    with open(path, "rb") as file:
+    with open(written_to or path, "rb") as file:
         actual = hashlib.file_digest(file, kind).hexdigest()
     if not actual.startswith(expected):
         raise ValueError(

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from pconv_jax import files
 from pconv_jax.convert.arrays import check_hash
 
 
@@ -69,13 +69,12 @@ def find_published(*files: Published) -> list[Path]:
 
 def _download(url: str, path: Path) -> None:
     """Writes a file, complete or not at all."""
-    with urllib.request.urlopen(url, timeout=30) as response:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            partial = Path(folder) / path.name
-            size = int(response.headers["Content-Length"] or 0) or None
-            progress = tqdm.wrapattr(response, "read", total=size, desc=path.name)
-            with progress as source, open(partial, "wb") as file:
-                shutil.copyfileobj(source, file)
-            check_hash(partial)
-            partial.replace(path)
+    with (
+        urllib.request.urlopen(url, timeout=30) as response,
+        files.replacing(path) as partial,
+    ):
+        size = int(response.headers["Content-Length"] or 0) or None
+        progress = tqdm.wrapattr(response, "read", total=size, desc=path.name)
+        with progress as source, open(partial, "wb") as file:
+            shutil.copyfileobj(source, file)
+        check_hash(path, written_to=partial)

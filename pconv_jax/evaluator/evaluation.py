@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pconv_jax import __version__, data, masks, parallel, steps, writers
+from pconv_jax import __version__, data, files, masks, parallel, steps, writers
 from pconv_jax import config as experiment
 from pconv_jax.evaluator import methods as methods_lib
 from pconv_jax.evaluator import report, results
@@ -284,9 +284,9 @@ def write_results(
     }
     writers.write_json(directory / "results.json", found)
     writers.write_json(directory / "timing.json", timing)
-    writers.write_atomically(directory / "examples.csv", evaluation.csv().encode())
+    files.write(directory / "examples.csv", evaluation.csv().encode())
     markdown = evaluation.format(markdown=True) + "\n"
-    writers.write_atomically(directory / "results.md", markdown.encode())
+    files.write(directory / "results.md", markdown.encode())
     shown = choose_examples(evaluation)
     pictures = fill_examples(
         methods,
@@ -301,7 +301,7 @@ def write_results(
         timing=timing,
         shown=[(rank, e, p) for (rank, e), p in zip(shown, pictures)],
     )
-    writers.write_atomically(directory / "report.html", page.encode())
+    files.write(directory / "report.html", page.encode())
     for rank, name in {"median": "pictures.png", "worst": "worst.png"}.items():
         rows = [p for (found, _), p in zip(shown, pictures) if found == rank]
         if rows:

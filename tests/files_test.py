@@ -1,0 +1,23 @@
+import pytest
+
+from pconv_jax import files
+
+
+def test_a_file_is_replaced_and_the_folders_above_it_are_made(tmp_path):
+    path = tmp_path / "folder" / f"{'a' * 246}.txt"  # Of 250 bytes.
+    for data in (b"old", b"new"):
+        files.write(path, data)
+        assert path.read_bytes() == data
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.txt"
+    files.write(path, b"old")
+    with pytest.raises(OSError, match="disk full"), files.replacing(path) as partial:
+        partial.write_bytes(b"half of it")
+        raise OSError("disk full")
+    assert path.read_bytes() == b"old"
+    with pytest.raises(IsADirectoryError):
+        files.write(tmp_path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
