@@ -28,6 +28,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from pconv_jax import files
+
 PyTree = Any
 
 _logger = logging.getLogger(__name__)
@@ -108,6 +110,11 @@ class Checkpoints:
         scored = [step for step in self.steps() if step in self._scores]
         return max(scored, key=self._scores.__getitem__, default=None)
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """Returns the metrics of a checkpoint that is whole; empty if it has none."""
+        self._manager.wait_until_finished()
+        return self._read_record(step)["metrics"]
+
     def save(
         self,
         step: int,
@@ -133,7 +140,7 @@ class Checkpoints:
 
         Returns:
           True; or False if the run stands at `step`, just saved or restored, so that
-          there is nothing to do.
+          there is nothing to do but to add metrics, if any are given.
 
         Raises:
           ValueError: if `step` is smaller than that of the last `save` or `restore`;
@@ -141,11 +148,13 @@ class Checkpoints:
             restored, as another run would be overwritten; if `meta` is not JSON-able
             or an item has a reserved name.
         """
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
         if step == self._current:
+            if metrics:
+                self._add_metrics(step, metrics)
             return False
         if reserved := {"meta", "metrics"} & set(items):
             raise ValueError(f"items must not be named {reserved}: taken.")
-        metrics = {name: float(value) for name, value in (metrics or {}).items()}
         record = {"meta": dict(meta or {}), "metrics": metrics}
         self._manager.wait_until_finished()
         self._clear_the_way(step)
@@ -256,10 +265,19 @@ class Checkpoints:
             for path in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(path)
 
+    def _add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._manager.wait_until_finished()
+        record = self._read_record(step)
+        record["metrics"] |= metrics
+        if jax.process_index() == 0:  # Orbax never writes to a step twice.
+            path = self._directory / str(step) / "meta" / "metadata"
+            files.write(path, json.dumps(_seal(record)).encode())
+        self._note_score(step, metrics)
+
     def _read_record(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         record = self._manager.restore(step, args=args)["meta"]
-        if record != _seal({k: v for k, v in record.items() if k != "crc32"}):
+        if record.pop("crc32", None) != _seal(record)["crc32"]:
             raise ValueError("wrong checksum of meta")
         return record
 

@@ -101,6 +101,7 @@ def train_and_evaluate(
         parallel.stop_requests() as stop_requested,
     ):
         run.write_json("config.json", config.to_dict())
+        run.catch_up()
         for phase in get_phases(config):
             run.train(phase, stop_requested)
         return run.summarize()
@@ -176,6 +177,16 @@ class _Run:
     def __exit__(self, *_: object) -> None:
         self._resources.close()
 
+    def catch_up(self) -> None:
+        """Draws and validates what the run that was stopped at this step did not."""
+        if not self.step:
+            return
+        drawn = self.writer.picture_path(self.step, "validation").exists()
+        if self._due("picture") and not drawn:
+            self._draw_pictures()
+        if self._due("validate") and not self.checkpoints.metrics(self.step):
+            self._validate()
+
     def train(self, phase: Phase, stop_requested: Callable[[int], bool]) -> None:
         """Trains until the phase ends or the run is asked to stop."""
         if self.stopped or self.step >= phase.stop:
@@ -199,7 +210,8 @@ class _Run:
 
     def summarize(self) -> dict[str, Any]:
         """Ends the run: validates if that was not done yet, and sums up."""
-        finished = self.step >= self.last_step
+        # A run that was stopped at its last step is still to be validated.
+        finished = self.step >= self.last_step and not self.stopped
         if finished and not self.evaluation:
             self._validate(write=False)  # The run that came here first has done it.
         if self.unreadable:
@@ -270,26 +282,25 @@ class _Run:
 
     def _after_step(self, phase: Phase) -> None:
         """Logs, draws, validates and saves, whatever is due."""
-
-        def due(event: str) -> bool:
-            every = self.config[f"{event}_every"]
-            return self.step % every == 0 or self.step == phase.stop
-
         self.progress.update()
-        if due("log") or self.stopped:
+        if self._due("log") or self.stopped:
             self._log(phase)
-        if self.stopped:  # Whoever asked may not wait for long.
+        if self.stopped:  # Whoever asked may not wait for long: see `catch_up`.
             self._save()
             return
-        if due("picture"):
+        if self._due("picture"):
             self._draw_pictures()
-        if due("validate"):
+        if self._due("validate"):
             self._validate()
-            self._save(self.evaluation.mean())
-        elif due("checkpoint"):
+        elif self._due("checkpoint"):
             self._save()
         if not self.scalars:  # The pace is that of training alone.
             self.started = time.monotonic()
+
+    def _due(self, event: str) -> bool:
+        """Returns whether something is done at this step: where a phase ends, all."""
+        ends = [phase.stop for phase in get_phases(self.config)]
+        return self.step % self.config[f"{event}_every"] == 0 or self.step in ends
 
     def _wait_for_scalars(self) -> None:
         """Brings the numbers of the last steps to the host, and looks at them."""
@@ -337,6 +348,7 @@ class _Run:
             self.writer.write_picture(self.step, "validation", picture)
 
     def _validate(self, *, write: bool = True) -> None:
+        """Validates, and unless it is for the summary alone, saves what came out."""
         self.evaluation = evaluator.evaluate(
             self.model,
             self.state.variables,
@@ -350,6 +362,7 @@ class _Run:
             self.writer.write_scalars(
                 self.step, {f"validation/{name}": x for name, x in mean.items()}
             )
+            self._save(mean)
         numbers = "  ".join(f"{name} {x:.4g}" for name, x in mean.items())
         self.progress.write(f"validation at step {self.step}: {numbers}")
 

@@ -348,6 +348,29 @@ def test_saving_where_the_run_stands_does_nothing(tmp_path):
             checkpoints.save(3, items)
 
 
+def test_metrics_may_come_after_the_rest(tmp_path):
+    options = dict(keep=1, best_metric="psnr")
+    items, meta = {"params": {"w": np.ones(2)}}, {"a": 1}
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        checkpoints.save(1, items, meta=meta)
+        assert checkpoints.metrics(1) == {}
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        checkpoints.restore(["params"])
+        assert not checkpoints.save(1, items, metrics={"psnr": jnp.asarray(30.0)})
+        assert checkpoints.best_step() == 1
+        assert not checkpoints.save(1, items)  # Which takes nothing away.
+    assert not list(tmp_path.rglob("*.partial"))
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        assert checkpoints.metrics(1) == {"psnr": 30.0}
+        step, restored, restored_meta = checkpoints.restore(["params"])
+        assert (step, restored_meta) == (1, meta)
+        assert_trees_equal(restored, items)
+        checkpoints.save(2, items)
+        assert not checkpoints.save(2, items, metrics={"psnr": 29.0})
+        checkpoints.save(3, items)
+        assert checkpoints.steps() == [1, 3]
+
+
 def test_a_run_taken_up_from_an_older_step_replaces_the_newer_ones(tmp_path, caplog):
     save_steps(tmp_path, [1, 2, 3])
     with Checkpoints(tmp_path) as checkpoints:

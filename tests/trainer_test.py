@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from pconv_jax import config as experiment
-from pconv_jax import convert, evaluator, trainer, vgg
+from pconv_jax import convert, evaluator, parallel, trainer, vgg
 from pconv_jax.checkpoint import Checkpoints
 from pconv_jax.unet import PConvUNet
 
@@ -57,6 +58,17 @@ def read_checkpoint(workdir, step=None):
 def read_metrics(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def read_validation(workdir):
+    """Returns the lines of validation, without the time of day."""
+    lines = [line for line in read_metrics(workdir) if "validation/psnr" in line]
+    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
+
+
+def best_step(workdir):
+    with Checkpoints(workdir / "checkpoints", best_metric="psnr") as checkpoints:
+        return checkpoints.best_step()
 
 
 def assert_same_checkpoint(a, b):
@@ -141,6 +153,31 @@ def test_a_longer_second_phase_goes_on_bit_for_bit(finished, tmp_path):
     assert read_checkpoint(workdir)[0] == 5
     trainer.train_and_evaluate(tiny(), workdir)
     assert_same_checkpoint(workdir, finished[0])
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_stop_where_validation_is_due_only_puts_it_off(
+    finished, step, tmp_path, monkeypatch
+):
+    """Between the phases, and at the last step."""
+    whole, summary = finished
+    requests = contextlib.nullcontext(lambda number: number == step)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "stop_requests", lambda: requests)
+        stopped = trainer.train_and_evaluate(tiny(), tmp_path)
+    assert (stopped["step"], stopped["finished"]) == (step, False)
+    assert step not in [line["step"] for line in read_validation(tmp_path)]
+    for _ in range(2):  # The second time, there is nothing left to do.
+        resumed = trainer.train_and_evaluate(tiny(), tmp_path)
+        assert resumed == summary
+        assert read_validation(tmp_path) == read_validation(whole)
+    assert_same_checkpoint(tmp_path, whole)
+    assert best_step(tmp_path) == best_step(whole)
+    pictures = [
+        {path.name: path.read_bytes() for path in (workdir / "pictures").iterdir()}
+        for workdir in (tmp_path, whole)
+    ]
+    assert pictures[0] == pictures[1]
 
 
 def test_second_phase_from_another_run(finished, tmp_path):
@@ -365,6 +402,7 @@ def test_killed_and_stopped_runs_end_as_one_that_never_was(tmp_path):
         for workdir in (whole, broken)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 32
+    assert read_validation(whole) == read_validation(broken)
 
 
 @pytest.mark.slow
