@@ -205,7 +205,7 @@ def repair(
     drawing: dict[str, Any] | None,
     dilate: int,
     invert: bool,
-    previous: str | None = None,
+    previous: str | None,
 ) -> tuple[Any, ...]:
     """Returns what the page shows of a repaired picture, and the file to download.
 

@@ -67,7 +67,7 @@ def test_what_is_painted_over_is_filled(inpainter, tmp_path):
     Image.fromarray(~opened).save(tmp_path / "mask.png")
     expected, depth = inpainter(image, hole | opened, dilate=2, return_depth=True)
     after, (before, _), overlay, legend, report, download, result = demo.repair(
-        inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole), 2, True
+        inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole), 2, True, None
     )
     np.testing.assert_array_equal(after, expected)
     np.testing.assert_array_equal(before, image)
@@ -94,7 +94,7 @@ def test_large_pictures_are_shown_small_and_repaired_whole(inpainter, tmp_path):
     small = np.zeros((450, 1024), bool)
     small[100:120, 500:530] = True
     after, *_, result = demo.repair(
-        inpainter, str(path), None, drawing(small), 0, False
+        inpainter, str(path), None, drawing(small), 0, False, None
     )
     assert after.size == (1024, 450)
     result = pictures.read(result).image
@@ -117,16 +117,16 @@ def test_examples_come_with_a_mask(index):
 def test_mistakes_are_said_on_the_page(inpainter, tmp_path):
     path = tmp_path / "a.png"
     with pytest.raises(gr.Error, match="Open a picture first"):
-        demo.repair(inpainter, None, None, None, 0, False)
+        demo.repair(inpainter, None, None, None, 0, False, None)
     path.write_text("Hello")
     with pytest.raises(gr.Error, match="it is no picture"):
         demo.show(str(path))
     Image.fromarray(photo()).save(path)
     with pytest.raises(gr.Error, match="Nothing is painted over yet"):
-        demo.repair(inpainter, str(path), None, None, 0, False)
+        demo.repair(inpainter, str(path), None, None, 0, False, None)
     everything = drawing(np.ones((60, 80), bool))
     with pytest.raises(gr.Error, match="no valid pixel is left"):
-        demo.repair(inpainter, str(path), None, everything, 0, False)
+        demo.repair(inpainter, str(path), None, everything, 0, False, None)
 
 
 def test_a_result_goes_with_the_next(inpainter, tmp_path):
@@ -135,7 +135,7 @@ def test_a_result_goes_with_the_next(inpainter, tmp_path):
     hole = np.zeros((60, 80), bool)
     hole[20:40, 30:50] = True
     before = set(tmp_path.iterdir())
-    *_, first = demo.repair(inpainter, str(path), None, drawing(hole), 0, False)
+    *_, first = demo.repair(inpainter, str(path), None, drawing(hole), 0, False, None)
     *_, second = demo.repair(inpainter, str(path), None, drawing(hole), 0, False, first)
     assert set(tmp_path.iterdir()) - before == {pathlib.Path(second).parent}
     # Of a mistake, nothing goes.
@@ -158,7 +158,7 @@ def test_nothing_is_read_while_warnings_are_caught(inpainter, tmp_path):
                 shown[0].result(timeout=0.5)
             return inpainter(*args, **options)
 
-        demo.repair(repair, str(path), None, drawing(hole), 0, False)
+        demo.repair(repair, str(path), None, drawing(hole), 0, False, None)
         assert shown[0].result(timeout=60).size == (80, 60)
 
 
