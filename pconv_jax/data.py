@@ -32,7 +32,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags, logging
 
-from pconv_jax import masks
+from pconv_jax import files, masks
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _MAX_UNREADABLE = 0.05  # fraction of a source
@@ -104,7 +104,8 @@ class Source(abc.ABC):
 class FolderSource(Source):
     """Pictures of a folder and of all folders below it, in the order of their keys.
 
-    Hidden files and folders (`.name`) are left out.
+    Hidden files and folders (`.name`) are left out. Links to folders are followed, and
+    each folder is read once.
 
     Attributes:
       keys: Paths relative to the folder, with '/'.
@@ -117,12 +118,11 @@ class FolderSource(Source):
         self._root = pathlib.Path(path).expanduser()
         if not self._root.is_dir():
             raise ValueError(f"path must be a folder of pictures, got {str(path)!r}")
-        files = (
-            pathlib.Path(folder, file).relative_to(self._root).as_posix()
-            for folder, _, names in os.walk(self._root, followlinks=True)
-            for file in names
+        keys = (
+            file.relative_to(self._root).as_posix()
+            for file in files.visible(self._root)
         )
-        self.keys = sorted(filter(_is_picture, files))
+        self.keys = sorted(filter(_is_picture, keys))
         _check_not_empty(self.keys, path)
 
     def __len__(self) -> int:

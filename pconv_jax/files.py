@@ -1,6 +1,7 @@
-"""Files that appear complete or not at all."""
+"""Files: to write them complete or not at all, and to find them."""
 
 import contextlib
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,3 +33,31 @@ def write(path: Path, data: bytes) -> None:
     """Writes a file, complete or not at all, and the folders above it."""
     with replacing(path) as partial:
         partial.write_bytes(data)
+
+
+def visible(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Finds the files of a folder and of all folders below it, linked ones too.
+
+    Hidden files and folders (`.name`) are left out. A folder that links lead to again
+    is read once, where it is met first in alphabetical order: else one picture could be
+    many, of which some are trained on and others evaluated.
+
+    Args:
+      folder: where to look; it may be hidden itself.
+
+    Yields:
+      Paths that start with `folder`.
+    """
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(filter(_is_visible, folders))  # The order of the walk.
+        yield from (Path(place, name) for name in filter(_is_visible, names))
+
+
+def _is_visible(name):
+    return not name.startswith(".")

@@ -21,6 +21,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from pconv_jax import files
+
 HOLE_BINS: tuple[tuple[float, float], ...] = (
     (0.01, 0.1),
     (0.1, 0.2),
@@ -107,8 +109,11 @@ def random_mask(
       key: PRNG key.
       shape: `(H, W)`, each at least 8.
       hole_ratio: Fraction of the pixels that are hole, in (0, 1); it is met to the
-        pixel. Or a range `(low, high]`, such as one of `HOLE_BINS`, from which the
-        fraction is drawn uniformly.
+        pixel, rounded down, but to no less than one. Or a range `(low, high]`, such as
+        one of `HOLE_BINS`, from which the number of pixels is drawn uniformly. If no
+        whole number lies in it, as in (0.01, 0.012) of 8 x 8 pixels, its upper end is
+        met as a single fraction would be. If traced, it is float32, whose rounding can
+        add a pixel where there are a million.
       kind: 'strokes' (lines of several pens), 'blobs' (smooth noise), 'rectangles', or
         'mixed' (all of them, each with a random share of the area).
       border: True = some hole touches the border; False = the outermost 50/512 of each
@@ -139,13 +144,29 @@ def random_mask(
                 "hole_ratio must be a number in (0, 1), or a range (low, high) with "
                 f"0 < low <= high < 1, got {hole_ratio}"
             )
-        room = 1 - _quiet_rim(shape).mean()
-        if border is False and bounds[1] > room:
+        inner = ~_quiet_rim(shape)
+        if border is False and _whole_pixels(bounds[1], inner.size) > inner.sum():
             raise ValueError(
                 f"hole_ratio reaches {bounds[1]}, but with border=False there is room "
-                f"for {room:.3f} of {shape[0]}x{shape[1]} pixels at most"
+                f"for {inner.mean():.3f} of {shape[0]}x{shape[1]} pixels at most"
             )
-    return _random_mask(key, *bounds, shape=shape, kind=kind, border=border)
+    first, last = (_whole_pixels(bound, math.prod(shape)) for bound in bounds)
+    return _random_mask(key, first, last, shape=shape, kind=kind, border=border)
+
+
+def _whole_pixels(ratio, pixels):
+    """How many of the pixels a ratio is, rounded down.
+
+    No binary number is 0.53, so 0.53 * 100 may come out below 53. What misses a whole
+    number by no more than such rounding counts as equal to it.
+    """
+    if isinstance(ratio, float):
+        return np.int32(math.floor(ratio * pixels + 1e-6))
+    # In float32, the ratio and the product are rounded, by half an eps at most each.
+    xp = jnp if isinstance(ratio, jax.core.Tracer) else np
+    product = xp.float32(ratio) * pixels
+    product += np.finfo(np.float32).eps * product
+    return xp.floor(product).astype(xp.int32)
 
 
 # Holes are grown rather than painted. Each kind draws a positive field over the pixels:
@@ -155,12 +176,11 @@ def random_mask(
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "kind", "border"))
-def _random_mask(key, low, high, *, shape, kind, border):
+def _random_mask(key, first, last, *, shape, kind, border):
     key, field_key = jax.random.split(key)
     area, coin = jax.random.uniform(key, (2,))
     rim = _quiet_rim(shape)
     room = int(rim.size - rim.sum())
-    first, last = (jnp.floor(r * rim.size).astype(jnp.int32) for r in (low, high))
     count = last - jnp.floor(area * (last - first)).astype(jnp.int32)
     count = jnp.clip(count, 1, room if border is False else rim.size)
     if border is None:
@@ -346,13 +366,14 @@ def _quiet_rim(shape):
 
 
 class MaskFolder:
-    """Mask pictures of a folder and its subfolders, sorted by path.
+    """Mask pictures of a folder and all folders below it, sorted by path.
 
     Item `i` is uint8 `[H, W, 1]`, 1 = valid, 0 = hole. In the masks of Liu et al.,
     holes are white in the test set and black in the training set.
 
     Attributes:
-      paths: The files, PNG, JPEG and WebP, but for hidden ones.
+      paths: The files, PNG, JPEG and WebP, but for those that are hidden or in hidden
+        folders.
       hole: Colour of the holes, 'white' or 'black'.
       threshold: Grey value as a fraction of 255 above which a pixel is white. The
         paper's is 0.6.
@@ -373,13 +394,12 @@ class MaskFolder:
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must be in (0, 1), got {threshold}")
         suffixes = (".png", ".jpg", ".jpeg", ".webp")
+        root = pathlib.Path(path).expanduser()
         self.paths = sorted(
-            file
-            for file in pathlib.Path(path).expanduser().rglob("*")
-            if file.suffix.lower() in suffixes and not file.name.startswith(".")
+            file for file in files.visible(root) if file.suffix.lower() in suffixes
         )
         if not self.paths:
-            found = "it has none" if os.path.isdir(path) else "there is no such folder"
+            found = "it has none" if root.is_dir() else "there is no such folder"
             raise ValueError(
                 f"path must be a folder with mask pictures ({', '.join(suffixes)}), "
                 f"but {found}: {path}"

@@ -23,7 +23,7 @@ NUMERICS = {
     "unet": {".layers", ".ops", "jax", "flax"},
     "vgg": {".convert", "jax", "flax"},
     "losses": {".ops", "jax"},
-    "masks": {"jax", "numpy", "cv2"},
+    "masks": {".files", "jax", "numpy", "cv2"},
     "metrics.__init__": {".metrics"},
     "metrics.image": {"jax", "numpy"},
     "metrics.lpips": {".convert", ".metrics", ".vgg", "jax", "flax"},

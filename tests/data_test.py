@@ -217,6 +217,26 @@ def test_folder_follows_links_to_folders(tmp_path):
     assert data.FolderSource(tmp_path / "photos").keys == ["linked/1.png"]
 
 
+def test_folder_reads_every_folder_once_where_it_comes_first(tmp_path):
+    pictures = {key: encode(photo()) for key in ("1.png", "b/2.png", "b/c/3.png")}
+    write_folder(tmp_path, pictures)
+    links = {"loop": ".", "a": "b", "b/up": "..", "d": "b/c", "self": "self"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    source = data.FolderSource(tmp_path)
+    assert source.keys == ["1.png", "a/2.png", "a/c/3.png"]
+    assert all(source[i].shape == (40, 60, 3) for i in range(3))
+
+
+@pytest.mark.parametrize("root", [".hidden", ".hidden/below"])
+def test_folder_may_be_hidden_itself(tmp_path, root):
+    root = write_folder(
+        tmp_path / root, dict.fromkeys(["1.png", "a/2.png", ".b/3.png"], b"")
+    )
+    (root / ".link").symlink_to(root / "a")
+    assert data.FolderSource(root).keys == ["1.png", "a/2.png"]
+
+
 @pytest.mark.parametrize("source", [data.FolderSource, data.TarSource])
 def test_missing_or_empty_path_is_an_error(tmp_path, source):
     with pytest.raises(ValueError, match=r"path must be .*nowhere"):

@@ -21,3 +21,13 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     with pytest.raises(IsADirectoryError):
         files.write(tmp_path, b"new")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_all_files_of_an_ordinary_tree_are_visible(tmp_path):
+    names = {"a.txt", "b/c", "b/d.png/e", "f"}
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = list(files.visible(str(tmp_path)))
+    assert sorted(found) == sorted(tmp_path / name for name in names)
+    assert not list(files.visible(tmp_path / "missing"))

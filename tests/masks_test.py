@@ -122,6 +122,67 @@ def test_hole_area_and_border_are_as_asked(kind, border, shape):
     assert touching == ({True, False} if border is None else {border})
 
 
+@pytest.mark.parametrize("side", [10, 100, 512, 1000])
+def test_whole_percents_are_counted_to_the_pixel(side):
+    pixels = side * side
+    percents = np.arange(1, 100)
+    expected = percents * pixels // 100
+    ratios = percents / 100
+    for numbers in (ratios, ratios.tolist(), ratios.astype(np.float32)):
+        counts = [masks._whole_pixels(ratio, pixels) for ratio in numbers]
+        np.testing.assert_array_equal(counts, expected)
+    counts = jax.jit(masks._whole_pixels, static_argnums=1)(ratios, pixels)
+    np.testing.assert_array_equal(counts, expected)
+
+
+@pytest.mark.parametrize("pixels", [64, 100, 4096, 12345, 10**6])
+def test_every_count_can_be_asked_for_as_a_ratio(pixels):
+    expected = np.arange(1, pixels)
+    ratios = expected / pixels
+    counts = jax.jit(masks._whole_pixels, static_argnums=1)(ratios, pixels)
+    np.testing.assert_array_equal(counts, expected)
+    some = slice(0, None, 1 + pixels // 1000)
+    counts = [masks._whole_pixels(ratio, pixels) for ratio in ratios[some]]
+    np.testing.assert_array_equal(counts, expected[some])
+
+
+def test_ratios_between_two_counts_are_rounded_down():
+    # Those of the paper's range, at the sizes that it is mostly drawn in.
+    for size, first, last in ((64, 40, 2457), (256, 655, 39321), (512, 2621, 157286)):
+        for kind in (float, np.float32):
+            assert masks._whole_pixels(kind(0.01), size**2) == first
+            assert masks._whole_pixels(kind(0.6), size**2) == last
+    assert masks._whole_pixels(0.9999, 100) == 99
+
+
+@pytest.mark.parametrize("ratio", [0.53, 0.59])
+def test_drawn_holes_are_exact_eager_jitted_and_traced(ratio):
+    def draw(ratio):
+        return masks.random_mask(KEY, (10, 10), hole_ratio=ratio, kind="rectangles")
+
+    jitted, traced = jax.jit(lambda: draw(ratio)), jax.jit(draw)
+    for mask in (draw(ratio), draw(np.float32(ratio)), jitted(), traced(ratio)):
+        assert holes(mask) == round(ratio * 100)
+
+
+@pytest.mark.parametrize(
+    "ratio, expected",
+    [((0.01, 0.012), 1), ((0.1, 0.105), 6), (0.001, 1), (0.1, 6)],
+)
+def test_what_no_count_meets_is_rounded_down_to_one_at_least(ratio, expected):
+    mask = masks.random_mask(KEY, (8, 8), hole_ratio=ratio, kind="rectangles")
+    assert holes(mask) == expected
+
+
+def test_all_the_room_inside_the_border_can_be_asked_for():
+    options = dict(kind="rectangles", border=False)
+    # In floats, this is more than 1 less the share of the border.
+    mask = masks.random_mask(KEY, (14, 14), hole_ratio=144 / 196, **options)
+    assert holes(mask) == 144
+    with pytest.raises(ValueError, match="room for 0.735"):
+        masks.random_mask(KEY, (14, 14), hole_ratio=145 / 196, **options)
+
+
 @hypothesis.given(
     seed=st.integers(0, 2**32 - 1),
     ratio=st.floats(0.01, 0.99),
@@ -285,6 +346,24 @@ def test_folder_is_recursive_and_sorted_and_reads_every_format(tmp_path, monkeyp
     assert found == sorted(names)
     for name, mask in zip(found, folder, strict=True):
         assert holes(mask) == 16 * (2 * names.index(name) + 2)
+
+
+@pytest.mark.parametrize("root", [".", ".hidden", ".hidden/below"])
+def test_folder_leaves_out_what_is_hidden_below_it(tmp_path, root):
+    root = tmp_path / root
+    others = ["._a.png", ".ipynb_checkpoints/a-checkpoint.png", "b/.c/d/e.png"]
+    for name in ("a.png", "b/1.png", *others):
+        write(root / name, np.zeros((8, 8), np.uint8))
+    assert masks.MaskFolder(root).paths == [root / "a.png", root / "b/1.png"]
+
+
+def test_folder_reads_linked_folders_once(tmp_path):
+    write(tmp_path / "disk/1.png", np.zeros((8, 8), np.uint8))
+    root = tmp_path / "masks"
+    root.mkdir()
+    for link, target in {"b": "disk", "a": "disk", "loop": "masks"}.items():
+        (root / link).symlink_to(tmp_path / target)
+    assert masks.MaskFolder(root).paths == [root / "a/1.png"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", "truncated"])
