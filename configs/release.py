@@ -17,8 +17,20 @@ from ml_collections import ConfigDict
 
 from pconv_jax import config as experiment
 
+# The run that each begins with, the crops, and the phases' steps and learning rates.
+_RUNS = {
+    "coarse": ("", (0.4, 1.0), (6_000, 1e-3), (0, 0.0)),
+    "fine": ("coarse", (0.35, 0.7), (8_000, 5e-4), (4_000, 2e-4)),
+    "longer": ("fine", (0.35, 0.7), (9_000, 7e-4), (4_000, 1.5e-4)),
+}
+
 
 def get_config(variant: str) -> ConfigDict:
+    if variant not in _RUNS:
+        raise ValueError(
+            f"the variants are 'coarse', 'fine' and 'longer', got {variant!r}"
+        )
+    before, scale, first, second = _RUNS[variant]
     config = experiment.paper()
     config.image_size = 128
     config.batch_size = 8
@@ -26,34 +38,15 @@ def get_config(variant: str) -> ConfigDict:
     config.model.width = 32
     config.data.source = "tar"
     config.data.validation_fraction = 0.02
+    config.data.scale = scale
     config.vgg = "none"
     config.average_decay = 0.999
+    config.init_from = before and f"runs/release-{before}"
+    config.phase1.steps, config.phase1.learning_rate = first
+    config.phase2.steps, config.phase2.learning_rate = second
     config.log_every = 50
     config.validation_examples = 5
     config.checkpoint_every = 500
     config.validate_every = 1_000
     config.picture_every = 1_000
-    if variant == "coarse":
-        config.data.scale = (0.4, 1.0)
-        config.phase1.steps = 6_000
-        config.phase1.learning_rate = 1e-3
-        config.phase2.steps = 0
-    elif variant == "fine":
-        config.init_from = "runs/release-coarse"
-        config.data.scale = (0.35, 0.7)
-        config.phase1.steps = 8_000
-        config.phase1.learning_rate = 5e-4
-        config.phase2.steps = 4_000
-        config.phase2.learning_rate = 2e-4
-    elif variant == "longer":
-        config.init_from = "runs/release-fine"
-        config.data.scale = (0.35, 0.7)
-        config.phase1.steps = 9_000
-        config.phase1.learning_rate = 7e-4
-        config.phase2.steps = 4_000
-        config.phase2.learning_rate = 1.5e-4
-    else:
-        raise ValueError(
-            f"the variants are 'coarse', 'fine' and 'longer', got {variant!r}"
-        )
     return config
