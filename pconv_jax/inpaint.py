@@ -232,10 +232,11 @@ class Inpainter:
         colour, alpha = array[..., :-1], array[..., -1]
         if _is_float(alpha):
             alpha = alpha.astype(np.float32)  # bfloat16 is none of NumPy's floats.
-            if not (0 <= alpha.min(initial=0) <= alpha.max(initial=0) <= 1):
+            finite = alpha[np.isfinite(alpha)]  # NaN is transparent.
+            if finite.min(initial=0) < 0 or finite.max(initial=0) > 1:
                 raise ValueError(
                     "image must have an alpha in [0, 1] where it is of floats, got "
-                    f"{alpha.min():g} to {alpha.max():g}."
+                    f"{finite.min():g} to {finite.max():g}."
                 )
         return colour, alpha
 

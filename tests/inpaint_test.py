@@ -329,6 +329,14 @@ def test_rounding_is_no_value_out_of_range(inpainter):
     np.testing.assert_array_equal(inpainter(image, mask)[0, 0], image[0, 0])
 
 
+def test_an_alpha_that_is_not_a_number_is_transparent(inpainter):
+    image = photo(20, 20, channels=4, dtype=np.float32)
+    image[..., 3], image[5:9, 5:9] = 1, np.nan
+    result, depth = inpainter(image, return_depth=True)
+    np.testing.assert_array_equal(depth > 0, np.isnan(image[..., 3]))
+    assert np.isfinite(result).all() and np.all(result[..., 3] == 1)
+
+
 def test_no_pictures(inpainter):
     image = np.zeros((0, 20, 20, 3), np.uint8)
     result, depth = inpainter(image, np.zeros((20, 20)), return_depth=True)
