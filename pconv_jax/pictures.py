@@ -365,7 +365,7 @@ def _has_16_bit_colour(image: Image.Image, data: bytes) -> bool:
 def _decode_16_bits(image: Image.Image, data: bytes) -> np.ndarray:
     """Returns what Pillow would halve, uint16 ``[H, W, C]``."""
     if image.format == "TIFF":
-        if image.tag_v2.get(338) == (1,):  # ExtraSamples: associated alpha.
+        if image.tag_v2.get(ExifTags.Base.ExtraSamples) == (1,):
             raise ValueError("its 16-bit colours are multiplied by their alpha")
         if image.tag_v2.get(ExifTags.Base.PlanarConfiguration) == 2:
             # OpenCV would take a plane for pixels.

@@ -147,7 +147,8 @@ class _Run:
             vgg.features_of(feature_params), dtype=self.model.dtype
         )
         self.feature_params = parallel.replicate(feature_params)
-        self.last_step = get_phases(config)[-1].stop
+        self.phase_ends = [phase.stop for phase in get_phases(config)]
+        self.last_step = self.phase_ends[-1]
         self.stopped = False
         self.evaluation: evaluator.Evaluation | None = None
         self.scalars: list[steps.Metrics] = []  # Since the last line of the log.
@@ -299,8 +300,8 @@ class _Run:
 
     def _due(self, event: str) -> bool:
         """Returns whether something is done at this step: where a phase ends, all."""
-        ends = [phase.stop for phase in get_phases(self.config)]
-        return self.step % self.config[f"{event}_every"] == 0 or self.step in ends
+        every = self.config[f"{event}_every"]
+        return self.step % every == 0 or self.step in self.phase_ends
 
     def _wait_for_scalars(self) -> None:
         """Brings the numbers of the last steps to the host, and looks at them."""
