@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from pconv_jax import data, masks
-from pconv_jax.unet import IMAGENET, PConvUNet
+from pconv_jax.unet import IMAGENET, PConvUNet, suggest_sizes
 
 # Fields that may differ from what a run was started with when it goes on: they do not
 # change what is computed, but for where it ends.
@@ -156,8 +156,7 @@ def check(config: Mapping[str, Any]) -> None:
             )
     step = 2 ** given["model.depth"]
     if given["image_size"] % step:
-        below = given["image_size"] // step * step
-        sizes = " or ".join(str(n) for n in (below, below + step) if n)
+        sizes = suggest_sizes(given["image_size"], step)
         raise ValueError(
             f"config: image_size = {given['image_size']} cannot be halved "
             f"model.depth = {given['model.depth']} times: use {sizes}, or a smaller "

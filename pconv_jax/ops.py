@@ -384,7 +384,10 @@ def _is_worthwhile(x: Source, window: _Window, groups: int) -> bool:
         and groups == 1
         # The window slides one by one over zero padding of its own width.
         and all(
-            stride == 1 and dilation == 1 and low + high == size - 1 and not mode
+            stride == dilation == 1
+            and min(low, high) >= 0
+            and low + high == size - 1
+            and not mode
             for size, stride, dilation, (low, high), (_, _, mode) in zip(*window)
         )
     )

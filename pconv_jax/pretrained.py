@@ -158,11 +158,10 @@ def model_from_config(config: Mapping[str, Any], source: str | Path) -> PConvUNe
     try:
         fields = dict(config)
         stages = tuple(
-            tuple(Stage(**_tuples(stage)) for stage in side)
-            for side in fields.pop("stages")
+            tuple(Stage(**stage) for stage in side) for side in fields.pop("stages")
         )
         if fields["normalization"]:
-            fields["normalization"] = Normalization(**_tuples(fields["normalization"]))
+            fields["normalization"] = Normalization(**fields["normalization"])
         return make_network(stages, **fields)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -256,10 +255,3 @@ def _halve(kernel: np.ndarray) -> np.ndarray:
     if not np.isfinite(half).all():
         raise ValueError("half: there are kernels beyond 65504, float16's largest.")
     return half
-
-
-def _tuples(value: Any) -> Any:
-    """Turns lists, as JSON has them, to tuples, which can be hashed."""
-    if isinstance(value, Mapping):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

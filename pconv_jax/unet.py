@@ -6,7 +6,7 @@ Reference: Liu et al. 2018, section 3.2 and table 5 of the supplement.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -79,6 +79,13 @@ def paper_stages(
     return tuple(encoder), tuple(decoder)
 
 
+def suggest_sizes(size: int, multiple: int) -> str:
+    """Returns the multiples next to a size, for an error message: ``'256 or 320'``."""
+    below = size // multiple * multiple
+    above = -(-size // multiple) * multiple or multiple
+    return " or ".join(str(n) for n in sorted({below, above}) if n)
+
+
 class PConvUNet(nn.Module):
     """UNet of partial convolutions (Liu et al. 2018, section 3.2).
 
@@ -126,6 +133,12 @@ class PConvUNet(nn.Module):
     param_dtype: Dtype = jnp.float32
     precision: PrecisionLike = None
     axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        # Functions are compiled for a network once, and found again by its hash.
+        self.stages = _to_tuples(self.stages)
+        self.normalization = _to_tuples(self.normalization)
+        super().__post_init__()
 
     @property
     def encoder(self) -> Sequence[Stage]:
@@ -268,18 +281,11 @@ class PConvUNet(nn.Module):
         height, width = images.shape[1:3]
         step = self.size_multiple
         if height % step or width % step or not height * width:
-            sizes = [
-                " or ".join(
-                    str(s)
-                    for s in sorted({max(n // step, 1) * step, -(-n // step) * step})
-                    if s
-                )
-                for n in (height, width)
-            ]
             raise ValueError(
                 f"images of {height} x {width} cannot be halved {len(self.encoder)} "
                 f"times: height and width must be multiples of {step}, e.g. a height "
-                f"of {sizes[0]} and a width of {sizes[1]}; or set a smaller depth."
+                f"of {suggest_sizes(height, step)} and a width of "
+                f"{suggest_sizes(width, step)}; or set a smaller depth."
             )
         values = images.shape[0] * (height // step) * (width // step)
         if train and self.encoder[-1].batch_norm and values == 1 and not self.axis_name:
@@ -289,3 +295,11 @@ class PConvUNet(nn.Module):
                 f"{width} images at depth {len(self.encoder)}: use a larger batch or "
                 "image, or a smaller depth."
             )
+
+
+def _to_tuples(value: Any) -> Any:
+    """Turns lists to tuples, within tuples too."""
+    if not isinstance(value, list | tuple):
+        return value
+    items = map(_to_tuples, value)
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

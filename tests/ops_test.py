@@ -198,9 +198,9 @@ def test_equals_reference_for_any_geometry(geometry):
 
 def test_large_kernels_on_small_maps_are_left_to_xla():
     x, kernel = np.ones((1, 2, 2, 1)), jax.ShapeDtypeStruct((2**20, 3, 1, 1), "f4")
-    apply = functools.partial(ops.partial_conv, x, None)
-    y, _ = jax.eval_shape(apply, kernel)
-    assert y.shape == (1, 2, 2, 1)
+    lowered = jax.jit(functools.partial(ops.partial_conv, x, None)).lower(kernel)
+    assert lowered.out_info[0].shape == (1, 2, 2, 1)
+    assert "stablehlo.convolution" in lowered.as_text()
 
 
 @pytest.mark.parametrize(("size", "stride"), [(4, 1), (4, 2), (7, 1), (7, 2)])
@@ -411,7 +411,8 @@ UPSAMPLED = [
     ((2, 3, 4), (3, 2, 3), "SAME", {}),
     ((4, 5), (3, 5), [(2, 0), (1, 3)], {}),
     ((4, 5), (3, 3), 1, {}),
-    # Not of the size of the map, or continued: by the map itself.
+    # Not of the size of the map, cut, or continued: by the map itself.
+    ((4, 5), (3, 3), [(4, -2), (2, 0)], {}),
     ((4, 5), (3, 3), "VALID", {}),
     ((4, 5), (3, 3), [1, "CIRCULAR"], {}),
     ((4, 5), (3, 3), 1, {"strides": 2}),

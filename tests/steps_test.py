@@ -258,7 +258,7 @@ def test_parts_of_a_batch_give_its_gradient():
         [stage._replace(batch_norm=False) for stage in side]
         for side in (MODEL.encoder, MODEL.decoder)
     ]
-    model = PConvUNet(stages=tuple(map(tuple, stages)))
+    model = PConvUNet(stages=stages)
     optimizer = optax.sgd(0.1)
     state = steps.create_state(
         jax.random.key(0), model=model, optimizer=optimizer, image_size=SIZE

@@ -489,6 +489,7 @@ def test_stages_of_ones_own():
     chex.assert_shape(y, (*images.shape[:-1], 2))
     assert model.size_multiple == 4
     assert model.encoder_norms == ("bn1", "bn2")
+    assert hash(model) == hash(PConvUNet(stages=tuple(map(tuple, stages))))
     shapes = jax.tree.map(jnp.shape, variables["params"])
     assert {n: s for n, s in shapes.items() if n.startswith("pconv")} == {
         "pconv1": {"kernel": (5, 5, 1, 4)},

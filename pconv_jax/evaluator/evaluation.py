@@ -22,7 +22,7 @@ from pconv_jax.evaluator.methods import Method, Network
 from pconv_jax.evaluator.protocol import Protocol, draw_masks
 from pconv_jax.evaluator.records import Key, Record, Store, key_of
 from pconv_jax.evaluator.results import ALL_METRICS, METRICS, Evaluation
-from pconv_jax.unet import PConvUNet
+from pconv_jax.unet import PConvUNet, suggest_sizes
 
 _BATCH = 4  # Pictures that are worked on at once; more if there are more devices.
 _ERROR_LENGTH = 200
@@ -441,8 +441,7 @@ def _check_size(method: Method, image_size: int) -> None:
         return
     multiple = method.model.size_multiple
     if image_size % multiple:
-        below = image_size // multiple * multiple
-        sizes = " or ".join(str(n) for n in (below, below + multiple) if n)
+        sizes = suggest_sizes(image_size, multiple)
         raise ValueError(
             f"image_size = {image_size} does not suit the network {method.name}, which "
             f"takes multiples of {multiple}: use {sizes}."
