@@ -26,7 +26,6 @@ RESUMABLE = (
     "phase2.steps",
     "picture_every",
     "validate_every",
-    "validation_examples",
 )
 
 

@@ -145,6 +145,18 @@ def model_config(model: PConvUNet) -> dict[str, Any]:
     }
 
 
+def model_differences(config: Mapping[str, Any] | None, model: PConvUNet) -> list[str]:
+    """Returns in what a network differs from the one that a `model_config` is of.
+
+    Args:
+      config: as JSON gives it back, too. None is of any network.
+      model: the network.
+    """
+    ours = json.loads(json.dumps(model_config(model)))
+    theirs = ours if config is None else json.loads(json.dumps(config))
+    return [name for name in ours if theirs.get(name) != ours[name]]
+
+
 def model_from_config(config: Mapping[str, Any], source: str | Path) -> PConvUNet:
     """Returns the network that `model_config` is of.
 

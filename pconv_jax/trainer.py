@@ -11,6 +11,7 @@ import functools
 import json
 import pathlib
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -138,11 +139,13 @@ class _Run:
         self.model = model
         self.train_source = experiment.get_source(config, "train")
         self.validation_source = experiment.get_source(config, "validation")
-        feature_params = self._load_feature_params()
+        feature_params, features = self._load_feature_params()
         self.identity = {
             "network": type(self.model).__name__,
-            "features": _digest(feature_params),
+            "model": pretrained.model_config(self.model),
+            "features": features,
         }
+        self._check_processes()
         self.features = feature_params and functools.partial(
             vgg.features_of(feature_params), dtype=self.model.dtype
         )
@@ -198,13 +201,17 @@ class _Run:
             opt_state = self._optimizer(phase).init(self.state.params)
             self.state = parallel.replicate(self.state.replace(opt_state=opt_state))
         train_step = self._compile(phase)
-        self.started = time.monotonic()
+        compiled = False
         with contextlib.closing(self._open_batches()) as batches:
             while self.step < phase.stop and not self.stopped:
                 batch = next(batches)
                 self.state, scalars = train_step(self.state, batch, self.feature_params)
                 self.step += 1
                 self.scalars.append(scalars)
+                if not compiled:
+                    jax.block_until_ready(scalars)
+                    self._start_clock()
+                    compiled = True
                 self.stopped = stop_requested(self.step)
                 self._after_step(phase)
             self.unreadable |= set(batches.unreadable)
@@ -289,19 +296,29 @@ class _Run:
         if self.stopped:  # Whoever asked may not wait for long: see `catch_up`.
             self._save()
             return
-        if self._due("picture"):
+        due = {
+            name for name in ("picture", "validate", "checkpoint") if self._due(name)
+        }
+        if not due:
+            return
+        self._wait_for_scalars()
+        paused = time.monotonic()
+        if due & {"validate", "checkpoint"}:
+            self._save()  # First, so that nothing is lost by a kill during the rest.
+        if "picture" in due:
             self._draw_pictures()
-        if self._due("validate"):
+        if "validate" in due:
             self._validate()
-        elif self._due("checkpoint"):
-            self._save()
-        if not self.scalars:  # The pace is that of training alone.
-            self.started = time.monotonic()
+        self.started += time.monotonic() - paused
 
     def _due(self, event: str) -> bool:
         """Returns whether something is done at this step: where a phase ends, all."""
         every = self.config[f"{event}_every"]
         return self.step % every == 0 or self.step in self.phase_ends
+
+    def _start_clock(self) -> None:
+        """Starts to measure the pace of training alone, from this step on."""
+        self.started, self.started_at = time.monotonic(), self.step
 
     def _wait_for_scalars(self) -> None:
         """Brings the numbers of the last steps to the host, and looks at them."""
@@ -318,18 +335,20 @@ class _Run:
 
     def _log(self, phase: Phase) -> None:
         self._wait_for_scalars()
-        means = {
+        scalars = {
             name: float(np.mean([s[name] for s in self.scalars], dtype=np.float64))
             for name in self.scalars[0]
         }
-        seconds = time.monotonic() - self.started
-        pace = len(self.scalars) * self.config.batch_size / seconds
-        extra = {"learning_rate": phase.learning_rate, "images_per_second": pace}
+        scalars["learning_rate"] = phase.learning_rate
+        if images := (self.step - self.started_at) * self.config.batch_size:
+            seconds = time.monotonic() - self.started
+            scalars["images_per_second"] = images / seconds
+        self.progress.set_postfix(scalars)
         self.writer.write_scalars(
-            self.step, {f"train/{k}": v for k, v in (means | extra).items()}
+            self.step, {f"train/{name}": value for name, value in scalars.items()}
         )
-        self.progress.set_postfix(means | {"images/s": pace})
         self.scalars = []
+        self._start_clock()
 
     def _save(self, metrics: Mapping[str, float] | None = None) -> None:
         self._wait_for_scalars()
@@ -400,10 +419,29 @@ class _Run:
             **variables, average=dict(variables) if state.average else {}
         )
 
+    def _check_processes(self) -> None:
+        """Checks that all processes are about to train the same, by the same loss."""
+        pictures = len(self.train_source), len(self.validation_source)
+        config = self.config.to_dict()
+        del config["data"]  # It may lie elsewhere.
+        about = json.dumps([config, self.identity, pictures])
+        digest = np.array([zlib.crc32(about.encode())], np.uint32)
+        if any(parallel.gather(digest) != digest):
+            raise ValueError(
+                "the processes of this run differ in the configuration, in the VGG "
+                f"features (here: {self.identity['features']}), or in the number of "
+                f"pictures (here: {pictures[0]} to train on, {pictures[1]} to "
+                "validate)."
+            )
+
     def _check_network(self, meta: Mapping[str, Any], what: str) -> None:
         ours = self.identity["network"]
         if (theirs := meta.get("network", ours)) != ours:
             raise ValueError(f"{what} is of a {theirs}, not a {ours}.")
+        if differences := pretrained.model_differences(meta.get("model"), self.model):
+            raise ValueError(
+                f"{what} is of a network of other {', '.join(differences)}."
+            )
 
     def _check_features(self, meta: Mapping[str, Any]) -> None:
         ours = self.identity["features"]
@@ -428,8 +466,8 @@ class _Run:
 
     def _read_release(self) -> dict[str, Any]:
         release = pretrained.from_pretrained(self.config.init_from)
-        theirs, ours = map(pretrained.model_config, (release.model, self.model))
-        if differences := [name for name in ours if ours[name] != theirs[name]]:
+        config = pretrained.model_config(release.model)
+        if differences := pretrained.model_differences(config, self.model):
             raise ValueError(
                 f"init_from: the network of {self.config.init_from} has other "
                 f"{', '.join(differences)} than the experiment's, which config.model "
@@ -440,32 +478,27 @@ class _Run:
             )
         return release.variables
 
-    def _load_feature_params(self) -> vgg.Params | None:
+    def _load_feature_params(self) -> tuple[vgg.Params | None, str | None]:
+        """Returns the parameters, and what tells them from others."""
         source = self.config.vgg
         if source == "none":
-            return None
-        if source != "auto":
-            return vgg.load_params(source)
+            return None, None
         try:
-            return vgg.load_params()
+            params = vgg.load_params("imagenet" if source == "auto" else source)
         except ValueError as error:
+            if source != "auto":
+                raise
             self._warn(
                 "The perceptual and style terms are those of a RANDOM VGG16, which is "
                 f"no substitute for a trained one. {error}"
             )
-            return jax.jit(vgg.random_params)(jax.random.key(0))
+            # Not of their bits, of which the last ones are the machine's.
+            return jax.jit(vgg.random_params)(jax.random.key(0)), "random"
+        return params, convert.checksum(traverse_util.flatten_dict(params, sep="/"))
 
     def _warn(self, warning: str) -> None:
         self.warnings.append(warning)
         logging.warning(warning)
-
-
-def _digest(params: vgg.Params | None) -> str | None:
-    """Returns a digest of parameters."""
-    if params is None:
-        return None
-    arrays = traverse_util.flatten_dict(jax.device_get(params), sep="/")
-    return convert.checksum(arrays)
 
 
 def _check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:

@@ -173,8 +173,8 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
       step: which checkpoint; None for the newest.
 
     Raises:
-      ValueError: if there is no such run or checkpoint, or if it is of another network
-        than its experiment's.
+      ValueError: if there is no such run or checkpoint, or if its network is of another
+        class than `PConvUNet`.
     """
     restored = restore_network(Path(workdir) / "checkpoints", step=step)
     if restored is None:
@@ -186,8 +186,13 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
             "not tell of; build it, and use checkpoint.restore_network."
         )
     config = ConfigDict(meta["config"])
+    model = experiment.get_model(config)
+    if pretrained.model_differences(meta.get("model"), model):  # It was built by hand.
+        model = pretrained.model_from_config(meta["model"], workdir).clone(
+            dtype=model.dtype
+        )
     about = {"step": step, "warnings": meta["warnings"]}
-    return Trained(experiment.get_model(config), variables, config, about)
+    return Trained(model, variables, config, about)
 
 
 def load_release(source: str | Path) -> Trained:
