@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch = arguments.against == "torch"
     if torch:
         _check_torch(arguments.torch_python)
+    # Variants hold their share of a GPU's memory at the same time.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start = time.monotonic()
     settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "suite")}
     report: dict[str, Any] = {
@@ -199,6 +201,7 @@ def _describe_machine() -> dict[str, Any]:
 
 def _thread_settings() -> dict[str, str]:
     names = ("XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    names += ("XLA_PYTHON_CLIENT_PREALLOCATE",)
     return {name: os.environ[name] for name in names if name in os.environ}
 
 

@@ -44,7 +44,9 @@ def paper() -> ConfigDict:
     config.model.width = 64  # Features of the first stage.
     config.model.conv = "partial"  # Or 'standard', what the paper compares with.
     config.model.normalization = "none"  # Of images, inside; or 'imagenet'.
-    config.model.dtype = "float32"  # Of convolutions, VGG's too; or 'bfloat16'.
+    # Of convolutions, VGG's too; or 'bfloat16'. What JAX takes for float32 on NVIDIA's
+    # GPUs, TF32, is set by JAX_DEFAULT_MATMUL_PRECISION.
+    config.model.dtype = "float32"
 
     config.data = ConfigDict()
     config.data.source = "bundled"  # Or 'folder', 'tar', 'tfds'.

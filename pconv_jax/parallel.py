@@ -123,8 +123,8 @@ def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles ``step(variables, batch)``, whose results have a leading batch axis.
 
     Each device is given one example at a time. So what is computed for an example does
-    not depend, not in the last bit, on the others, nor on how many devices of a kind
-    there are.
+    not depend on the others, nor on how many devices of a kind there are; on CPUs, not
+    in the last bit.
 
     Returns:
       A function of the same arguments, for this process's share of a batch, of any

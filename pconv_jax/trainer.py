@@ -2,8 +2,10 @@
 
 A workdir holds all of a run: ``config.json``, ``checkpoints/``, ``metrics.jsonl``,
 ``tensorboard/``, ``pictures/`` and ``summary.json``. Started again in the same workdir,
-a run goes on where it stopped, and ends with the same weights, bit for bit, as one that
-was never stopped: what a step sees depends on nothing but its number.
+a run goes on where it stopped, and ends with the same weights as one that was never
+stopped: what a step sees depends on nothing but its number. On CPUs they are the same
+bit for bit; on GPUs as far as XLA computes the same twice, for which it has to be told
+``--xla_gpu_deterministic_ops=true`` in ``XLA_FLAGS``.
 """
 
 import contextlib

@@ -2,8 +2,12 @@
 
 import os
 
-import jax
-import pytest
+# Expected numbers, and four devices, are a CPU's, also where there is a GPU; and so are
+# those of the processes that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # On a busy machine devices that share a core can wait long for each other. XLA's limit
 # of 40 seconds ends the whole process.

@@ -138,6 +138,9 @@ def test_vgg_distance_is_the_formula_of_lpips_without_weights():
         )
         expected += (2 - 2 * cosine).mean((1, 2))
     actual = lpips.vgg_distance(params, a, b)
+    lowered = jax.jit(lpips.vgg_distance).lower(params, a, b).as_text()
+    convs = lowered.count("stablehlo.convolution(")
+    assert convs == 7 and lowered.count("precision HIGHEST") == 2 * convs
     chex.assert_shape(actual, (3,))
     np.testing.assert_allclose(actual, expected, rtol=1e-4)
     np.testing.assert_array_equal(lpips.vgg_distance(params, a, a), np.zeros(3))

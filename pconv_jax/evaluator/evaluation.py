@@ -91,10 +91,12 @@ def compare(
     for method in methods:
         _check_size(method, protocol.image_size)
     store = Store(directory and pathlib.Path(directory))
+    code = [__version__, jax.__version__, jax.default_backend()]
+    code.append(str(jax.config.jax_default_matmul_precision))
     for method in methods:
         of_pairs = protocol.fingerprint if directory else ""
         of_method = method.fingerprint if directory else ""
-        about = [of_pairs, of_method, learned and learned.fingerprint]
+        about = [*code, of_pairs, of_method, learned and learned.fingerprint]
         about += [metric.definition for metric in METRICS.values()]
         store.open(method.name, json.dumps(about))
     devices = parallel.device_count()

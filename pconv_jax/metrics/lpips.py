@@ -184,7 +184,8 @@ def vgg_distance(params: Params, a: ArrayLike, b: ArrayLike) -> jax.Array:
       ValueError: If the shapes are not equal, not of RGB images, or too small.
     """
     a, b = check_pair(a, b)
-    pools = features_of(params)(params, 2 * jnp.concatenate([a, b]) - 1)
+    with jax.default_matmul_precision("highest"):  # The same numbers on any device.
+        pools = features_of(params)(params, 2 * jnp.concatenate([a, b]) - 1)
     pairs = [jnp.split(_to_unit_length(x), 2) for x in pools]
     return sum(jnp.square(x - y).sum(axis=-1).mean(axis=(1, 2)) for x, y in pairs)
 
