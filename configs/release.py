@@ -1,16 +1,17 @@
 """The network that comes with this package: see pconv_jax/weights/README.md.
 
 Trained on two CPU cores, so it is small (width 32), and without the terms of the loss
-that need a VGG: they take six times as long as all the rest. It learns in three runs,
+that need a VGG: they take six times as long as all the rest. It learns in four runs,
 each from the weights of the one before. PHOTOS is a comma-separated list of tar files:
 
     python train.py --config configs/release.py:coarse --config.data.path=PHOTOS
     python train.py --config configs/release.py:fine --config.data.path=PHOTOS
     python train.py --config configs/release.py:longer --config.data.path=PHOTOS
+    python train.py --config configs/release.py:ragged --config.data.path=PHOTOS
 
 `coarse` has a large learning rate, and crops of up to the whole picture; `fine` has
 crops near the photos' own resolution, and both phases of the paper; `longer` has both
-once more.
+once more; and so has `ragged`, with holes that are not always smooth.
 """
 
 from ml_collections import ConfigDict
@@ -22,14 +23,13 @@ _RUNS = {
     "coarse": ("", (0.4, 1.0), (6_000, 1e-3), (0, 0.0)),
     "fine": ("coarse", (0.35, 0.7), (8_000, 5e-4), (4_000, 2e-4)),
     "longer": ("fine", (0.35, 0.7), (9_000, 7e-4), (4_000, 1.5e-4)),
+    "ragged": ("longer", (0.35, 0.7), (4_000, 5e-4), (3_000, 1.5e-4)),
 }
 
 
 def get_config(variant: str) -> ConfigDict:
     if variant not in _RUNS:
-        raise ValueError(
-            f"the variants are 'coarse', 'fine' and 'longer', got {variant!r}"
-        )
+        raise ValueError(f"the variants are {', '.join(_RUNS)}, got {variant!r}")
     before, scale, first, second = _RUNS[variant]
     config = experiment.paper()
     config.image_size = 128
@@ -39,6 +39,7 @@ def get_config(variant: str) -> ConfigDict:
     config.data.source = "tar"
     config.data.validation_fraction = 0.02
     config.data.scale = scale
+    config.masks.kind = "ragged" if variant == "ragged" else "mixed"
     config.vgg = "none"
     config.average_decay = 0.999
     config.init_from = before and f"runs/release-{before}"

@@ -114,8 +114,10 @@ def random_mask(
         whole number lies in it, as in (0.01, 0.012) of 8 x 8 pixels, its upper end is
         met as a single fraction would be. If traced, it is float32, whose rounding can
         add a pixel where there are a million.
-      kind: 'strokes' (lines of several pens), 'blobs' (smooth noise), 'rectangles', or
-        'mixed' (all of them, each with a random share of the area).
+      kind: 'strokes' (lines of several pens), 'blobs' (smooth noise), 'rectangles',
+        'mixed' (all of them, each with a random share of the area), or 'ragged' (the
+        same with frayed rims and single valid pixels, as masks have that programs
+        found or lossy files hold).
       border: True = some hole touches the border; False = the outermost 50/512 of each
         side (whole pixels, at least one) is valid; None = one or the other, by a coin,
         as far as the area leaves room for both.
@@ -196,7 +198,7 @@ def _random_mask(key, first, last, *, shape, kind, border):
         field = jnp.maximum(_FIELDS[kind](key, y, x), 1e-6)
         return jnp.where(quiet & rim, jnp.inf, field)
 
-    if kind == "mixed":
+    if kind in ("mixed", "ragged"):
         share_key, *keys = jax.random.split(field_key, 1 + len(_FIELDS))
         # Strokes are what most of the published masks look like.
         logits = jnp.array([4.0, 0, 0]) + 2 * jax.random.normal(share_key, (3,))
@@ -210,6 +212,8 @@ def _random_mask(key, first, last, *, shape, kind, border):
             field = jnp.minimum(field, one / unit)
     else:
         field = draw(field_key, kind)
+    if kind == "ragged":
+        field *= _fray(jax.random.fold_in(field_key, 1), y, x)
     field = jnp.where(quiet, field, _pull_to_border(field, y, x))
     return 1 - _smallest(field, count).astype(jnp.float32)[..., None]
 
@@ -293,9 +297,17 @@ def _rectangles(key, y, x, *, number=16):
     return jnp.sqrt(field)
 
 
+def _fray(key, y, x):
+    """Noise of four octaves down to a pixel or two, now next to none, now much."""
+    grids = [_grid(y, x, 24 * 2**octave) for octave in range(4)]
+    amount, *octaves = _normals(key, (), *grids)
+    noise = sum(_enlarge(octave, y, x) for octave in octaves)
+    return jnp.exp(jnp.exp(1.5 * amount - 3.5) * jnp.maximum(noise, 0) ** 2)
+
+
 _FIELDS = {"strokes": _strokes, "blobs": _blobs, "rectangles": _rectangles}
 
-KINDS: tuple[str, ...] = (*_FIELDS, "mixed")
+KINDS: tuple[str, ...] = (*_FIELDS, "mixed", "ragged")
 """Kinds of hole that `random_mask` draws."""
 
 

@@ -57,13 +57,13 @@ def test_quickstart_and_unknown_variants():
 def test_the_runs_of_the_release_follow_each_other():
     path = next(path for path in EXPERIMENTS if path.stem == "release")
     before = ""
-    for variant in ("coarse", "fine", "longer"):
+    for variant in ("coarse", "fine", "longer", "ragged"):
         config = load(path, variant)
         experiment.check(config)
         assert config.is_locked and config.init_from == before
         assert f"configs/release.py:{variant} " in path.read_text()
         before = trainer.default_workdir(f"configs/release.py:{variant}")
-    with pytest.raises(ValueError, match="'coarse', 'fine' and 'longer', got 'x'"):
+    with pytest.raises(ValueError, match="coarse, fine, longer, ragged, got 'x'"):
         load(path, "x")
 
 

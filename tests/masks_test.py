@@ -93,6 +93,7 @@ CASES = [
     ("rectangles", True, (17, 24)),
     ("mixed", True, (48, 80)),
     ("mixed", None, (64, 64)),
+    ("ragged", None, (64, 96)),
 ]
 
 
@@ -216,6 +217,22 @@ def test_holes_are_solid_rather_than_scattered_pixels():
     batch = draw_batch(16, hole_ratio=0.3)
     eroded = [cv2.dilate(mask, np.ones((3, 3))) for mask in batch]
     assert np.mean(np.equal(eroded, 0)) > 0.5 * 0.3
+
+
+def test_ragged_holes_have_many_times_as_many_islands():
+    """Islands of up to 4 pixels."""
+
+    def islands(kind):
+        valid = draw_batch(16, (64, 96), kind=kind, hole_ratio=0.3)
+        areas = [
+            cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)[2]
+            for mask in valid
+        ]
+        return np.array([(a[1:, cv2.CC_STAT_AREA] <= 4).sum() for a in areas])
+
+    mixed, ragged = islands("mixed"), islands("ragged")
+    assert ragged.mean() > 5 * max(mixed.mean(), 1)
+    assert (ragged < ragged.mean() / 4).any()  # Not all are.
 
 
 def test_same_key_same_mask_and_other_keys_others():
