@@ -320,7 +320,7 @@ class _Run:
 
     def _start_clock(self) -> None:
         """Starts to measure the pace of training alone, from this step on."""
-        self.started, self.started_at = time.monotonic(), self.step
+        self.started, self.started_step = time.monotonic(), self.step
 
     def _wait_for_scalars(self) -> None:
         """Brings the numbers of the last steps to the host, and looks at them."""
@@ -342,7 +342,7 @@ class _Run:
             for name in self.scalars[0]
         }
         scalars["learning_rate"] = phase.learning_rate
-        if images := (self.step - self.started_at) * self.config.batch_size:
+        if images := (self.step - self.started_step) * self.config.batch_size:
             seconds = time.monotonic() - self.started
             scalars["images_per_second"] = images / seconds
         self.progress.set_postfix(scalars)
