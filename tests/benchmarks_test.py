@@ -45,6 +45,7 @@ def report(tmp_path_factory):
     return json.loads(out.read_text()), done.stdout, out.with_suffix(".svg")
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_suite(report):
     report, printed, _ = report
     assert {case["suite"] for case in report["cases"]} == {"machine", *cases.SUITES}
@@ -67,6 +68,7 @@ def test_the_command_measures_every_suite(report):
             assert 10**7 < result["running_bytes"] < 10**10
 
 
+@pytest.mark.slow
 def test_the_report_says_under_which_conditions(report):
     report, _, _ = report
     assert report["versions"]["jax"] == jax.__version__
@@ -78,6 +80,7 @@ def test_the_report_says_under_which_conditions(report):
     assert layer["results"]["nn.Conv"]["relative"]["median"] == 1
 
 
+@pytest.mark.slow
 def test_growth_is_drawn(report):
     report, _, picture = report
     texts = [t.text for t in ElementTree.parse(picture).iter() if t.text]

@@ -722,6 +722,7 @@ def test_mistakes_end_in_a_sentence(run, options, message):
         evaluator.evaluate_run(**options, learned=False)
 
 
+@pytest.mark.slow
 def test_the_bundled_network_is_better_than_what_needs_none():
     trained = methods.load_release("photos")
     names = ["mean", "telea", "navier_stokes"]

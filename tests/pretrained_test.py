@@ -326,6 +326,7 @@ def train_config(path, **fields):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["none", "imagenet"])
 def test_training_goes_on_from_an_imported_network(normalization, tmp_path):
     imported = convert.import_network(convert_test.small_mmagic(), "small")
