@@ -200,8 +200,13 @@ def _describe_machine() -> dict[str, Any]:
 
 
 def _thread_settings() -> dict[str, str]:
-    names = ("XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-    names += ("XLA_PYTHON_CLIENT_PREALLOCATE",)
+    names = (
+        "XLA_FLAGS",
+        "XLA_PYTHON_CLIENT_PREALLOCATE",
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES",
+    )
     return {name: os.environ[name] for name in names if name in os.environ}
 
 

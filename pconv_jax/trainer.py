@@ -433,7 +433,7 @@ class _Run:
                 "the processes of this run differ in the configuration, in the VGG "
                 f"features (here: {self.identity['features']}), or in the number of "
                 f"pictures (here: {pictures[0]} to train on, {pictures[1]} to "
-                "validate)."
+                "validate): start all of them with the same."
             )
 
     def _check_network(self, meta: Mapping[str, Any], what: str) -> None:
@@ -442,7 +442,8 @@ class _Run:
             raise ValueError(f"{what} is of a {theirs}, not a {ours}.")
         if differences := pretrained.model_differences(meta.get("model"), self.model):
             raise ValueError(
-                f"{what} is of a network of other {', '.join(differences)}."
+                f"{what} is of a network of other {', '.join(differences)}. Give that "
+                "network as model, or name another run."
             )
 
     def _check_features(self, meta: Mapping[str, Any]) -> None:

@@ -91,8 +91,8 @@ def compare(
     for method in methods:
         _check_size(method, protocol.image_size)
     store = Store(directory and pathlib.Path(directory))
-    code = [__version__, jax.__version__, jax.default_backend()]
-    code.append(str(jax.config.jax_default_matmul_precision))
+    precision = jax.config.jax_default_matmul_precision
+    code = [__version__, jax.__version__, jax.default_backend(), str(precision)]
     for method in methods:
         of_pairs = protocol.fingerprint if directory else ""
         of_method = method.fingerprint if directory else ""
