@@ -240,6 +240,11 @@ CORRUPTIONS = {
 }
 
 
+def own_records(caplog):
+    """Of several arrays that cannot be read, asyncio may log all but the first."""
+    return [r for r in caplog.records if r.name.startswith("pconv_jax")]
+
+
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 def test_a_corrupt_newest_step_falls_back_to_the_older(tmp_path, caplog, corruption):
     save_steps(tmp_path, [1, 2])
@@ -248,7 +253,7 @@ def test_a_corrupt_newest_step_falls_back_to_the_older(tmp_path, caplog, corrupt
         step, items, meta = checkpoints.restore(make_items(0))
         assert (step, meta) == (1, {"step": 1})
         assert_trees_equal(items, make_items(1))
-        (record,) = caplog.records
+        (record,) = own_records(caplog)
         assert record.levelno == logging.WARNING
         assert record.getMessage().startswith(
             "Skipped an unreadable checkpoint, step 2"
@@ -256,7 +261,7 @@ def test_a_corrupt_newest_step_falls_back_to_the_older(tmp_path, caplog, corrupt
         # The run goes on and comes past the broken step.
         caplog.clear()
         assert checkpoints.save(2, items, meta=meta)
-        (record,) = caplog.records
+        (record,) = own_records(caplog)
         assert record.getMessage().startswith("Deleting the checkpoint of step 2")
         assert checkpoints.restore(make_items(0))[0] == 2
         assert checkpoints.steps() == [1, 2]
