@@ -290,6 +290,7 @@ def test_a_batch_that_cannot_be_divided_into_parts():
 BFLOAT16 = MODEL.clone(dtype=jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_losses_in_bfloat16_are_those_in_float32():
     params = vgg.random_params(jax.random.key(0))
     state, batch = make_state(), make_batch(8)

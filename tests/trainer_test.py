@@ -150,6 +150,7 @@ def test_a_finished_run_is_only_validated_again(finished):
     assert read_metrics(workdir) == lines
 
 
+@pytest.mark.slow
 def test_a_longer_second_phase_goes_on_bit_for_bit(finished, tmp_path):
     workdir = tmp_path / "run"
     trainer.train_and_evaluate(tiny(**{"phase2.steps": 1}), workdir)
@@ -158,6 +159,7 @@ def test_a_longer_second_phase_goes_on_bit_for_bit(finished, tmp_path):
     assert_same_checkpoint(workdir, finished[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_stop_where_validation_is_due_only_puts_it_off(
     finished, step, tmp_path, monkeypatch
@@ -183,6 +185,7 @@ def test_a_stop_where_validation_is_due_only_puts_it_off(
     assert pictures[0] == pictures[1]
 
 
+@pytest.mark.slow
 def test_an_end_during_validation_costs_no_step(finished, tmp_path, monkeypatch):
     whole, summary = finished
 
@@ -247,6 +250,7 @@ def test_what_never_took_a_step_can_be_mended(tmp_path):
     assert trainer.train_and_evaluate(tiny(**fields), tmp_path)["finished"]
 
 
+@pytest.mark.slow
 def test_a_network_of_another_class_is_told_apart(tmp_path):
     class Other(PConvUNet):
         pass
