@@ -24,7 +24,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 @pytest.fixture(scope="module")
 def fast_compilation():
     """For tests that compile long and compute little."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
