@@ -76,6 +76,7 @@ def paper() -> ConfigDict:
     config.loss.style_out = 120.0
     config.loss.style_comp = 120.0
     config.loss.total_variation = 0.1
+    config.loss.log_mse = 0.0  # Not the paper's: see losses.log_mse.
     # Of the perceptual and style terms: 'imagenet', a file, 'auto' (random weights and
     # a warning if there are none to be had), or 'none' to leave these terms out.
     config.vgg = "imagenet"

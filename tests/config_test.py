@@ -28,6 +28,7 @@ def test_paper_has_the_numbers_of_the_paper():
         "style_out": 120.0,
         "style_comp": 120.0,
         "total_variation": 0.1,
+        "log_mse": 0.0,
     }
 
 
@@ -57,13 +58,17 @@ def test_quickstart_and_unknown_variants():
 def test_the_runs_of_the_release_follow_each_other():
     path = next(path for path in EXPERIMENTS if path.stem == "release")
     before = ""
-    for variant in ("coarse", "fine", "longer", "ragged"):
+    for variant in ("coarse", "fine", "longer", "ragged", "wide"):
         config = load(path, variant)
         experiment.check(config)
+        if variant == "wide":
+            widened = "runs/release-widened.safetensors"
+            assert f"tools/widen.py {before} {widened}" in path.read_text()
+            before = widened
         assert config.is_locked and config.init_from == before
         assert f"configs/release.py:{variant} " in path.read_text()
         before = trainer.default_workdir(f"configs/release.py:{variant}")
-    with pytest.raises(ValueError, match="coarse, fine, longer, ragged, got 'x'"):
+    with pytest.raises(ValueError, match="coarse, .*, ragged, wide, got 'x'"):
         load(path, "x")
 
 

@@ -10,10 +10,10 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pconv_jax import losses, vgg
+from pconv_jax import losses, metrics, vgg
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "testdata" / "losses.npz")
-TERMS = losses.LossWeights._fields
+TERMS = [name for name, weight in losses.PAPER_WEIGHTS._asdict().items() if weight]
 
 
 def make_case(seed=0, shape=(2, 8, 9, 3)):
@@ -174,12 +174,51 @@ def test_total_variation_of_single_rows_and_columns(shape):
     np.testing.assert_allclose(actual, [expected], rtol=1e-6)
 
 
+# Not the paper's.
+
+
+@pytest.mark.parametrize("size, error", [(4, 0.5), (16, 0.1), (16, 0.0)])
+def test_log_mse_is_the_psnr_in_other_units(size, error):
+    target = np.zeros((1, 16, 16, 3), np.float32)
+    comp = target.copy()
+    comp[:, :size, :size] += error
+    value = losses.log_mse(comp, target)
+    mse = (size / 16 * error) ** 2
+    np.testing.assert_allclose(value, [np.log(mse + 1e-5)], rtol=1e-5)
+    if error:
+        psnr = metrics.psnr((comp + 1) / 2, (target + 1) / 2)
+        expected = -np.log(10) / 10 * psnr + np.log(4)
+        np.testing.assert_allclose(
+            losses.log_mse(comp, target, epsilon=0), expected, rtol=1e-5
+        )
+
+
+def test_log_mse_counts_small_holes_as_much_as_large_ones():
+    rng = np.random.default_rng(0)
+    target = rng.uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    comp = target + np.float32(0.2)
+    comp[0, 2:] = target[0, 2:]  # A quarter of it is hole.
+    gradient = jax.grad(lambda x: losses.log_mse(x, target, epsilon=0).sum())(comp)
+    # d ln(sum e^2) along e itself is 2, whatever the size of the hole.
+    np.testing.assert_allclose(
+        (gradient * (comp - target)).sum(axis=(1, 2, 3)), [2, 2], rtol=1e-5
+    )
+    chex.assert_tree_all_finite(jax.grad(lambda x: losses.log_mse(x, x).sum())(comp))
+
+
+def test_errors_of_log_mse():
+    with pytest.raises(ValueError, match="comp and target must be"):
+        losses.log_mse(OUTPUT, TARGET[:1])
+    with pytest.raises(ValueError, match="comp and target must be"):
+        losses.log_mse(OUTPUT[0], TARGET[0])
+
+
 # The whole.
 
 
 def test_terms_are_those_of_their_functions():
     output, target, mask = make_case()
-    weights = losses.LossWeights(*np.arange(1.0, 7))
+    weights = losses.LossWeights(*np.arange(1.0, 8))
     terms = losses.inpainting_loss(
         output, target, mask, features_fn=features_fn, weights=weights
     )
@@ -192,6 +231,7 @@ def test_terms_are_those_of_their_functions():
         style_out=losses.style(out, gt),
         style_comp=losses.style(both, gt),
         total_variation=losses.total_variation(comp, mask),
+        log_mse=losses.log_mse(comp, target),
     )
     expected["total"] = sum(w * expected[k] for k, w in weights._asdict().items())
     assert expected.keys() == terms.keys()
@@ -200,8 +240,16 @@ def test_terms_are_those_of_their_functions():
 
 
 def test_weights_of_the_paper():
-    assert losses.PAPER_WEIGHTS == (1, 6, 0.05, 120, 120, 0.1) == losses.LossWeights()
-    assert TERMS[2:] == ("perceptual", "style_out", "style_comp", "total_variation")
+    assert losses.PAPER_WEIGHTS._asdict() == {
+        "valid": 1,
+        "hole": 6,
+        "perceptual": 0.05,
+        "style_out": 120,
+        "style_comp": 120,
+        "total_variation": 0.1,
+        "log_mse": 0,
+    }
+    assert losses.PAPER_WEIGHTS == losses.LossWeights()
 
 
 def test_without_features_the_other_terms_are_left():
@@ -252,7 +300,7 @@ def test_no_gradient_reaches_the_target_by_its_features():
     output, target, mask = make_case()
 
     def loss(target):
-        weights = losses.LossWeights(0, 0, 1, 1, 0, 0)
+        weights = losses.LossWeights(0, 0, 1, 1, 0, 0, 0)
         return losses.inpainting_loss(
             output,
             target,
