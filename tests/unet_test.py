@@ -402,9 +402,10 @@ def test_statistics_are_shared_by_devices():
     )
     shards = (a.reshape(4, 2, *a.shape[1:]) for a in (images, mask))
     sharded_gradients, sharded_y, sharded_updates = parallel_step(variables, *shards)
-    np.testing.assert_allclose(sharded_y.reshape(y.shape), y, atol=1e-5)
-    chex.assert_trees_all_close(sharded_updates, updates, atol=1e-6)
-    chex.assert_trees_all_close(sharded_gradients, gradients, atol=1e-5)
+    # Outputs are up to 10.
+    np.testing.assert_allclose(sharded_y.reshape(y.shape), y, rtol=1e-5, atol=1e-4)
+    chex.assert_trees_all_close(sharded_updates, updates, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(sharded_gradients, gradients, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_is_for_the_computation_alone():
