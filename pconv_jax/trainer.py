@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +91,8 @@ def train_and_evaluate(
 
     Raises:
       ValueError: if the experiment makes no sense, or is not the one that the workdir
-        belongs to, or if its pictures or weights are not to be had.
+        belongs to; if its pictures or weights are not to be had; or if another process
+        trains in the workdir.
       TrainingDiverged: if a loss is not finite, naming the term and the step. The
         newest checkpoint is from before.
     """
@@ -158,6 +160,8 @@ class _Run:
         self.evaluation: evaluator.Evaluation | None = None
         self.scalars: list[steps.Metrics] = []  # Since the last line of the log.
         with contextlib.ExitStack() as stack:
+            if self.primary:  # It is there for all processes of the run.
+                stack.enter_context(_lock(workdir))
             self.checkpoints = stack.enter_context(
                 Checkpoints(
                     workdir / "checkpoints",
@@ -502,6 +506,22 @@ class _Run:
     def _warn(self, warning: str) -> None:
         self.warnings.append(warning)
         logging.warning(warning)
+
+
+def _lock(workdir: pathlib.Path) -> contextlib.AbstractContextManager[object]:
+    """Keeps other runs out: each would take up the other's checkpoints as its own.
+
+    Such as the same command, given again before the run that was asked to stop has
+    stopped. However a process ends, its lock ends with it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        return filelock.FileLock(workdir / ".lock").acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(
+            f"workdir {workdir} is in use by a process that trains there: wait until "
+            "it has ended, or use another workdir."
+        ) from error
 
 
 def _check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:

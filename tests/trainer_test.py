@@ -250,6 +250,22 @@ def test_what_never_took_a_step_can_be_mended(tmp_path):
     assert trainer.train_and_evaluate(tiny(**fields), tmp_path)["finished"]
 
 
+def test_a_workdir_in_use_is_left_alone(finished, tmp_path, monkeypatch):
+    train = trainer._Run.train
+
+    def train_while_another_comes(run, *arguments):
+        with pytest.raises(ValueError, match=f"{tmp_path} is in use by a process"):
+            trainer.train_and_evaluate(tiny(), tmp_path)
+        train(run, *arguments)
+
+    monkeypatch.setattr(trainer._Run, "train", train_while_another_comes)
+    assert trainer.train_and_evaluate(tiny(), tmp_path)["finished"]
+    assert read_validation(tmp_path) == read_validation(finished[0])
+    assert_same_checkpoint(tmp_path, finished[0])
+    monkeypatch.undo()
+    assert trainer.train_and_evaluate(tiny(), tmp_path)["finished"]
+
+
 @pytest.mark.slow
 def test_a_network_of_another_class_is_told_apart(tmp_path):
     class Other(PConvUNet):
