@@ -80,8 +80,8 @@ def test_ranges_other_than_one_scale_out():
 def test_closed_forms():
     a = np.zeros((2, 16, 16, 3), np.float32)
     b = np.stack([a[0] + 0.1, a[0] + 1])
-    np.testing.assert_allclose(metrics.l1(a, b), [0.1, 1], rtol=1e-6)
-    np.testing.assert_allclose(metrics.psnr(a, b), [20, 0], atol=1e-5)
+    np.testing.assert_allclose(metrics.l1(a, b), [0.1, 1], rtol=1e-5)
+    np.testing.assert_allclose(metrics.psnr(a, b), [20, 0], atol=1e-4)
     # Flat images differ in luminance alone: c1 / (x^2 + c1).
     expected = [1e-4 / (0.01 + 1e-4), 1e-4 / (1 + 1e-4)]
     np.testing.assert_allclose(metrics.ssim(a, b), expected, atol=1e-6)
