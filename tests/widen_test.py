@@ -72,6 +72,14 @@ def test_partial_convolutions_differ_by_the_weight_of_the_image_in_the_last_one(
     )
 
 
+def test_a_head_stays():
+    model, variables = make_network(sigmoid_head=True)
+    mask = jnp.ones_like(make_batch()[1])
+    expected, _ = apply(model, variables, mask)
+    output, _ = apply(*widen.widen(model, variables, width=6, key=KEY), mask)
+    chex.assert_trees_all_close(output, expected, atol=2e-5)
+
+
 def test_all_of_the_new_weights_can_learn():
     model, variables = make_network()
     wide, widened = widen.widen(model, variables, width=6, key=KEY)

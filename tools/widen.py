@@ -9,7 +9,6 @@ beginning; cf. Chen et al. 2016, "Net2Net", which copies features instead.
 """
 
 import argparse
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,7 +56,9 @@ def widen(
     inputs = dict(zip(_names(model), zip(_inputs(model), _inputs(wide))))
     for path, array in old.items():
         kept = slice(array.shape[-1])
-        if path[-1] == "kernel":
+        if path[1] == "head":  # It is as wide as the output.
+            arrays[path] = array
+        elif path[-1] == "kernel":
             arrays[path][..., kept] = 0
             arrays[path][:, :, _places(*inputs[path[1]]), kept] = array
         else:
@@ -92,10 +93,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, help="of the result; by default twice")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     arguments = parser.parse_args()
-    is_run = pathlib.Path(arguments.source).is_dir()
     try:
-        load = methods.load_run if is_run else methods.load_release
-        trained = load(arguments.source)
+        trained = methods.load_network(arguments.source)
         model, variables = widen(
             trained.model,
             trained.variables,

@@ -213,6 +213,15 @@ def load_release(source: str | Path) -> Trained:
     return Trained(model, variables, config and ConfigDict(config), about)
 
 
+def load_network(source: str | Path) -> Trained:
+    """Reads the network of a run, by its workdir, or of a release.
+
+    Raises:
+      ValueError: as `load_run` and `load_release`.
+    """
+    return (load_run if Path(source).is_dir() else load_release)(source)
+
+
 def get_methods(
     specs: Sequence[str], network: Network | None, *, time_budget: float
 ) -> list[Method]:
@@ -238,8 +247,7 @@ def get_methods(
                     f"methods: the name in {spec!r} may have letters, digits, '.', '_' "
                     "and '-'."
                 )
-            load = load_run if Path(path).is_dir() else load_release
-            other = load(path)
+            other = load_network(path)
             about = f"A network ({other.model.conv} convolutions) from {path}."
             methods.append(
                 Network(name, other.model, other.variables, description=about)
