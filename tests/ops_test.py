@@ -411,12 +411,13 @@ UPSAMPLED = [
     ((2, 3, 4), (3, 2, 3), "SAME", {}),
     ((4, 5), (3, 5), [(2, 0), (1, 3)], {}),
     ((4, 5), (3, 3), 1, {}),
-    # Not of the size of the map, cut, or continued: by the map itself.
     ((4, 5), (3, 3), [(4, -2), (2, 0)], {}),
+    ((4, 5), (3, 3), "SAME", {"kernel_dilation": 2}),
+    ((1, 2), (7, 9), "SAME", {"kernel_dilation": (1, 3)}),
+    # Not of twice the size of the map, continued, or in groups: by the map itself.
     ((4, 5), (3, 3), "VALID", {}),
     ((4, 5), (3, 3), [1, "CIRCULAR"], {}),
     ((4, 5), (3, 3), 1, {"strides": 2}),
-    ((4, 5), (3, 3), "SAME", {"kernel_dilation": 2}),
     ((4, 5), (3, 3), "SAME", {"feature_group_count": 2}),
 ]
 
@@ -428,9 +429,8 @@ UPSAMPLED = [
         *[(UPSAMPLED[2], planes) for planes in (EACH_CHANNEL, NO_MASK)],
     ],
 )
-def test_upsampled_sources_equal_what_they_stand_for(geometry, planes, monkeypatch):
+def test_upsampled_sources_equal_what_they_stand_for(geometry, planes):
     spatial, size, padding, options = geometry
-    monkeypatch.setattr(ops, "_WORTHWHILE", 0)
     case = {"size": size, "planes": planes, "seed": 1}
     skip_spatial = tuple(2 * n for n in spatial)
     x, mask, _, _ = make_case(spatial, channels=3, **case)
@@ -459,8 +459,7 @@ def test_upsampled_sources_equal_what_they_stand_for(geometry, planes, monkeypat
     assert_close(actual, run(x, skip, kernel, bias, plain, ops.upsample), 5e-5)
 
 
-def test_upsampled_source_equals_reference(monkeypatch):
-    monkeypatch.setattr(ops, "_WORTHWHILE", 0)
+def test_upsampled_source_equals_reference():
     x, mask, kernel, bias = make_case((4, 5))
     x[0] = np.where(mask[0], x[0], np.nan)
     y, new_mask = ops.partial_conv(ops.Upsampled(x), ops.Upsampled(mask), kernel, bias)
