@@ -448,13 +448,14 @@ def test_upsampled_sources_equal_what_they_stand_for(geometry, planes):
         # the two forms round differently.
         low[1], plain[1] = (np.ones_like(skip_mask) for _ in range(2))
 
+    @functools.partial(jax.jit, static_argnames="source")
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2, 3), has_aux=True)
     def run(x, skip, kernel, bias, mask, source):
         y, new_mask = ops.partial_conv(
             [source(x), skip], mask, kernel, bias, padding=padding, **options
         )
         return jnp.sin(y).sum(), (y, new_mask)
 
-    run = jax.value_and_grad(run, argnums=(0, 1, 2, 3), has_aux=True)
     actual = run(x, skip, kernel, bias, low, ops.Upsampled)
     assert_close(actual, run(x, skip, kernel, bias, plain, ops.upsample), 5e-5)
 
