@@ -180,12 +180,13 @@ def get_model(config: ConfigDict) -> PConvUNet:
 
 def get_source(config: ConfigDict, split: str) -> data.Source:
     """Opens the pictures of an experiment, of the split 'train' or 'validation'."""
-    fields = {name: value or None for name, value in config.data.items()}
+    fields = {n: None if value == "" else value for n, value in config.data.items()}
     kind = fields.pop("source")
     for name in ("workers", "scale"):  # Of the pipeline, not of the source.
         del fields[name]
-    if kind == "tar" and fields["path"]:
-        fields["path"] = fields["path"].split(",")
+    for name in ("path", "validation_path"):
+        if kind == "tar" and fields[name]:
+            fields[name] = fields[name].split(",")
     return data.open_source(kind, split=split, **fields)
 
 

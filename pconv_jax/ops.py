@@ -42,6 +42,10 @@ _CONTINUATIONS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 # The largest kernel, in taps, whose windows are copied where the map is smaller: 7 x 7.
 _MOST_TAPS = 49
 
+# The largest kernel, in taps, whose products with a map are in memory at once, 5 x 5 or
+# 3 x 3 x 3. With larger ones, moving them about takes longer than it saves.
+_MOST_PRODUCTS = 27
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Upsampled:
     A convolution multiplies each pixel of an upsampled map by each tap of the kernel,
     and so does it with the pixel's three copies. Multiplied once, and only moved and
     summed for each copy, that takes a quarter of the multiplications: for a 3x3 kernel
-    9 instead of 36 for four outputs.
+    9 instead of 36 for four outputs. (Kernels of more than 27 taps, strides, groups and
+    paddings other than zeros to the same size have the map repeated after all.)
 
     Attributes:
       x: features, or a mask of features, ``[N, *spatial, C]``.
@@ -357,7 +362,7 @@ def _conv_sources(sources, kernel, window, groups, precision) -> jax.Array:
     """Convolves sources with their parts of a kernel, and adds up."""
     sources = [x if _stays_small(x, window, groups) else _repeat(x) for x in sources]
     # What is smaller is copied: the inputs to join them, or the kernel to divide it.
-    divide = any(isinstance(x, Upsampled) for x in sources)
+    divide = len(sources) == 1 or any(isinstance(x, Upsampled) for x in sources)
     if groups == 1 and (divide or sum(x.size for x in sources) > kernel.size):
         ends = np.cumsum([_shape(x)[-1] for x in sources])
         kernels = jnp.split(kernel, ends[:-1], axis=-2)
@@ -376,6 +381,7 @@ def _stays_small(x: Source, window: _Window, groups: int) -> bool:
     return (
         isinstance(x, Upsampled)
         and groups == 1
+        and math.prod(window.size) <= _MOST_PRODUCTS
         # There are twice as many outputs as pixels, and no padding but of zeros.
         and all(
             stride == 1 and low + high == (size - 1) * dilation and not mode
@@ -435,15 +441,17 @@ def _conv_upsampled(x, kernel, window: _Window, precision) -> jax.Array:
     channels, features = kernel.shape[-2:]
     ndim = len(window.size)
     products = jnp.dot(
-        x.reshape(-1, channels),
-        jnp.moveaxis(kernel, -2, 0).reshape(channels, -1),
+        x.reshape(math.prod(x.shape[:-1]), channels),
+        jnp.moveaxis(kernel, -2, 0).reshape(
+            channels, math.prod(window.size) * features
+        ),
         precision=precision,
-        # A window's products are summed here and not within a convolution.
-        preferred_element_type=jnp.promote_types(kernel.dtype, jnp.float32),
     )
     # The barrier keeps XLA from fusing sums into the product, which slows that on CPUs.
     products = lax.optimization_barrier(products)
     y = products.reshape(*x.shape[:-1], *window.size, features)
+    # Products are bfloat16 if inputs are, so that their gradients are; their sums not.
+    y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
     for axis, (size, dilation, (low, _)) in enumerate(
         zip(window.size, window.dilation, window.zeros), 1
     ):
@@ -456,7 +464,7 @@ def _conv_upsampled(x, kernel, window: _Window, precision) -> jax.Array:
             for a in (0, 1)
         ]
         y = jnp.stack(phases, axis + 1)
-        y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+        y = y.reshape(*y.shape[:axis], 2 * x.shape[axis], *y.shape[axis + 2 :])
     return y.astype(kernel.dtype)
 
 
@@ -510,6 +518,8 @@ def _as_sources(inputs, mask):
     inputs = [jax.tree.map(jnp.asarray, x) for x in (inputs if many else [inputs])]
     if not inputs:
         raise ValueError("inputs must be an array or a sequence of at least one.")
+    if any(isinstance(getattr(x, "x", x), Upsampled) for x in inputs):
+        raise ValueError("inputs must be Upsampled once; use upsample for the first.")
     shapes = [_shape(x) for x in inputs]
     for shape in shapes:
         if len(shape) < 3 or shape[:-1] != shapes[0][:-1]:

@@ -445,7 +445,8 @@ def _to_pillow(array: np.ndarray, suffix: str) -> Image.Image:
         return Image.fromarray(array)
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
-    if array.dtype not in (np.uint8, np.uint16):
+    channels = array.shape[2:] in ((), (2,), (3,), (4,))
+    if array.dtype not in (np.uint8, np.uint16) or not channels or not array.size:
         raise ValueError(
             f"{array.dtype} data of shape {list(array.shape)} is no picture: name a "
             ".npy file."
@@ -520,7 +521,7 @@ def _to_palette(new: Image.Image, image: Image.Image) -> Image.Image:
     alpha = np.full(len(palette), 255)
     clear = image.info.get("transparency", b"")
     if isinstance(clear, int):
-        alpha[clear] = 0
+        alpha[clear : clear + 1] = 0  # Which may be none of its colours.
     else:  # A value for each of the first colours.
         alpha[: len(clear)] = list(clear)[: len(alpha)]
     # All 256 places are taken: the last ones by the first colours once more.

@@ -175,7 +175,8 @@ class PConvUNet(nn.Module):
 
         Args:
           images: ``[N, H, W, C]``, usually in [-1, 1]. What a hole holds is ignored.
-          mask: ``[N, H, W, 1]`` or ``[N, H, W, C]``, 1 = valid, 0 = hole.
+          mask: ``[N, H, W, 1]`` or, unless convolutions are ``'standard'``,
+            ``[N, H, W, C]``; 1 = valid, 0 = hole.
           train: whether to normalize by the statistics of the batch, and update the
             running ones (collection ``batch_stats``), rather than use the latter.
           freeze_encoder_norm: use the running statistics in the encoder even in
@@ -193,7 +194,8 @@ class PConvUNet(nn.Module):
         images, mask = jnp.asarray(images), jnp.asarray(mask)
         self._check(images, mask, train and not freeze_encoder_norm)
         if self.normalization:
-            mean, std = (jnp.asarray(x) for x in self.normalization)
+            wide = jnp.promote_types(images.dtype, jnp.float32)  # Not x64's default.
+            mean, std = (jnp.asarray(x, wide) for x in self.normalization)
             images = (images - mean) / std
         if self.conv == "standard":
             images = jnp.where(mask > 0.5, images, 0)
@@ -278,6 +280,11 @@ class PConvUNet(nn.Module):
         if images.ndim != 4:
             raise ValueError(f"images must be [N, H, W, C], got {images.shape}.")
         ops.check_mask(mask, images)
+        if self.conv == "standard" and mask.shape[-1] != 1:
+            raise ValueError(
+                "mask must be [N, H, W, 1] for standard convolutions, which are given "
+                f"it as a channel, got {mask.shape}."
+            )
         height, width = images.shape[1:3]
         step = self.size_multiple
         if height % step or width % step or not height * width:

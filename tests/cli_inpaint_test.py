@@ -180,6 +180,14 @@ def test_what_cannot_be_repaired(network, folder):
             ("--image", image, "--mask-color", "pinkish", "--output", out),
             "color must be one of CSS",
         ),
+        (
+            ("--image", image, "--mask", mask, "--output", out, "--tolerance", 5),
+            "--tolerance is of --mask-color",
+        ),
+        (
+            ("--image", image, "--mask-color", "red", "--output", out, "--resize-mask"),
+            "--resize-mask is of --mask, ",
+        ),
     ]:
         with pytest.raises(SystemExit, match=f"pconv: .*{problem}"):
             inpaint(network, *arguments)

@@ -2,6 +2,7 @@ import importlib
 import json
 import pathlib
 
+import data_test
 import jax.numpy as jnp
 import pytest
 
@@ -156,3 +157,24 @@ def test_folder_without_a_path():
     path = next(path for path in EXPERIMENTS if path.stem == "folder")
     with pytest.raises(ValueError, match="path is needed for kind 'folder'"):
         experiment.get_source(load(path), "train")
+
+
+def test_several_tar_files(tmp_path):
+    config = experiment.paper()
+    config.data.source = "tar"
+    for name in ("path", "validation_path"):
+        paths = [tmp_path / f"{name}{n}.tar" for n in range(2)]
+        for n, path in enumerate(paths):
+            data_test.write_tar(path, {f"{n}.png": data_test.encode(data_test.photo())})
+        config.data[name] = ",".join(map(str, paths))
+    for split in ("train", "validation"):
+        assert len(experiment.get_source(config, split)) == 2
+
+
+def test_what_is_held_out_may_not_be_nothing(tmp_path):
+    config = experiment.paper()
+    config.data.source, config.data.path = "folder", str(tmp_path)
+    (tmp_path / "a.png").write_bytes(data_test.encode(data_test.photo()))
+    config.data.validation_fraction = 0.0
+    with pytest.raises(ValueError, match=r"validation_fraction must be in .*got 0.0"):
+        experiment.get_source(config, "train")

@@ -406,15 +406,16 @@ def test_upsample_repeats_pixels():
 
 
 UPSAMPLED = [
-    *[((4, 5), (size, size), "SAME", {}) for size in (1, 2, 3, 4, 5, 7)],
+    *[((4, 5), (size, size), "SAME", {}) for size in (1, 2, 3, 4, 5)],
     ((6,), (3,), "SAME", {}),
     ((2, 3, 4), (3, 2, 3), "SAME", {}),
     ((4, 5), (3, 5), [(2, 0), (1, 3)], {}),
     ((4, 5), (3, 3), 1, {}),
     ((4, 5), (3, 3), [(4, -2), (2, 0)], {}),
     ((4, 5), (3, 3), "SAME", {"kernel_dilation": 2}),
-    ((1, 2), (7, 9), "SAME", {"kernel_dilation": (1, 3)}),
-    # Not of twice the size of the map, continued, or in groups: by the map itself.
+    ((1, 2), (3, 9), "SAME", {"kernel_dilation": (1, 3)}),
+    # Large, not to twice the size, continued or in groups: by the map itself.
+    ((4, 5), (7, 7), "SAME", {}),
     ((4, 5), (3, 3), "VALID", {}),
     ((4, 5), (3, 3), [1, "CIRCULAR"], {}),
     ((4, 5), (3, 3), 1, {"strides": 2}),
@@ -480,6 +481,35 @@ def test_an_upsampled_map_is_never_made():
 
     assert (1, 64, 64, 4) in shapes(ops.upsample)
     assert (1, 64, 64, 4) not in shapes(ops.Upsampled)
+
+
+def test_products_of_an_upsampled_map_are_of_its_type():
+    x, kernel = jnp.ones((1, 4, 4, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 5))
+
+    def loss(x, kernel):
+        y, _ = ops.partial_conv(ops.Upsampled(x), None, kernel.astype(x.dtype))
+        return y.astype(jnp.float32).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, kernel)
+    products = [e for e in jaxpr.eqns if e.primitive is jax.lax.dot_general_p]
+    assert len(products) == 3
+    for product in products:
+        assert all(v.aval.dtype == jnp.bfloat16 for v in product.invars)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 3), (1, 0, 4, 3), (1, 4, 4, 0)])
+def test_an_upsampled_map_of_nothing(shape):
+    x, kernel = jnp.ones(shape), jnp.ones((3, 3, shape[-1], 5))
+    chex.assert_trees_all_equal(
+        ops.partial_conv(ops.Upsampled(x), None, kernel),
+        ops.partial_conv(ops.upsample(x), None, kernel),
+    )
+
+
+def test_a_source_is_upsampled_once():
+    twice = ops.Upsampled(ops.Upsampled(jnp.ones((1, 2, 2, 3))))
+    with pytest.raises(ValueError, match="inputs must be Upsampled once"):
+        ops.partial_conv(twice, None, jnp.ones((3, 3, 3, 5)))
 
 
 def test_mask_of_an_upsampled_source_is_upsampled():

@@ -247,6 +247,10 @@ def test_kinds_of_file_that_cannot_hold_it(tmp_path):
     assert read.image.mode == "RGB" and "icc_profile" not in read.info
     with pytest.raises(ValueError, match="is no picture: name a .npy file"):
         pictures.write(tmp_path / "d.png", Picture(np.zeros((4, 4)), {}))
+    for shape in ((4, 4, 5), (0, 4, 3)):
+        for name in ("d.png", "d.tif", "d.webp"):
+            with pytest.raises(ValueError, match="is no picture: name a .npy file"):
+                pictures.write(tmp_path / name, Picture(np.zeros(shape, np.uint8), {}))
     with pytest.raises(ValueError, match=".png, .* files alone"):
         pictures.write(tmp_path / "d.xyz", Picture(cmyk, {}))
 
@@ -430,6 +434,17 @@ def test_filled_pixels_of_a_palette_are_never_those_that_stand_for_nothing():
     hole[5:20, 5:20] = True
     result = pictures.paste(image, pictures.to_array(image), hole)
     assert result.mode == "P" and not np.any(np.asarray(result)[hole] == clear)
+    np.testing.assert_array_equal(np.asarray(result)[~hole], np.asarray(image)[~hole])
+
+
+def test_a_palette_may_lack_the_colour_that_stands_for_nothing():
+    image = Image.fromarray(smooth()).quantize(4)
+    image.putpalette(image.getpalette()[:12])
+    image.info["transparency"] = 255  # As a GIF may have it.
+    hole = np.zeros((40, 60), bool)
+    hole[5:20, 5:20] = True
+    result = pictures.paste(image, 255 - pictures.to_array(image), hole)
+    assert np.asarray(result).max() < 4
     np.testing.assert_array_equal(np.asarray(result)[~hole], np.asarray(image)[~hole])
 
 

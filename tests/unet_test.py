@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from jax import lax
+from jax import export, lax
 
 from pconv_jax import ops, unet
 from pconv_jax.unet import PConvUNet, Stage
@@ -545,6 +545,7 @@ def test_kernels_are_he_initialized():
         ({}, (1, 16, 16, 3), (1, 16, 16, 2), "mask must be of shape"),
         ({}, (2, 16, 16, 3), (1, 16, 16, 1), "mask must be of shape"),
         ({}, (1, 16, 16, 3), (16, 16, 1), "mask must be of shape"),
+        (dict(conv="standard"), (1, 16, 16, 3), (1, 16, 16, 3), "N, H, W, 1. for sta"),
         (dict(conv="gated"), (1, 16, 16, 3), None, "conv must be 'partial' or 'stand"),
         (dict(depth=0), (1, 16, 16, 3), None, "depth and width must be positive"),
         (dict(width=0), (1, 16, 16, 3), None, "depth and width must be positive"),
@@ -562,6 +563,29 @@ def test_errors(fields, shape, mask_shape, message):
     images, mask = np.zeros(shape), np.ones(mask_shape or (*shape[:-1], 1))
     with pytest.raises(ValueError, match=message):
         model.init(jax.random.key(0), images, mask)
+
+
+@pytest.mark.parametrize("conv", ["partial", "standard"])
+def test_any_number_of_images(conv):
+    model = PConvUNet(depth=2, width=4, conv=conv)
+    images, mask = make_inputs(3)
+    variables = jax.jit(model.init)(jax.random.key(0), images, mask)
+    shapes = export.symbolic_args_specs((images, mask), "b, 16, 16, _")
+    apply = jax.jit(functools.partial(model.apply, variables))
+    exported = export.export(apply)(*shapes)
+    for n in (1, 3):
+        chex.assert_trees_all_equal(
+            exported.call(images[:n], mask[:n]), apply(images[:n], mask[:n])
+        )
+    output, _ = model.apply(variables, images[:0], mask[:0])
+    assert output.shape == (0, 16, 16, 3)
+
+
+def test_float64_is_not_what_float32_becomes_by_a_normalization():
+    model, variables = make_model(normalization=((0.5,), (0.5,)))
+    with jax.enable_x64(True):
+        output, _ = jax.eval_shape(model.apply, variables, *make_inputs())
+    assert output.dtype == jnp.float32
 
 
 def test_a_grey_mask_is_refused():

@@ -337,7 +337,7 @@ def main(_):
         # Runs that differ by their seed alone are the same program.
         jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
         found = run(config, out, seeds=seeds, variants=variants)
-    except (ValueError, trainer.TrainingDiverged) as error:
+    except (OSError, ValueError, trainer.TrainingDiverged) as error:
         logging.debug("", exc_info=True)  # For --verbosity=1.
         sys.exit(f"ablation.py: {error}")
     if found is None:

@@ -74,7 +74,6 @@ def add(commands: Any) -> None:
         "--tolerance",
         metavar="N",
         type=int,
-        default=0,
         help="by how much of 255 red, green and blue may differ from --mask-color; "
         "for pictures that were ever JPEG files some 30 (default: 0)",
     )
@@ -131,6 +130,10 @@ def add_network(command: argparse.ArgumentParser) -> None:
 
 
 def _inpaint(arguments: argparse.Namespace) -> None:
+    if arguments.tolerance is not None and arguments.mask_color is None:
+        raise ValueError("--tolerance is of --mask-color, and there is none.")
+    if arguments.resize_mask and arguments.mask_color is not None:
+        raise ValueError("--resize-mask is of --mask, and there is none.")
     pairs = _pair(arguments.image, arguments.output)
     inpainter = Inpainter.from_pretrained(
         arguments.network,
@@ -199,7 +202,7 @@ def _mask(
     path: Path, image: Image.Image | np.ndarray, arguments: argparse.Namespace
 ) -> Any:
     if arguments.mask_color is not None:
-        color, tolerance = arguments.mask_color, arguments.tolerance
+        color, tolerance = arguments.mask_color, arguments.tolerance or 0
         return pictures.hole_of_color(image, color, tolerance=tolerance)
     mask = arguments.mask
     if mask is None or not mask.is_dir():
