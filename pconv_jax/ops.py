@@ -361,7 +361,8 @@ def _continue(x: jax.Array, window: _Window) -> jax.Array:
 def _conv_sources(sources, kernel, window, groups, precision) -> jax.Array:
     """Convolves sources with their parts of a kernel, and adds up."""
     sources = [x if _stays_small(x, window, groups) else _repeat(x) for x in sources]
-    # What is smaller is copied: the inputs to join them, or the kernel to divide it.
+    # What is smaller is copied: the inputs to join them, or the kernel to divide it. Of
+    # a single source, whose size may be a symbol, it is neither.
     divide = len(sources) == 1 or any(isinstance(x, Upsampled) for x in sources)
     if groups == 1 and (divide or sum(x.size for x in sources) > kernel.size):
         ends = np.cumsum([_shape(x)[-1] for x in sources])
@@ -438,18 +439,11 @@ def _conv_upsampled(x, kernel, window: _Window, precision) -> jax.Array:
     i + (a + t - low) // 2 of ``x``. So pixels are multiplied by all taps first, and
     what they give is moved to the outputs and summed then.
     """
-    channels, features = kernel.shape[-2:]
     ndim = len(window.size)
-    products = jnp.dot(
-        x.reshape(math.prod(x.shape[:-1]), channels),
-        jnp.moveaxis(kernel, -2, 0).reshape(
-            channels, math.prod(window.size) * features
-        ),
-        precision=precision,
-    )
-    # The barrier keeps XLA from fusing sums into the product, which slows that on CPUs.
-    products = lax.optimization_barrier(products)
-    y = products.reshape(*x.shape[:-1], *window.size, features)
+    y = jnp.tensordot(x, kernel, ((-1,), (ndim,)), precision=precision)
+    # Now [N, *spatial, *kernel_size, features]. The barrier keeps XLA from fusing sums
+    # into the product, which slows that on CPUs.
+    y = lax.optimization_barrier(y)
     # Products are bfloat16 if inputs are, so that their gradients are; their sums not.
     y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
     for axis, (size, dilation, (low, _)) in enumerate(

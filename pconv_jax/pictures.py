@@ -445,8 +445,8 @@ def _to_pillow(array: np.ndarray, suffix: str) -> Image.Image:
         return Image.fromarray(array)
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
-    channels = array.shape[2:] in ((), (2,), (3,), (4,))
-    if array.dtype not in (np.uint8, np.uint16) or not channels or not array.size:
+    has_mode = array.shape[2:] in ((), (2,), (3,), (4,))
+    if array.dtype not in (np.uint8, np.uint16) or not has_mode or not array.size:
         raise ValueError(
             f"{array.dtype} data of shape {list(array.shape)} is no picture: name a "
             ".npy file."

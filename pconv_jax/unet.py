@@ -283,7 +283,8 @@ class PConvUNet(nn.Module):
         if self.conv == "standard" and mask.shape[-1] != 1:
             raise ValueError(
                 "mask must be [N, H, W, 1] for standard convolutions, which are given "
-                f"it as a channel, got {mask.shape}."
+                f"it as a channel, got {mask.shape}; mask.min(-1, keepdims=True) is "
+                "valid where all channels are."
             )
         height, width = images.shape[1:3]
         step = self.size_multiple

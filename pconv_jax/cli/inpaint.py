@@ -131,9 +131,9 @@ def add_network(command: argparse.ArgumentParser) -> None:
 
 def _inpaint(arguments: argparse.Namespace) -> None:
     if arguments.tolerance is not None and arguments.mask_color is None:
-        raise ValueError("--tolerance is of --mask-color, and there is none.")
+        raise ValueError("--tolerance is of --mask-color: name one, or leave it out.")
     if arguments.resize_mask and arguments.mask_color is not None:
-        raise ValueError("--resize-mask is of --mask, and there is none.")
+        raise ValueError("--resize-mask is of --mask, not of --mask-color.")
     pairs = _pair(arguments.image, arguments.output)
     inpainter = Inpainter.from_pretrained(
         arguments.network,
