@@ -18,7 +18,8 @@ MODULES = {
 
 # What a module may import: of this package, and of others but the standard library.
 NUMERICS = {
-    "ops": {"jax", "numpy"},
+    "convolution": {"jax", "numpy"},
+    "ops": {".convolution", "jax", "numpy"},
     "layers": {".ops", "jax", "flax"},
     "unet": {".layers", ".ops", "jax", "flax"},
     "vgg": {".convert", "jax", "flax"},

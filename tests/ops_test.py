@@ -218,46 +218,6 @@ def test_where_no_window_fits_there_is_no_output(size, stride):
     )
 
 
-@pytest.mark.parametrize(
-    ("spatial", "size", "options"),
-    [
-        ((2, 2), (3, 3), dict(padding=1)),
-        ((4, 4), (3, 3), dict(padding=1, strides=2)),
-        ((5, 6), (7, 5), dict(padding=((4, 2), "CIRCULAR"), strides=(3, 2))),
-        ((6, 4), (3, 2), dict(padding=((2, -1), (0, 1)), kernel_dilation=(3, 2))),
-        ((3,), (4,), dict()),
-        ((2, 3, 2), (3, 3, 3), dict(padding="SAME", strides=(1, 2, 1))),
-    ],
-    ids=str,
-)
-def test_maps_smaller_than_the_kernel_are_a_matrix_product(spatial, size, options):
-    x, _, kernel, _ = make_case(spatial, size)
-
-    def ours(x, kernel):
-        return ops._conv(x, kernel, window, 1, None)
-
-    def convolution(x, kernel):
-        axes = "DHW"[-len(size) :]
-        return jax.lax.conv_general_dilated(
-            ops._continue(x, window),
-            kernel,
-            window.strides,
-            window.zeros,
-            rhs_dilation=window.dilation,
-            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
-        )
-
-    options = dict(strides=1, padding="SAME", kernel_dilation=1) | options
-    window = ops._make_window(spatial, size, **options)
-    y, pull_back = jax.vjp(ours, x, kernel)
-    expected, expected_pull_back = jax.vjp(convolution, x, kernel)
-    chex.assert_equal_shape([y, expected])
-    assert_close(y, expected)
-    assert_close(pull_back(jnp.sin(y)), expected_pull_back(jnp.sin(y)))
-    lowered = jax.jit(jax.grad(lambda *a: ours(*a).sum())).lower(x, kernel).as_text()
-    assert "stablehlo.convolution" not in lowered
-
-
 # Arithmetic.
 
 

@@ -11,7 +11,7 @@ import pytest
 import reference
 from jax import export, lax
 
-from pconv_jax import ops, unet
+from pconv_jax import convolution, ops, unet
 from pconv_jax.unet import PConvUNet, Stage
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "testdata" / "unets.npz")
@@ -515,7 +515,7 @@ def test_decoder_at_low_resolution_equals_the_plain_one(monkeypatch):
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables, images)
 
     low = run()
-    monkeypatch.setattr(ops, "_stays_small", lambda *_: False)
+    monkeypatch.setattr(convolution, "_stays_small", lambda *_: False)
     plain = run()
     for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(np.abs(b).max(), 0.1))
