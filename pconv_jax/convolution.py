@@ -7,6 +7,8 @@ for the order of the sums.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 IntOrSequence = int | Sequence[int] | None
@@ -30,6 +33,9 @@ _MOST_TAPS = 49
 # The largest kernel, in taps, whose products with a map are in memory at once, 5 x 5 or
 # 3 x 3 x 3. With larger ones, moving them about takes longer than it saves.
 _MOST_PRODUCTS = 27
+
+# The most values that are copied at once for the gradient of a kernel.
+_MOST_COPIED = 2**21
 
 
 @jax.tree_util.register_dataclass
@@ -239,9 +245,17 @@ def _conv(x, kernel, window: Window, groups, precision) -> jax.Array:
         for n, size, stride, dilation, (low, high), _ in zip(x.shape[1:-1], *window)
     ]
     # Large kernels are left to XLA: copying their windows would take much memory.
-    taps = math.prod(window.size)
-    if groups == 1 and 0 < math.prod(lengths) < taps <= _MOST_TAPS:
-        return _conv_patches(x, kernel, lengths, window, precision)
+    taps, outputs = math.prod(window.size), math.prod(lengths)
+    if groups == 1 and outputs > 0 and taps <= _MOST_TAPS:
+        if outputs < taps:
+            return _conv_patches(x, kernel, lengths, window, precision)
+        # Others have fast gradients of their own. Symbols cannot be divided in strips.
+        if jax.default_backend() == "cpu" and all(map(_is_int, x.shape)):
+            return _conv_on_cpu(x, kernel, window, precision)
+    return _conv_by_xla(x, kernel, window, groups, precision)
+
+
+def _conv_by_xla(x, kernel, window: Window, groups, precision) -> jax.Array:
     spatial = "DHW"[-len(window.size) :]
     return lax.conv_general_dilated(
         x,
@@ -255,11 +269,102 @@ def _conv(x, kernel, window: Window, groups, precision) -> jax.Array:
     )
 
 
-def _conv_patches(x, kernel, lengths, window: Window, precision) -> jax.Array:
-    """Convolves as one matrix product, for maps that are smaller than the kernel.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _conv_on_cpu(x, kernel, window: Window, precision) -> jax.Array:
+    """Convolves by XLA, and takes gradients that are fast on CPUs.
 
-    XLA takes the kernel for the map there, and the map for the kernel, and its code for
-    the result, or for its gradients, is some tens of times slower on CPUs.
+    Those of XLA are convolutions again: with respect to the kernel, one by windows as
+    large as the map; with respect to the inputs, with strides, one of a map with zeros
+    between its pixels. On CPUs these run at a fraction of the speed of others. So the
+    tangents are computed in ways whose transposes, the gradients, are fast.
+    """
+    return _conv_by_xla(x, kernel, window, 1, precision)
+
+
+@functools.partial(_conv_on_cpu.defjvp, symbolic_zeros=True)
+def _conv_on_cpu_jvp(window, precision, primals, tangents):
+    (x, kernel), (dx, dkernel) = primals, tangents
+    y = _conv_on_cpu(x, kernel, window, precision)
+    dy = jnp.zeros_like(y)
+    if not isinstance(dx, SymbolicZero):
+        dy += _conv_phases(dx, kernel, y.shape[1:-1], window, precision)
+    if not isinstance(dkernel, SymbolicZero):
+        dy += _conv_strips(x, dkernel, y.shape[1:-1], window, precision)
+    return y, dy
+
+
+def _conv_phases(x, kernel, lengths, window: Window, precision) -> jax.Array:
+    """Convolves with strides as a sum of convolutions without, of a few pixels each."""
+    axes = zip(x.shape[1:-1], lengths, *window[:4])
+    dilation = [d // math.gcd(s, d) for s, d in zip(window.strides, window.dilation)]
+    y = 0
+    for phase in itertools.product(*(_phases(*axis) for axis in axes)):
+        pixels, taps, pads = zip(*phase)
+        window = Window(tuple(map(len, taps)), (1,) * len(taps), dilation, pads, ())
+        pixels, taps = (
+            tuple(slice(r.start, r.stop, r.step) for r in ranges)
+            for ranges in (pixels, taps)
+        )
+        y += _conv_by_xla(x[:, *pixels], kernel[taps], window, 1, precision)
+    return y
+
+
+def _phases(n, length, size, stride, dilation, pads):
+    """Returns the phases of one axis: their pixels, taps, and padding of the pixels.
+
+    Tap t of output i falls on pixel stride i + dilation t - low. So taps of the same
+    remainder modulo stride meet pixels of one remainder, and no others.
+    """
+    phases = []
+    step = stride // math.gcd(stride, dilation)
+    for start in range(min(step, size)):
+        taps = range(start, size, step)
+        first, last = (t * dilation - pads[0] for t in (taps[0], taps[-1]))
+        pixels = range(first % stride, n, stride)
+        if pixels:
+            padding = (-(first // stride), length + last // stride - len(pixels))
+            phases.append((pixels, taps, padding))
+    return phases
+
+
+def _conv_strips(x, kernel, lengths, window: Window, precision) -> jax.Array:
+    """Convolves strips of rows one after the other, each as one matrix product.
+
+    Their transposes, products as well, are summed to the kernel's gradient.
+    """
+    rows, *others = lengths
+    (size, *_), (stride, *_), (dilation, *_), ((low, _), *pads), _ = window
+    row = max(1, x.shape[0] * math.prod(others) * kernel[..., 0].size)
+    count = -(-rows // max(1, _MOST_COPIED // row))
+    strip = -(-rows // count)
+    taken = (strip - 1) * stride + (size - 1) * dilation + 1
+    high = (count - 1) * strip * stride + taken - low - x.shape[1]
+    widths = [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), widths)
+    window = window._replace(zeros=((0, 0), *pads))
+    # Summed in float32 at least, over the strips.
+    dtype, kernel = (
+        kernel.dtype,
+        kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)),
+    )
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # Keeps x, not its windows.
+    def conv(i, x, kernel):
+        x = lax.dynamic_slice_in_dim(x, i * strip * stride, taken, axis=1)
+        return _conv_patches(
+            x, kernel.astype(dtype), [strip, *others], window, precision
+        )
+
+    y = lax.map(lambda i: conv(i, x, kernel), jnp.arange(count))
+    y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, *y.shape[3:])
+    return y[:, :rows]
+
+
+def _conv_patches(x, kernel, lengths, window: Window, precision) -> jax.Array:
+    """Convolves as one matrix product of copies of all windows.
+
+    Where a map is smaller than the kernel, XLA takes one for the other, and its code
+    for the result, or for its gradients, is some tens of times slower on CPUs.
     """
     pads = [(low, high, 0) for low, high in window.zeros]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
