@@ -107,3 +107,19 @@ def test_errors(shape):
         ValueError, match=r"images must be \[N, H, W, 3\] of at least 8"
     ):
         vgg.VGG16Features().init(jax.random.key(0), np.zeros(shape))
+
+
+def test_gradient_of_pooling_is_that_of_the_maximum():
+    x = np.random.default_rng(0).integers(0, 3, (2, 5, 6, 4)).astype(np.float32)
+
+    def maximum(x):
+        return x[:, :4].reshape(2, 2, 2, 3, 2, 4).max((2, 4))
+
+    (y, pull_back), (expected, expected_pull_back) = (
+        jax.vjp(f, x) for f in (vgg._max_pool, maximum)
+    )
+    np.testing.assert_array_equal(y, expected)
+    # Where several pixels are the largest, and there are such, they share alike.
+    np.testing.assert_array_equal(
+        pull_back(jnp.cos(y))[0], expected_pull_back(jnp.cos(y))[0]
+    )
