@@ -342,18 +342,15 @@ def _conv_strips(x, kernel, lengths, window: Window, precision) -> jax.Array:
     widths = [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)]
     x = lax.pad(x, jnp.zeros((), x.dtype), widths)
     window = window._replace(zeros=((0, 0), *pads))
-    # Summed in float32 at least, over the strips.
-    dtype, kernel = (
-        kernel.dtype,
-        kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)),
-    )
+    # What strips share has the type that their gradients are summed in.
+    dtype, wide = kernel.dtype, jnp.promote_types(kernel.dtype, jnp.float32)
+    kernel = kernel.astype(wide)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # Keeps x, not its windows.
     def conv(i, x, kernel):
         x = lax.dynamic_slice_in_dim(x, i * strip * stride, taken, axis=1)
-        return _conv_patches(
-            x, kernel.astype(dtype), [strip, *others], window, precision
-        )
+        kernel = kernel.astype(dtype)
+        return _conv_patches(x, kernel, [strip, *others], window, precision)
 
     y = lax.map(lambda i: conv(i, x, kernel), jnp.arange(count))
     y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, *y.shape[3:])
