@@ -296,16 +296,15 @@ def _conv_on_cpu_jvp(window, precision, primals, tangents):
 def _conv_phases(x, kernel, lengths, window: Window, precision) -> jax.Array:
     """Convolves with strides as a sum of convolutions without, of a few pixels each."""
     axes = zip(x.shape[1:-1], lengths, *window[:4])
-    dilation = [d // math.gcd(s, d) for s, d in zip(window.strides, window.dilation)]
+    dilation = tuple(
+        d // math.gcd(s, d) for s, d in zip(window.strides, window.dilation)
+    )
     y = 0
     for phase in itertools.product(*(_phases(*axis) for axis in axes)):
         pixels, taps, pads = zip(*phase)
-        window = Window(tuple(map(len, taps)), (1,) * len(taps), dilation, pads, ())
-        pixels, taps = (
-            tuple(slice(r.start, r.stop, r.step) for r in ranges)
-            for ranges in (pixels, taps)
-        )
-        y += _conv_by_xla(x[:, *pixels], kernel[taps], window, 1, precision)
+        part = kernel[taps]
+        without = Window(part.shape[:-2], (1,) * len(taps), dilation, pads, ())
+        y += _conv_by_xla(x[:, *pixels], part, without, 1, precision)
     return y
 
 
@@ -323,7 +322,8 @@ def _phases(n, length, size, stride, dilation, pads):
         pixels = range(first % stride, n, stride)
         if pixels:
             padding = (-(first // stride), length + last // stride - len(pixels))
-            phases.append((pixels, taps, padding))
+            pixels = slice(pixels.start, n, stride)
+            phases.append((pixels, slice(start, size, step), padding))
     return phases
 
 
@@ -339,8 +339,7 @@ def _conv_strips(x, kernel, lengths, window: Window, precision) -> jax.Array:
     strip = -(-rows // count)
     taken = (strip - 1) * stride + (size - 1) * dilation + 1
     high = (count - 1) * strip * stride + taken - low - x.shape[1]
-    widths = [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), widths)
+    x = _pad(x, [(low, high)])
     window = window._replace(zeros=((0, 0), *pads))
     # What strips share has the type that their gradients are summed in.
     dtype, wide = kernel.dtype, jnp.promote_types(kernel.dtype, jnp.float32)
@@ -363,8 +362,7 @@ def _conv_patches(x, kernel, lengths, window: Window, precision) -> jax.Array:
     Where a map is smaller than the kernel, XLA takes one for the other, and its code
     for the result, or for its gradients, is some tens of times slower on CPUs.
     """
-    pads = [(low, high, 0) for low, high in window.zeros]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    x = _pad(x, window.zeros)
     ndim = len(lengths)
     for axis, (n, size, stride, dilation) in enumerate(zip(lengths, *window[:3]), 1):
         taps = [
@@ -407,6 +405,10 @@ def _conv_upsampled(x, kernel, window: Window, precision) -> jax.Array:
 
 def _shift(x: jax.Array, by: int, axis: int) -> jax.Array:
     """Moves pixels towards the beginning of an axis; zeros follow."""
-    pads = [(0, 0, 0)] * x.ndim
-    pads[axis] = (-by, by, 0)
-    return lax.pad(x, jnp.zeros((), x.dtype), pads)
+    return _pad(x, [(0, 0)] * (axis - 1) + [(-by, by)])
+
+
+def _pad(x: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
+    """Adds zeros to the ends of the first spatial axes, or takes pixels away."""
+    pads = [(0, 0), *pads, *[(0, 0)] * (x.ndim - 1 - len(pads))]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(*ends, 0) for ends in pads])
