@@ -143,11 +143,13 @@ def _stage(stage, size, batch, depth, width):
 
 def _training(size, batch, depth, width, dtype):
     """Returns a state, a batch, VGG16's parameters and the step."""
-    from pconv_jax import optim, steps, vgg
+    from pconv_jax import vgg
+    from pconv_jax.train import optim
+    from pconv_jax.train.step import create_state, train_step
 
     model = unet.PConvUNet(depth=depth, width=width, dtype=dtype)
     optimizer = optim.make_optimizer(2e-4)
-    state = steps.create_state(
+    state = create_state(
         jax.random.key(0), model=model, optimizer=optimizer, image_size=size
     )
     pictures = {
@@ -157,7 +159,7 @@ def _training(size, batch, depth, width, dtype):
     features = functools.partial(vgg.vgg16_features, dtype=dtype)
     params = jax.jit(vgg.random_params)(jax.random.key(1))
     step = functools.partial(
-        steps.train_step, model=model, optimizer=optimizer, apply_features=features
+        train_step, model=model, optimizer=optimizer, apply_features=features
     )
     return state, jax.device_put(pictures), params, step
 
@@ -176,12 +178,13 @@ def _train(size, batch, depth, width, dtype="float32"):
 
 def _part(part, size, batch, depth, width):
     """A part of the training step, by itself."""
-    from pconv_jax import losses, steps
+    from pconv_jax import losses
+    from pconv_jax.runs.inference import prepare_batch
 
     state, pictures, vgg, step = _training(size, batch, depth, width, "float32")
     model, optimizer = step.keywords["model"], step.keywords["optimizer"]
     features = functools.partial(step.keywords["apply_features"], vgg)
-    images, mask = steps.prepare_batch(pictures)
+    images, mask = prepare_batch(pictures)
     output = jnp.asarray(inputs.images(batch, size, seed=1))
 
     def forward(params):
@@ -253,16 +256,16 @@ def _data(size, batch, workers, count):
 
     import cv2
 
-    from pconv_jax import data
+    from pconv_jax.data import pipeline, sources
 
     # Removed at the end of the process.
     folder = tempfile.TemporaryDirectory()
-    photos = data.open_source("bundled", split="train")
+    photos = sources.open_source("bundled", split="train")
     for i in range(32):
         photo = cv2.resize(photos[i % len(photos)], (800, 600))
         cv2.imwrite(f"{folder.name}/{i}.jpg", photo[:, :, ::-1])
-    batches = data.train_batches(
-        data.FolderSource(folder.name),
+    batches = pipeline.train_batches(
+        sources.FolderSource(folder.name),
         batch_size=batch,
         image_size=size,
         seed=0,

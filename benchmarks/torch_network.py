@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 

@@ -13,11 +13,11 @@ The paper trained for ten days on one V100.
 
 from ml_collections import ConfigDict
 
-from pconv_jax import config as experiment
+from pconv_jax.runs import settings
 
 
 def get_config() -> ConfigDict:
-    config = experiment.paper()
+    config = settings.default_config()
     config.data.source = "tfds"
     config.data.name = "imagenet2012"
     config.data.scale = (0.7, 1.0)

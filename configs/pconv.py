@@ -17,11 +17,11 @@ CPU cores; the README shows what comes out.
 
 from ml_collections import ConfigDict
 
-from pconv_jax import config as experiment
+from pconv_jax.runs import settings
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
-    config = experiment.paper()
+    config = settings.default_config()
     config.vgg = "auto"
     if variant == "quickstart":
         config.image_size = 64

@@ -1,4 +1,4 @@
-"""The network that comes with this package: see pconv_jax/weights/README.md.
+"""The network that comes with this package: see pconv_jax/weights/bundled/README.md.
 
 Trained on two CPU cores, so it is small (width 32), and without the terms of the loss
 that need a VGG: they take six times as long as all the rest. It learns in four runs,
@@ -25,7 +25,7 @@ So far it is 0.1 dB better and takes twice the time, so it is not in the package
 
 from ml_collections import ConfigDict
 
-from pconv_jax import config as experiment
+from pconv_jax.runs import settings
 
 # The run that each begins with, the crops, and the phases' steps and learning rates.
 _RUNS = {
@@ -41,7 +41,7 @@ def get_config(variant: str) -> ConfigDict:
     if variant not in _RUNS:
         raise ValueError(f"the variants are {', '.join(_RUNS)}, got {variant!r}")
     before, scale, first, second = _RUNS[variant]
-    config = experiment.paper()
+    config = settings.default_config()
     config.image_size = 128
     config.batch_size = 8
     config.model.depth = 7

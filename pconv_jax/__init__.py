@@ -6,7 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # What takes long to import is not, until it is used.
-_LAZY = {"Inpainter": "pconv_jax.inpaint"}
+_LAZY = {"Inpainter": "pconv_jax.inpaint.inpainter"}
 
 
 def __getattr__(name: str) -> Any:

@@ -30,11 +30,11 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from pconv_jax import convolution
-from pconv_jax.convolution import (
+from pconv_jax import _conv
+from pconv_jax._conv import (
     IntOrSequence,
+    Operand,
     PaddingLike,
-    Source,
     Upsampled,
     upsample,
 )
@@ -50,7 +50,7 @@ __all__ = [
     "upsample",
 ]
 
-ArrayOrSequence = Source | Sequence[Source]
+ArrayOrSequence = Operand | Sequence[Operand]
 
 
 def partial_conv(
@@ -104,16 +104,16 @@ def partial_conv(
     if feature_group_count > 1 and len(inputs) > 1:
         # A group may take from several sources: only here they have to be joined.
         inputs, masks = (
-            [convolution.repeat(x) for x in inputs],
-            [convolution.repeat(m) for m in masks],
+            [_conv.repeat(x) for x in inputs],
+            [_conv.repeat(m) for m in masks],
         )
         masks = [jnp.broadcast_to(m, x.shape) for x, m in zip(inputs, masks)]
         inputs, masks = [jnp.concatenate(inputs, -1)], [jnp.concatenate(masks, -1)]
     kernel = jnp.asarray(kernel)
-    channels = [convolution.shape(x)[-1] for x in inputs]
+    channels = [_conv.shape(x)[-1] for x in inputs]
     _check_kernel(kernel, bias, channels, feature_group_count)
-    window = convolution.make_window(
-        convolution.shape(inputs[0])[1:-1],
+    window = _conv.make_window(
+        _conv.shape(inputs[0])[1:-1],
         kernel.shape[:-2],
         strides,
         padding,
@@ -125,7 +125,7 @@ def partial_conv(
     valid_inputs = jax.tree.map(
         lambda m, x: jnp.where(m, x.astype(dtype), 0), masks, inputs
     )
-    outputs = convolution.convolve(
+    outputs = _conv.convolve(
         valid_inputs,
         kernel.astype(dtype),
         window,
@@ -136,10 +136,10 @@ def partial_conv(
     # bfloat16 cannot count past 256: the sums and their ratio are float32 or wider.
     wide = jnp.promote_types(dtype, jnp.float32)
     counts = sum(
-        convolution.repeat(_count_valid(m, c, feature_group_count))
+        _conv.repeat(_count_valid(m, c, feature_group_count))
         for m, c in zip(masks, channels)
     )
-    valid = convolution.window_sum(counts, window).astype(wide)
+    valid = _conv.window_sum(counts, window).astype(wide)
     if valid.shape[-1] > 1:  # One mask a group: repeat it over the group's features.
         valid = jnp.repeat(valid, kernel.shape[-1] // valid.shape[-1], axis=-1)
     total = math.prod(window.size) * sum(channels) // feature_group_count
@@ -214,11 +214,11 @@ def mask_coverage(
     """
     mask = jnp.asarray(mask)
     check_mask(mask, mask)
-    window = convolution.make_window(
+    window = _conv.make_window(
         mask.shape[1:-1], kernel_size, strides, padding, kernel_dilation
     )
     channels = mask.shape[-1]
-    valid = convolution.window_sum(_count_valid(mask > 0.5, channels, 1), window)
+    valid = _conv.window_sum(_count_valid(mask > 0.5, channels, 1), window)
     return valid / (math.prod(window.size) * channels)
 
 
@@ -274,7 +274,7 @@ def check_mask(mask: ArrayLike, inputs: ArrayLike) -> None:
         )
 
 
-def _count_valid(mask: Source, channels: int, groups: int) -> Source:
+def _count_valid(mask: Operand, channels: int, groups: int) -> Operand:
     """Counts the valid channels of each group, or of all groups that share a mask."""
     if isinstance(mask, Upsampled):
         return Upsampled(_count_valid(mask.x, channels, groups))
@@ -292,7 +292,7 @@ def _as_sources(inputs, mask):
         raise ValueError("inputs must be an array or a sequence of at least one.")
     if any(isinstance(getattr(x, "x", x), Upsampled) for x in inputs):
         raise ValueError("inputs must be Upsampled once; use upsample for the first.")
-    shapes = [convolution.shape(x) for x in inputs]
+    shapes = [_conv.shape(x) for x in inputs]
     for shape in shapes:
         if len(shape) < 3 or shape[:-1] != shapes[0][:-1]:
             raise ValueError(

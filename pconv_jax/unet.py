@@ -5,7 +5,9 @@ Images are ``[N, H, W, C]`` in [-1, 1]; masks ``[N, H, W, 1]``, 1 = valid, 0 = h
 Reference: Liu et al. 2018, section 3.2 and table 5 of the supplement.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -311,3 +313,98 @@ def _to_tuples(value: Any) -> Any:
         return value
     items = map(_to_tuples, value)
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def make_network(
+    stages: tuple[Sequence[Stage], Sequence[Stage]], **fields: Any
+) -> PConvUNet:
+    """Returns a network of given stages, with the depth and the width that these have.
+
+    Args:
+      stages: the encoder's and the decoder's.
+      **fields: the others of `PConvUNet`.
+    """
+    encoder, decoder = stages
+    return PConvUNet(
+        depth=len(encoder),
+        width=encoder[0].features,
+        out_features=decoder[-1].features,
+        stages=(encoder, decoder),
+        **fields,
+    )
+
+
+def fill_depth(model: PConvUNet, mask: jax.typing.ArrayLike) -> jax.Array:
+    """Returns at which layer of a network's encoder each pixel becomes valid.
+
+    Args:
+      model: the network.
+      mask: ``[N, H, W, 1]``, 1 = valid, 0 = hole; H and W fit the network's depth.
+
+    Returns:
+      uint8 ``[N, H, W]``: 0 where it was valid, and one more than there are layers
+      where it does not become so.
+    """
+    mask = jnp.asarray(mask)
+    depth = jnp.where(mask > 0, 0, len(model.encoder) + 1)
+    for level, stage in enumerate(model.encoder, 1):
+        k = stage.kernel_size
+        padding = k // 2 if stage.padding is None else stage.padding
+        mask = ops.update_mask(mask, (k, k), strides=2, padding=padding)
+        valid = mask > 0
+        for axis in (1, 2):
+            valid = jnp.repeat(valid, 2**level, axis=axis)
+        depth = jnp.where(valid, jnp.minimum(depth, level), depth)
+    return depth[..., 0].astype(jnp.uint8)
+
+
+def model_config(model: PConvUNet) -> dict[str, Any]:
+    """Returns what makes a network what it is, JSON-able. Two networks are compared so.
+
+    What only says how it is computed, such as the dtype, is left out.
+    """
+    return {
+        "conv": model.conv,
+        "stages": [
+            [stage._asdict() for stage in side]
+            for side in (model.encoder, model.decoder)
+        ],
+        "normalization": model.normalization and model.normalization._asdict(),
+        "sigmoid_head": model.sigmoid_head,
+    }
+
+
+def model_differences(config: Mapping[str, Any] | None, model: PConvUNet) -> list[str]:
+    """Returns in what a network differs from the one that a `model_config` is of.
+
+    Args:
+      config: as JSON gives it back, too. None is of any network.
+      model: the network.
+    """
+    ours = json.loads(json.dumps(model_config(model)))
+    theirs = ours if config is None else json.loads(json.dumps(config))
+    return [name for name in ours if theirs.get(name) != ours[name]]
+
+
+def model_from_config(config: Mapping[str, Any], source: str | Path) -> PConvUNet:
+    """Returns the network that `model_config` is of.
+
+    Args:
+      config: of a network.
+      source: where it came from, for the error.
+
+    Raises:
+      ValueError: if it makes no sense.
+    """
+    try:
+        fields = dict(config)
+        stages = tuple(
+            tuple(Stage(**stage) for stage in side) for side in fields.pop("stages")
+        )
+        if fields["normalization"]:
+            fields["normalization"] = Normalization(**fields["normalization"])
+        return make_network(stages, **fields)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{source} has the configuration of no network that is known here: {error}."
+        ) from error

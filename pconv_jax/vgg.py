@@ -9,20 +9,14 @@ Reference: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-S
 Image Recognition", 2015, https://arxiv.org/abs/1409.1556.
 """
 
-import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from flax.typing import Dtype
 from jax.typing import ArrayLike
-
-from pconv_jax import convert
 
 Params = Mapping[str, Any]
 
@@ -136,7 +130,7 @@ def vgg19_features(
     return VGG19Features(dtype=dtype).apply({"params": params}, images)
 
 
-def features_of(params: Params) -> Callable[..., tuple[jax.Array, ...]]:
+def feature_fn_for(params: Params) -> Callable[..., tuple[jax.Array, ...]]:
     """Returns the function that the parameters are of: VGG16's or VGG19's."""
     return vgg19_features if "conv3_4" in params else vgg16_features
 
@@ -148,53 +142,3 @@ def random_params(key: jax.Array) -> Params:
     are no substitute for trained ones.
     """
     return VGG16Features().init(key, jnp.zeros((1, 8, 8, 3)))["params"]
-
-
-def load_params(source: str | Path = "imagenet") -> Params:
-    """Loads trained weights, of a VGG16 or a VGG19.
-
-    Args:
-      source: a file, see `convert.read_vgg`; or ``'imagenet'``, a VGG16 looked for in
-        the file that ``PCONV_VGG16`` names, then in the cache (``PCONV_CACHE``, by
-        default ``~/.cache/pconv_jax``), then on the Hugging Face Hub (7 MB, once).
-
-    Returns:
-      The parameter tree of `VGG16Features` or `VGG19Features`, as NumPy arrays.
-
-    Raises:
-      ValueError: if there are none, saying where to put which file; if the file is no
-        VGG, naming all that is missing, mis-shaped or not finite.
-    """
-    if source == "imagenet":
-        source = os.environ.get("PCONV_VGG16") or source
-    if source != "imagenet":
-        return _to_params(convert.read_vgg(source), source)
-    cache = Path(os.environ.get("PCONV_CACHE") or "~/.cache/pconv_jax").expanduser()
-    path = cache / "vgg16.safetensors"
-    if path.exists():
-        return _to_params(convert.read_vgg(path), path)
-    try:
-        arrays = convert.download_vgg16()
-    except OSError as error:
-        raise ValueError(
-            f"There are no VGG16 weights: {convert.VGG16_URL} cannot be downloaded "
-            f"({error}). On a machine with a network, fetch that file (550 MB), put "
-            f"it here as {path}, or name it in PCONV_VGG16. torchvision's "
-            "vgg16-397923af.pth, or Keras' vgg16_weights_tf_dim_ordering_tf_kernels_"
-            "notop.h5, may be named there as well."
-        ) from error
-    params = _to_params(arrays, convert.VGG16_URL)
-    try:
-        convert.write_cache(path, traverse_util.flatten_dict(params, sep="/"))
-    except OSError as error:
-        logging.warning("The VGG16 is not kept for the next time: %s", error)
-    return params
-
-
-def _to_params(arrays: Mapping[str, Any], source: str | Path) -> Params:
-    """Returns the parameter tree up to ``pool3`` from a file's arrays."""
-    network = VGG19Features() if "conv3_4/kernel" in arrays else VGG16Features()
-    shapes = jax.eval_shape(
-        lambda: network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    )
-    return convert.to_tree(arrays, shapes, source)

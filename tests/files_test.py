@@ -1,25 +1,25 @@
 import pytest
 
-from pconv_jax import files
+from pconv_jax import _files
 
 
 def test_a_file_is_replaced_and_the_folders_above_it_are_made(tmp_path):
     path = tmp_path / "folder" / f"{'a' * 246}.txt"  # Of 250 bytes.
     for data in (b"old", b"new"):
-        files.write(path, data)
+        _files.write_bytes(path, data)
         assert path.read_bytes() == data
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.txt"
-    files.write(path, b"old")
-    with pytest.raises(OSError, match="disk full"), files.replacing(path) as partial:
+    _files.write_bytes(path, b"old")
+    with pytest.raises(OSError, match="disk full"), _files.atomic_path(path) as partial:
         partial.write_bytes(b"half of it")
         raise OSError("disk full")
     assert path.read_bytes() == b"old"
     with pytest.raises(IsADirectoryError):
-        files.write(tmp_path, b"new")
+        _files.write_bytes(tmp_path, b"new")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -28,6 +28,6 @@ def test_all_files_of_an_ordinary_tree_are_visible(tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = list(files.visible(str(tmp_path)))
+    found = list(_files.iter_files(str(tmp_path)))
     assert sorted(found) == sorted(tmp_path / name for name in names)
-    assert not list(files.visible(tmp_path / "missing"))
+    assert not list(_files.iter_files(tmp_path / "missing"))

@@ -1,18 +1,18 @@
 import functools
-import pathlib
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pconv_jax import losses, metrics, vgg
+from tests.helpers import TESTDATA, reference
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "testdata" / "losses.npz")
+GOLDEN = np.load(TESTDATA / "losses.npz")
+
 TERMS = [name for name, weight in losses.PAPER_WEIGHTS._asdict().items() if weight]
 
 
@@ -352,6 +352,7 @@ class VariantsTest(chex.TestCase):
 # Errors.
 
 OUTPUT, TARGET, MASK = make_case()
+
 PAIR_LOSSES = (
     losses.hole,
     losses.valid,

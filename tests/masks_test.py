@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pconv_jax import masks
+from pconv_jax.data.mask_folder import MaskFolder, augment
 
 KEY = jax.random.key(0)
 
@@ -331,7 +332,7 @@ def test_quiet_border_has_room_for_the_largest_bin(size):
 
 
 def test_folder_polarity(folder):
-    white, black = masks.MaskFolder(folder), masks.MaskFolder(folder, hole="black")
+    white, black = MaskFolder(folder), MaskFolder(folder, hole="black")
     assert len(white) == len(black) == 2
     for i, side in enumerate((16, 8)):
         chex.assert_shape(white[i], (32, 32, 1))
@@ -345,7 +346,7 @@ def test_folder_polarity(folder):
 def test_folder_threshold(tmp_path, threshold, hole_columns):
     image = np.tile(np.array([0, 128, 192, 255], np.uint8), (4, 1))
     write(tmp_path / "a.png", image)
-    mask = masks.MaskFolder(tmp_path, threshold=threshold)[0]
+    mask = MaskFolder(tmp_path, threshold=threshold)[0]
     assert holes(mask) == 4 * hole_columns
 
 
@@ -358,7 +359,7 @@ def test_folder_is_recursive_and_sorted_and_reads_every_format(tmp_path, monkeyp
     (tmp_path / "notes.txt").write_text("not a mask")
     (tmp_path / "._a.png").write_text("what macOS leaves beside a file")
     monkeypatch.setenv("HOME", str(tmp_path))
-    folder = masks.MaskFolder("~")
+    folder = MaskFolder("~")
     found = [path.relative_to(tmp_path).as_posix() for path in folder.paths]
     assert found == sorted(names)
     for name, mask in zip(found, folder, strict=True):
@@ -371,7 +372,7 @@ def test_folder_leaves_out_what_is_hidden_below_it(tmp_path, root):
     others = ["._a.png", ".ipynb_checkpoints/a-checkpoint.png", "b/.c/d/e.png"]
     for name in ("a.png", "b/1.png", *others):
         write(root / name, np.zeros((8, 8), np.uint8))
-    assert masks.MaskFolder(root).paths == [root / "a.png", root / "b/1.png"]
+    assert MaskFolder(root).paths == [root / "a.png", root / "b/1.png"]
 
 
 def test_folder_reads_linked_folders_once(tmp_path):
@@ -380,7 +381,7 @@ def test_folder_reads_linked_folders_once(tmp_path):
     root.mkdir()
     for link, target in {"b": "disk", "a": "disk", "loop": "masks"}.items():
         (root / link).symlink_to(tmp_path / target)
-    assert masks.MaskFolder(root).paths == [root / "a/1.png"]
+    assert MaskFolder(root).paths == [root / "a/1.png"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", "truncated"])
@@ -389,21 +390,21 @@ def test_folder_names_the_file_that_cannot_be_read(folder, content):
         content = (folder / "a.png").read_bytes()[:40]
     (folder / "bad.png").write_bytes(content)
     with pytest.raises(ValueError, match="bad.png"):
-        masks.MaskFolder(folder)[2]
+        MaskFolder(folder)[2]
 
 
 def test_folder_refuses(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has none.*empty"):
-        masks.MaskFolder(tmp_path / "empty")
+        MaskFolder(tmp_path / "empty")
     with pytest.raises(ValueError, match="no such folder.*missing"):
-        masks.MaskFolder(tmp_path / "missing")
+        MaskFolder(tmp_path / "missing")
     with pytest.raises(ValueError, match="hole must be 'white' or 'black'"):
-        masks.MaskFolder(folder, hole="red")
+        MaskFolder(folder, hole="red")
     with pytest.raises(ValueError, match="threshold"):
-        masks.MaskFolder(folder, threshold=153)
+        MaskFolder(folder, threshold=153)
     with pytest.raises(ValueError, match="hole_ratio must be .* got .0.3, 0.1."):
-        masks.MaskFolder(folder, hole_ratio=(0.3, 0.1))
+        MaskFolder(folder, hole_ratio=(0.3, 0.1))
 
 
 def test_sample_keeps_to_the_range_and_else_takes_the_closest(folder):
@@ -411,7 +412,7 @@ def test_sample_keeps_to_the_range_and_else_takes_the_closest(folder):
     options = dict(dilate=None, rotate=False, shift=False, crop=False)
     # 16 x 16 of 32 x 32 is 0.25, 8 x 8 is 0.0625.
     for hole_ratio, area in (((0.1, 0.3), 256), ((0.5, 0.6), 256), ((0.01, 0.02), 64)):
-        source = masks.MaskFolder(folder, hole_ratio=hole_ratio)
+        source = MaskFolder(folder, hole_ratio=hole_ratio)
         for _ in range(10):
             assert holes(source.sample(rng, 32, **options)) == area
 
@@ -427,7 +428,7 @@ def test_sample_keeps_to_the_range_and_else_takes_the_closest(folder):
 def test_sample_refuses(folder, options, message):
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=message):
-        masks.MaskFolder(folder).sample(rng, **{"size": 32, **options})
+        MaskFolder(folder).sample(rng, **{"size": 32, **options})
 
 
 OFF = dict(dilate=None, rotate=False, shift=False, crop=False)
@@ -437,13 +438,13 @@ OFF = dict(dilate=None, rotate=False, shift=False, crop=False)
 def test_augment_with_all_off_is_the_identity(shape):
     rng = np.random.default_rng(0)
     mask = rng.integers(0, 2, shape, np.uint8)
-    np.testing.assert_array_equal(masks.augment(mask, shape[0], rng, **OFF), mask)
+    np.testing.assert_array_equal(augment(mask, shape[0], rng, **OFF), mask)
 
 
 def test_augment_takes_the_central_square_and_scales():
     mask = np.ones((16, 24, 1), np.uint8)
     mask[4:8, 4:12] = 0
-    scaled = masks.augment(mask, 32, np.random.default_rng(0), **OFF)
+    scaled = augment(mask, 32, np.random.default_rng(0), **OFF)
     expected = np.ones((32, 32, 1), np.uint8)
     expected[8:16, :16] = 0
     np.testing.assert_array_equal(scaled, expected)
@@ -453,7 +454,7 @@ def test_augment_takes_the_central_square_and_scales():
 def test_augment_dilates_by_the_diameter_asked_for_at_512(size):
     mask = square_mask(size, size // 4)
     options = {**OFF, "dilate": (40, 40)}
-    mask = masks.augment(mask, size, np.random.default_rng(0), **options)
+    mask = augment(mask, size, np.random.default_rng(0), **options)
     row = mask[size // 2, :, 0]
     assert abs(holes(row) - (size // 4 + 40 * size // 512)) <= 2
 
@@ -461,18 +462,18 @@ def test_augment_dilates_by_the_diameter_asked_for_at_512(size):
 def test_augment_leaves_a_mask_without_holes_alone():
     mask = np.ones((32, 32, 1), np.uint8)
     for seed in range(5):
-        out = masks.augment(mask, 48, np.random.default_rng(seed))
+        out = augment(mask, 48, np.random.default_rng(seed))
         assert out.shape == (48, 48, 1) and out.all()
 
 
 def test_what_augment_uncovers_is_valid():
     mask = np.zeros((64, 64, 1), np.uint8)
     rng = np.random.default_rng(0)
-    shifted = masks.augment(mask, 64, rng, **{**OFF, "shift": True})
+    shifted = augment(mask, 64, rng, **{**OFF, "shift": True})
     rows, columns = (shifted[..., 0] == 0).any(1), (shifted[..., 0] == 0).any(0)
     assert 48 <= rows.sum() < 64 or 48 <= columns.sum() < 64
     assert holes(shifted) == rows.sum() * columns.sum()
-    turned = masks.augment(mask, 64, rng, **{**OFF, "rotate": True})
+    turned = augment(mask, 64, rng, **{**OFF, "rotate": True})
     assert np.mean(turned == 0) < 0.97
     assert holes(turned[24:40, 24:40]) == 256
 
@@ -481,7 +482,7 @@ def test_augment_rotation_keeps_the_area_and_the_centre():
     mask = square_mask(128, 40)
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        turned = masks.augment(mask, 128, rng, **{**OFF, "rotate": True})
+        turned = augment(mask, 128, rng, **{**OFF, "rotate": True})
         assert abs(holes(turned) - 1600) < 80
         assert abs(np.argwhere(turned[..., 0] == 0).mean(0) - 63.5).max() < 0.5
 
@@ -490,7 +491,7 @@ def test_augment_crop_enlarges():
     mask = square_mask(128, 40)
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        cropped = masks.augment(mask, 128, rng, **{**OFF, "crop": True})
+        cropped = augment(mask, 128, rng, **{**OFF, "crop": True})
         assert 1500 <= holes(cropped) <= 4 * 1600 + 200
 
 
@@ -498,7 +499,7 @@ def test_augment_is_binary_and_follows_its_generator():
     mask = np.random.default_rng(1).integers(0, 2, (64, 80, 1), np.uint8)
 
     def draw(seed):
-        return masks.augment(mask, 48, np.random.default_rng(seed))
+        return augment(mask, 48, np.random.default_rng(seed))
 
     for seed in range(5):
         out = draw(seed)
@@ -506,10 +507,10 @@ def test_augment_is_binary_and_follows_its_generator():
         assert set(np.unique(out)) <= {0, 1}
         np.testing.assert_array_equal(out, draw(seed))
     sparse = square_mask(64, 10)
-    a, b = (masks.augment(sparse, 48, np.random.default_rng(s)) for s in (0, 1))
+    a, b = (augment(sparse, 48, np.random.default_rng(s)) for s in (0, 1))
     assert (a != b).any()
 
 
 def test_augment_refuses_a_mask_without_its_channel():
     with pytest.raises(ValueError, match=r"mask must be \[H, W, 1\]"):
-        masks.augment(np.ones((8, 8)), 8, np.random.default_rng(0))
+        augment(np.ones((8, 8)), 8, np.random.default_rng(0))

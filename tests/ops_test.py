@@ -1,6 +1,5 @@
 import functools
 import json
-import pathlib
 
 import chex
 import flax.linen as nn
@@ -8,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from pconv_jax import ops
+from tests.helpers import TESTDATA, reference
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "testdata" / "nvidia_partialconv.npz")
+GOLDEN = np.load(TESTDATA / "nvidia_partialconv.npz")
+
 CASES = json.loads(str(GOLDEN["meta"]))
+
 
 ONE_PLANE, EACH_CHANNEL, NO_MASK = "one plane", "a plane for each channel", "no mask"
 

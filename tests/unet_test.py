@@ -1,6 +1,5 @@
 import functools
 import json
-import pathlib
 import re
 
 import chex
@@ -8,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax import export, lax
 
-from pconv_jax import convolution, ops, unet
+from pconv_jax import _conv, ops, unet
 from pconv_jax.unet import PConvUNet, Stage
+from tests.helpers import TESTDATA, reference
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "testdata" / "unets.npz")
+GOLDEN = np.load(TESTDATA / "unets.npz")
+
 
 # Kernel size, input channels and features of PConv1, ..., PConv16.
 PAPER = (
@@ -515,7 +515,7 @@ def test_decoder_at_low_resolution_equals_the_plain_one(monkeypatch):
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables, images)
 
     low = run()
-    monkeypatch.setattr(convolution, "_stays_small", lambda *_: False)
+    monkeypatch.setattr(_conv, "_stays_small", lambda *_: False)
     plain = run()
     for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(np.abs(b).max(), 0.1))

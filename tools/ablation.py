@@ -30,23 +30,35 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from pconv_jax import config as experiment
-from pconv_jax import evaluator, files, trainer, writers
-from pconv_jax.checkpoint import restore_network
+from pconv_jax import _files
+from pconv_jax.evaluate import methods, results, runner
+from pconv_jax.evaluate import protocol as protocol_lib
+from pconv_jax.evaluate.protocol import MASK_CLASSES, EvalSet
+from pconv_jax.runs import opening, settings
+from pconv_jax.runs.checkpoint import restore_network
+from pconv_jax.runs.output import format_table, write_json
+from pconv_jax.train import loop
 from pconv_jax.unet import PConvUNet
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment of all runs; by default configs/pconv.py:quickstart"
 )
+
 _STEPS = flags.DEFINE_integer(
     "steps", None, "Of both phases together; by default the experiment's."
 )
+
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of weights, pictures and masks.")
+
 _VARIANTS = flags.DEFINE_list("variants", None, "Some of them, the first one first.")
+
 _EXAMPLES = flags.DEFINE_integer("examples", None, "To evaluate on, of each class.")
+
 _OUT = flags.DEFINE_string("out", "runs/ablation", "Directory to write to.")
 
+
 _RESAMPLES = 2000
+
 _INTERVALS = (
     f"95 % percentile bootstrap, {_RESAMPLES} resamples of both seeds and pictures; "
     "all examples of a picture are drawn together"
@@ -115,11 +127,11 @@ def run(
     Returns:
       What is written to ``ablation.json``; None if a run was asked to stop.
     """
-    source = experiment.get_source(config, "validation")
-    protocol = evaluator.Protocol(
+    source = opening.get_source(config, "validation")
+    protocol = EvalSet(
         source, image_size=config.image_size, examples=config.evaluation_examples
     )
-    records: dict[str, list[evaluator.Evaluation]] = {v: [] for v in variants}
+    records: dict[str, list[results.Evaluation]] = {v: [] for v in variants}
     for seed in seeds:
         for variant in variants:
             name = f"{variant}-seed{seed}"
@@ -127,9 +139,9 @@ def run(
             variables = train(own, out / name, model)
             if variables is None:
                 return None
-            network = evaluator.Network(name, model, variables)
+            network = methods.Network(name, model, variables)
             records[variant].append(
-                evaluator.compare([network], protocol, directory=out / "records")
+                runner.compare([network], protocol, directory=out / "records")
             )
     found = {
         "config": config.to_dict(),
@@ -138,9 +150,9 @@ def run(
         "intervals": _INTERVALS,
         "results": summarize(records),
     }
-    writers.write_json(out / "ablation.json", found)
+    write_json(out / "ablation.json", found)
     markdown = f"# Ablation\n\n{describe(found, markdown=True)}\n"
-    files.write(out / "ablation.md", markdown.encode())
+    _files.write_bytes(out / "ablation.md", markdown.encode())
     return found
 
 
@@ -151,7 +163,7 @@ def get_experiment(
     conv, network = VARIANTS[variant]
     own = config.copy_and_resolve_references()
     own.seed, own.model.conv = seed, conv
-    model = experiment.get_model(own)
+    model = opening.get_model(own)
     fields = {name: getattr(model, name) for name in model.__dataclass_fields__}
     fields = {k: v for k, v in fields.items() if k not in ("parent", "name")}
     return own, network(**fields)
@@ -162,7 +174,7 @@ def train(
 ) -> dict[str, Any] | None:
     """Trains a network, unless that is done; returns its variables, None if stopped."""
     if not _is_finished(config, workdir):
-        summary = trainer.train_and_evaluate(config, workdir, model=model)
+        summary = loop.train_and_evaluate(config, workdir, model=model)
         if not summary["finished"]:
             return None
     _, variables, _ = restore_network(workdir / "checkpoints")
@@ -170,7 +182,7 @@ def train(
 
 
 def summarize(
-    records: Mapping[str, Sequence[evaluator.Evaluation]],
+    records: Mapping[str, Sequence[results.Evaluation]],
 ) -> list[dict[str, Any]]:
     """Returns a row for each variant, range of hole ratios and metric.
 
@@ -189,7 +201,7 @@ def summarize(
     every = (e for of_seeds in found.values() for x in of_seeds for e in x.values())
     picture = {_place(e): e["picture"] for e in every}
     for variant in records:
-        for hole_bin in (None, *range(len(evaluator.MASK_CLASSES) // 2)):
+        for hole_bin in (None, *range(len(MASK_CLASSES) // 2)):
             places = [p for p in sorted(picture) if hole_bin in (None, p[0])]
             pictures = [picture[place] for place in places]
             for metric in records[first][0].metrics:
@@ -220,7 +232,7 @@ def describe(found: Mapping[str, Any], *, markdown: bool = False) -> str:
     ]
     everything = [row for row in rows if row["hole_bin"] is None]
     for metric in dict.fromkeys(row["metric"] for row in rows):
-        about = evaluator.METRICS[metric]
+        about = results.METRICS[metric]
         table = [
             {"variant": row["variant"], "mean [95 %]": _format(row)}
             | {"difference [95 %]": _format(row.get("difference"))}
@@ -230,7 +242,7 @@ def describe(found: Mapping[str, Any], *, markdown: bool = False) -> str:
         ]
         unit = f" {about.unit}" if about.unit else ""
         title = f"{metric}{unit} ({about.better} is better)"
-        text = writers.format_table(table, markdown=markdown)
+        text = format_table(table, markdown=markdown)
         parts.append(f"## {title}\n\n{text}" if markdown else f"{title}\n{text}")
     table = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
@@ -241,7 +253,7 @@ def describe(found: Mapping[str, Any], *, markdown: bool = False) -> str:
             table.append({"variant": variant} | cells)
     if table:
         title = "psnr dB, difference by hole ratio"
-        text = writers.format_table(table, markdown=markdown)
+        text = format_table(table, markdown=markdown)
         parts.append(f"## {title}\n\n{text}" if markdown else f"{title}\n{text}")
     return "\n\n".join(parts)
 
@@ -258,7 +270,7 @@ def _is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
         return False
     done = json.loads((workdir / "config.json").read_text())
     same_end = done["phase2"]["steps"] == config.phase2.steps
-    return same_end and not experiment.differences(done, config.to_dict())
+    return same_end and not settings.differences(done, config.to_dict())
 
 
 def _place(example: Mapping[str, Any]) -> tuple[int, bool, int]:
@@ -302,7 +314,7 @@ def _format_seeds(difference: Mapping[str, Any] | None) -> str:
 
 
 def _bin_name(hole_bin: int) -> str:
-    return evaluator.protocol.bin_name(hole_bin)
+    return protocol_lib.bin_name(hole_bin)
 
 
 def _load_quickstart() -> ConfigDict:
@@ -321,7 +333,7 @@ def _configure(config: ConfigDict) -> ConfigDict:
     steps = config.phase1.steps + config.phase2.steps
     config.validate_every = config.picture_every = max(steps, 1)
     config.validation_examples = 1
-    experiment.check(config)
+    settings.check(config)
     return config
 
 
@@ -337,7 +349,7 @@ def main(_):
         # Runs that differ by their seed alone are the same program.
         jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
         found = run(config, out, seeds=seeds, variants=variants)
-    except (OSError, ValueError, trainer.TrainingDiverged) as error:
+    except (OSError, ValueError, loop.TrainingDivergedError) as error:
         logging.debug("", exc_info=True)  # For --verbosity=1.
         sys.exit(f"ablation.py: {error}")
     if found is None:
@@ -347,4 +359,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=experiment.parse_flags)
+    app.run(main, flags_parser=settings.parse_flags)

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from pconv_jax import pretrained
-from pconv_jax.evaluator import methods
+from pconv_jax import unet
+from pconv_jax.runs import opening
 from pconv_jax.unet import PConvUNet, paper_stages
+from pconv_jax.weights import pretrained
 
 
 def widen(
@@ -45,7 +46,7 @@ def widen(
     if (tuple(model.encoder), tuple(model.decoder)) != stages or before >= width:
         raise ValueError(
             "model must have the paper's stages, and fewer features in the first than "
-            f"width = {width}, got {pretrained.model_config(model)['stages']}."
+            f"width = {width}, got {unet.model_config(model)['stages']}."
         )
     wide = model.clone(stages=None, depth=depth, width=width)
     size = 2 * model.size_multiple
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     arguments = parser.parse_args()
     try:
-        trained = methods.load_network(arguments.source)
+        trained = opening.load_network(arguments.source)
         model, variables = widen(
             trained.model,
             trained.variables,

@@ -8,8 +8,9 @@ from typing import Any
 
 from flax import traverse_util
 
-from pconv_jax import __version__, convert, pretrained
-from pconv_jax.pretrained import Pretrained
+from pconv_jax import __version__
+from pconv_jax.weights import importers, pretrained
+from pconv_jax.weights.pretrained import Pretrained
 
 
 def add(commands: Any) -> None:
@@ -20,7 +21,7 @@ def add(commands: Any) -> None:
         description=(
             "Makes one .safetensors file, with all that is needed to use a network, of "
             "a run of train.py or of weights of another project. Known are "
-            + ", ".join(dict.fromkeys(p.name for p in convert.PROJECTS))
+            + ", ".join(dict.fromkeys(p.name for p in importers.PROJECTS))
             + "; PyTorch is not needed to read its files."
         ),
     )
@@ -56,7 +57,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     elif pretrained.is_release(source):
         network = pretrained.from_pretrained(source)
     else:
-        imported = convert.import_network(source)
+        imported = importers.import_network(source)
         info = {"origin": imported.project, "notes": list(imported.notes)}
         network = Pretrained(imported.model, imported.variables, info)
     model, variables, info = network
@@ -66,9 +67,9 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _read_run(workdir: Path, step: int | None) -> Pretrained:
-    from pconv_jax.evaluator import methods  # It takes long to import.
+    from pconv_jax.runs import opening  # It takes long to import.
 
-    model, variables, config, about = methods.load_run(workdir, step=step)
+    model, variables, config, about = opening.load_run(workdir, step=step)
     step = about["step"]
     info = {
         "origin": f"pconv_jax {__version__}, step {step}",

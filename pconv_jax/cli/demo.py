@@ -9,7 +9,7 @@ import tempfile
 from typing import Any
 
 from pconv_jax.cli import inpaint
-from pconv_jax.inpaint import Inpainter
+from pconv_jax.inpaint.inpainter import Inpainter
 
 
 def add(commands: Any) -> None:
@@ -37,13 +37,13 @@ def add(commands: Any) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     _use_temporary_folder()
     try:
-        from pconv_jax import demo  # Gradio takes long to import.
+        from pconv_jax.inpaint import page  # Gradio takes long to import.
     except ModuleNotFoundError as error:
         raise ValueError(
             f"the page takes {error.name}: pip install 'pconv-jax[demo]'."
         ) from error
     inpainter = Inpainter.from_pretrained(arguments.network)
-    demo.launch(inpainter, host=arguments.host, port=arguments.port)
+    page.launch(inpainter, host=arguments.host, port=arguments.port)
 
 
 def _use_temporary_folder() -> None:

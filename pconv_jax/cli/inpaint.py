@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pconv_jax import pictures
-from pconv_jax.inpaint import Inpainter
+from pconv_jax.inpaint import image_io
+from pconv_jax.inpaint.hole import hole_from_color
+from pconv_jax.inpaint.inpainter import Inpainter
 
 _DESCRIPTION = """\
 Fills the hole of a picture. Only the hole changes: all other pixels come back as
@@ -39,7 +40,7 @@ def add(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = ", ".join(pictures.SUFFIXES)
+    kinds = ", ".join(image_io.SUFFIXES)
     command.add_argument(
         "--image",
         metavar="PHOTO",
@@ -99,7 +100,7 @@ def add(commands: Any) -> None:
         "--max-pixels",
         metavar="N",
         type=int,
-        default=pictures.MAX_PIXELS,
+        default=image_io.MAX_PIXELS,
         help="refuse larger pictures (default: %(default)s)",
     )
     command.add_argument(
@@ -158,7 +159,7 @@ def _pair(image: Path, output: Path) -> list[tuple[Path, Path]]:
     """Returns the pictures, and for each the file to write."""
     if not image.is_dir():
         output = output / image.name if output.is_dir() else output
-        pictures.check_suffix(output)
+        image_io.check_suffix(output)
         return [(image, output)]
     if output.exists() and not output.is_dir():
         raise ValueError(
@@ -174,7 +175,7 @@ def _pictures_in(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in pictures.SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in image_io.SUFFIXES and not path.name.startswith(".")
     )
 
 
@@ -185,7 +186,7 @@ def _repair(
         raise ValueError(f"there is a file {out} already; --force replaces it.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        picture = pictures.read(path, max_pixels=arguments.max_pixels)
+        picture = image_io.read(path, max_pixels=arguments.max_pixels)
         image = inpainter(
             picture.image,
             _mask(path, picture.image, arguments),
@@ -193,7 +194,7 @@ def _repair(
             resize_mask=arguments.resize_mask,
             dilate=arguments.dilate,
         )
-        pictures.write(out, picture._replace(image=image))
+        image_io.write(out, picture._replace(image=image))
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         _say(f"{path.name}: {message}")
 
@@ -203,7 +204,7 @@ def _mask(
 ) -> Any:
     if arguments.mask_color is not None:
         color, tolerance = arguments.mask_color, arguments.tolerance or 0
-        return pictures.hole_of_color(image, color, tolerance=tolerance)
+        return hole_from_color(image, color, tolerance=tolerance)
     mask = arguments.mask
     if mask is None or not mask.is_dir():
         return mask

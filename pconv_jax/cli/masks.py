@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pconv_jax import files, masks
+from pconv_jax import _files, masks
 
 
 def add(commands: Any) -> None:
@@ -97,5 +97,5 @@ def _masks(arguments: argparse.Namespace) -> None:
         )
         file = io.BytesIO()
         Image.fromarray(np.asarray(mask)[..., 0] == 0).save(file, "PNG")
-        files.write(path, file.getvalue())
+        _files.write_bytes(path, file.getvalue())
     print(f"Written to {arguments.output}: {arguments.count} masks.")

@@ -20,19 +20,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.typing import ArrayLike
 
-from pconv_jax import convert
-
 Params = Mapping[str, Any]
-
-_PUBLISHED = convert.Published(
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth",
-    name="pt_inception-2015-12-05-6726825d.pth",
-    variable="PCONV_INCEPTION",
-)
 _SIZE = 299
 
 _logger = logging.getLogger(__name__)
@@ -231,7 +221,7 @@ def features_and_logits(
     aligned, without a filter against aliasing.
 
     Args:
-      params: of `load_params`.
+      params: of `load_inception_params`.
       images: ``[N, H, W, 3]`` RGB, uint8, or float in [0, 1].
 
     Returns:
@@ -254,46 +244,6 @@ def features_and_logits(
         images.astype(jnp.float32), shape, "bilinear", antialias=False
     )
     return InceptionV3().apply(params, 2 * images - 1)
-
-
-def load_params() -> Params:
-    """Loads pytorch-fid's weights of the network, of 2015.
-
-    They are looked for in the file that ``PCONV_INCEPTION`` names, with pytorch-fid's
-    names of arrays, then in the cache (``PCONV_CACHE``), then where they were published
-    (95 MB).
-
-    Returns:
-      Parameters for `features_and_logits`, as NumPy arrays.
-
-    Raises:
-      ValueError: If there are none, saying in a line where to put which file; or if it
-        is another file, naming all that is missing, mis-shaped or not finite.
-    """
-    (path,) = convert.find_published(_PUBLISHED)
-    arrays = convert.read_arrays(path)
-    image = jnp.zeros((1, _SIZE, _SIZE, 3))
-    shapes = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)
-    names = {
-        name: _torch_name(name) for name in traverse_util.flatten_dict(shapes, sep="/")
-    }
-    arrays = {
-        name: convert.from_torch(arrays[theirs])
-        for name, theirs in names.items()
-        if theirs in arrays
-    }
-    return convert.to_tree(arrays, shapes, path, names=names)
-
-
-def _torch_name(path):
-    _, *modules, leaf = path.split("/")
-    leaves = {
-        "kernel": "weight",
-        "scale": "weight",
-        "mean": "running_mean",
-        "var": "running_var",
-    }
-    return ".".join([*modules, leaves.get(leaf, leaf)])
 
 
 def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:

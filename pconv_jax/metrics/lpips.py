@@ -17,15 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pconv_jax import convert
 from pconv_jax.metrics.image import check_pair
-from pconv_jax.vgg import IMAGENET_MEAN, IMAGENET_STD, features_of
+from pconv_jax.vgg import IMAGENET_MEAN, IMAGENET_STD, feature_fn_for
 
 Params = Mapping[str, Any]
-
-_LPIPS_URL = (
-    "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
-)
 
 
 class _Conv(NamedTuple):
@@ -46,11 +41,9 @@ class _Stage(NamedTuple):
 class _Network(NamedTuple):
     stages: tuple[_Stage, ...]
     smallest: int  # Image that leaves a pixel at every depth.
-    trunk: convert.Published
-    heads: convert.Published
 
 
-_NETWORKS = {
+NETWORKS = {
     "alex": _Network(
         stages=(
             _Stage(None, (_Conv("conv1", 64, size=11, stride=4, padding=2),)),
@@ -60,16 +53,6 @@ _NETWORKS = {
             _Stage(None, (_Conv("conv5", 256),)),
         ),
         smallest=31,
-        trunk=convert.Published(
-            "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-            name="alexnet-owt-7be5be79.pth",
-            variable="PCONV_ALEXNET",
-        ),
-        heads=convert.Published(
-            f"{_LPIPS_URL}/alex.pth",
-            name="lpips_alex-df73285e.pth",
-            variable="PCONV_LPIPS_ALEX",
-        ),
     ),
     "vgg": _Network(
         stages=tuple(
@@ -86,21 +69,8 @@ _NETWORKS = {
             )
         ),
         smallest=16,
-        trunk=convert.Published(
-            "https://download.pytorch.org/models/vgg16-397923af.pth",
-            name="vgg16-397923af.pth",
-            variable="PCONV_VGG16",
-        ),
-        heads=convert.Published(
-            f"{_LPIPS_URL}/vgg.pth",
-            name="lpips_vgg-a78928a0.pth",
-            variable="PCONV_LPIPS_VGG",
-        ),
     ),
 }
-
-# torchvision counts ReLUs and poolings too.
-_ALEX_INDICES = {"conv1": 0, "conv2": 3, "conv3": 6, "conv4": 8, "conv5": 10}
 
 
 class LPIPS(nn.Module):
@@ -115,7 +85,7 @@ class LPIPS(nn.Module):
     @nn.compact
     def __call__(self, a: ArrayLike, b: ArrayLike) -> jax.Array:
         """Returns the distances ``[N]`` of images ``[N, H, W, 3]`` in [0, 1]."""
-        network = _NETWORKS[self.net]
+        network = NETWORKS[self.net]
         a, b = check_pair(a, b)
         if a.shape[-1] != 3 or min(a.shape[1:3]) < network.smallest:
             raise ValueError(
@@ -151,7 +121,7 @@ def distance(params: Params, a: ArrayLike, b: ArrayLike) -> jax.Array:
     """Returns the LPIPS distance of each pair of images.
 
     Args:
-      params: of `load_params`.
+      params: of `load_lpips_params`.
       a: Images ``[N, H, W, 3]``, RGB in [0, 1], at least 31 pixels high and wide, or 16
         with VGG16.
       b: Images of the same shape.
@@ -173,7 +143,7 @@ def vgg_distance(params: Params, a: ArrayLike, b: ArrayLike) -> jax.Array:
     in all of them count alike.
 
     Args:
-      params: of a VGG16 or VGG19, see `vgg.load_params`.
+      params: of a VGG16 or VGG19, see `load_vgg_params`.
       a: Images ``[N, H, W, 3]``, RGB in [0, 1], at least 8 pixels high and wide.
       b: Images of the same shape.
 
@@ -185,61 +155,12 @@ def vgg_distance(params: Params, a: ArrayLike, b: ArrayLike) -> jax.Array:
     """
     a, b = check_pair(a, b)
     with jax.default_matmul_precision("highest"):  # The same numbers on any device.
-        pools = features_of(params)(params, 2 * jnp.concatenate([a, b]) - 1)
+        pools = feature_fn_for(params)(params, 2 * jnp.concatenate([a, b]) - 1)
     pairs = [jnp.split(_to_unit_length(x), 2) for x in pools]
     return sum(jnp.square(x - y).sum(axis=-1).mean(axis=(1, 2)) for x, y in pairs)
-
-
-def load_params(net: str = "alex") -> Params:
-    """Loads the trained weights of a network and of its five linear heads.
-
-    Each of the two files is looked for where an environment variable says
-    (``PCONV_ALEXNET`` and ``PCONV_LPIPS_ALEX``, ``PCONV_VGG16`` and
-    ``PCONV_LPIPS_VGG``), in the cache (``PCONV_CACHE``), and where it was published: by
-    torchvision (about 240 or 550 MB) and by the LPIPS project (6 kB).
-
-    Args:
-      net: ``'alex'`` or ``'vgg'``.
-
-    Returns:
-      Parameters for `distance`, as NumPy arrays.
-
-    Raises:
-      ValueError: If a file is not to be had, saying in a line where to put it; or if it
-        is another one, naming all that is missing, mis-shaped or not finite.
-    """
-    if net not in _NETWORKS:
-        raise ValueError(f"net must be 'alex' or 'vgg', got {net!r}")
-    network = _NETWORKS[net]
-    heads, trunk = convert.find_published(network.heads, network.trunk)
-    image = jnp.zeros((1, 32, 32, 3))
-    shapes = jax.eval_shape(LPIPS(net).init, jax.random.key(0), image, image)["params"]
-    weights = {name: shapes.pop(name) for name in list(shapes) if name[:3] == "lin"}
-    arrays = convert.read_vgg(trunk) if net == "vgg" else _read_alexnet(trunk)
-    return convert.to_tree(arrays, shapes, trunk) | convert.to_tree(
-        _read_heads(heads), weights, heads
-    )
 
 
 def _to_unit_length(x):
     # A root's gradient at 0 is no number; the original's 1e-10 comes after it.
     squares = jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-30)
     return x / (jnp.sqrt(squares) + 1e-10)
-
-
-def _read_alexnet(path):
-    arrays = convert.read_arrays(path)
-    for conv, index in _ALEX_INDICES.items():
-        for leaf, name in (("kernel", "weight"), ("bias", "bias")):
-            if (array := arrays.get(f"features.{index}.{name}")) is not None:
-                arrays[f"{conv}/{leaf}"] = convert.from_torch(array)
-    return arrays
-
-
-def _read_heads(path):
-    arrays = convert.read_arrays(path)
-    # 1x1 convolutions behind dropout.
-    return {
-        name.removesuffix(".model.1.weight"): array.reshape(-1)
-        for name, array in arrays.items()
-    }

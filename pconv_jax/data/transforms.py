@@ -1,0 +1,109 @@
+"""From an encoded picture to an example: crop, resize, flip, mask."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+from absl import logging
+
+from pconv_jax.data.base import ImageSource, UnreadableImageError
+from pconv_jax.data.mask_folder import MaskFolder
+
+_MAX_UNREADABLE = 0.05  # fraction of a source
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform(grain.transforms.RandomMap):
+    """From a picture's index to a training record."""
+
+    source: ImageSource
+    image_size: int
+    scale: tuple[float, float]
+    flip: bool
+    mask_folder: MaskFolder | None
+
+    def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
+        """See base class."""
+        seed = rng.integers(2**32, dtype=np.uint32)
+        used, image = _readable(self.source, element)
+        square = _random_square(image, rng, self.scale)
+        image = _resize(square, self.image_size)
+        if rng.random() < 0.5 and self.flip:
+            image = image[:, ::-1]
+        record = {
+            "image": image,
+            "seed": seed,
+            # For TrainBatches, which takes them out.
+            "wanted": element,
+            "used": used,
+            "enlarged": len(square) < self.image_size,
+        }
+        if self.mask_folder is not None:
+            record["mask"] = self.mask_folder.sample(rng, self.image_size)
+        return record
+
+
+def _readable(source: ImageSource, wanted: int) -> tuple[int, np.ndarray]:
+    """The picture, or the next one that can be read, and its index."""
+    skipped = []
+    while len(skipped) <= max_unreadable(source):
+        index = (wanted + len(skipped)) % len(source)
+        try:
+            return index, source[index]
+        except UnreadableImageError:
+            skipped.append(source.name(index))
+    raise too_many_unreadable(source, skipped)
+
+
+def eval_example(
+    source: ImageSource, image_size: int, num_examples: int, number: int
+) -> dict[str, Any]:
+    """Returns evaluation example `number`; see `pipeline.eval_batches`."""
+    turn, wanted = divmod(number, len(source))
+    index, image = _readable(source, wanted)
+    if index != wanted:
+        names = source.name(wanted), source.name(index)
+        logging.warning("%s cannot be read, and %s takes its place", *names)
+    if turn:
+        rng = np.random.default_rng((turn, index))
+        image = _random_square(image, rng, (0.5, 1.0))
+    else:
+        side = min(image.shape[:2])
+        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+        image = image[top : top + side, left : left + side]
+    return {
+        "image": _resize(image, image_size),
+        "index": np.int32(number),
+        "weight": np.float32(number < num_examples),
+    }
+
+
+def _random_square(
+    image: np.ndarray, rng: np.random.Generator, scale: tuple[float, float]
+) -> np.ndarray:
+    height, width = image.shape[:2]
+    side = max(1, round(rng.uniform(*scale) * min(height, width)))
+    top, left = rng.integers((height - side + 1, width - side + 1))
+    return image[top : top + side, left : left + side]
+
+
+def _resize(square: np.ndarray, size: int) -> np.ndarray:
+    # INTER_AREA averages when it shrinks, hence no aliasing.
+    method = cv2.INTER_AREA if len(square) > size else cv2.INTER_CUBIC
+    return cv2.resize(square, (size, size), interpolation=method)
+
+
+def max_unreadable(source: ImageSource) -> int:
+    """Returns how many unreadable images a source may have."""
+    return int(_MAX_UNREADABLE * len(source))
+
+
+def too_many_unreadable(source: ImageSource, names: Sequence[str]) -> ValueError:
+    """Returns the error for a source with too many unreadable images."""
+    return ValueError(
+        f"{len(names)} of the {len(source)} pictures of source cannot be read, over "
+        f"{_MAX_UNREADABLE:.0%}; remove or repair them: {', '.join(names[:10])}"
+    )

@@ -1,0 +1,1 @@
+"""Inpainting methods that need no network."""

@@ -1,0 +1,1 @@
+"""Repair of images: the part for people with a photo and a mask."""

@@ -1,0 +1,1 @@
+"""What training and evaluation share: settings, checkpoints, devices and output."""

@@ -1,0 +1,434 @@
+"""Checkpoints of a training run that survive kills, bit rot and a change of machine.
+
+Orbax writes them: asynchronously, each step in a folder of its own that appears only
+when it is complete. This module adds what Orbax leaves to its users: a checksum of
+every leaf, a fallback to the next older step when the newest cannot be read, and an
+error where a checkpoint would otherwise be dropped in silence.
+
+A checkpoint holds named items (`'params'`, `'batch_stats'`, `'opt_state'`,
+`'average'`), each a pytree of arrays that can be read without the others, and `meta`,
+a JSON-able dict. Leaves are stored as NumPy arrays in nested dicts, so neither the
+number of devices nor the classes of an optimizer's state matter to whoever reads them.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from pconv_jax import _files
+
+PyTree = Any
+
+_logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints in one directory; a context manager.
+
+    Leaving the context waits until everything saved is on disk. With several hosts,
+    every process makes the same calls on the same directory of a shared file system;
+    process 0 writes.
+
+    Example::
+
+        with Checkpoints("runs/pconv/checkpoints", best_metric="psnr") as checkpoints:
+            restored = checkpoints.restore({"params": params})
+            ...
+            checkpoints.save(1000, {"params": params}, metrics={"psnr": 28.3})
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        best_metric: str | None = None,
+    ):
+        """Opens a directory. It need not exist: the first `save` makes it.
+
+        Args:
+          directory: a local path; each step is a folder in it, named by its number.
+          keep: how many of the newest checkpoints to keep.
+          best_metric: the metric, to be maximised, whose best checkpoint is kept
+            besides the newest.
+
+        Raises:
+          ValueError: if `keep` is less than 1.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}.")
+        logging.getLogger("absl").addFilter(_is_no_orbax_chatter)
+        self._directory = pathlib.Path(os.path.abspath(directory))
+        self._keep = keep
+        self._best_metric = best_metric
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                create=False, preservation_policy=_Preserve(self._steps_to_keep)
+            ),
+        )
+        # The step at which the run stands that uses this object.
+        self._current: int | None = None
+        self._scores: dict[int, float] = {}
+        for step in self.steps() if best_metric else ():
+            with contextlib.suppress(Exception):  # `restore` reports broken steps.
+                self._note_score(step, self._read_record(step)["metrics"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits until everything saved is on disk."""
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """Returns the newest step, or None if there is no checkpoint."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """Returns the step with the largest `best_metric`, or None if none has it."""
+        scored = [step for step in self.steps() if step in self._scores]
+        return max(scored, key=self._scores.__getitem__, default=None)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Returns the metrics of a checkpoint that is whole; empty if it has none."""
+        self._manager.wait_until_finished()
+        return self._read_record(step)["metrics"]
+
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, PyTree],
+        *,
+        meta: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Starts to write a checkpoint and returns while it is being written.
+
+        Afterwards the items may be changed in place or donated to a jitted function.
+
+        A run is one line of steps. If it was taken up again from an older step, by
+        choice or because the newer ones could not be read, then the next `save`
+        deletes those newer ones, with a logged warning.
+
+        Args:
+          step: not smaller than that of the last `save` or `restore`.
+          items: pytrees of arrays by name; on several hosts, replicated ones.
+          meta: a JSON-able dict to keep with them.
+          metrics: numbers by name, among them `best_metric`. Without it, or if it is
+            NaN, this checkpoint is never the best one.
+
+        Returns:
+          True; or False if the run stands at `step`, just saved or restored, so that
+          there is nothing to do but to add metrics, if any are given.
+
+        Raises:
+          ValueError: if `step` is smaller than that of the last `save` or `restore`;
+            if the directory holds checkpoints of `step` or later and none has been
+            restored, as another run would be overwritten; if `meta` is not JSON-able
+            or an item has a reserved name.
+        """
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        if step == self._current:
+            if metrics:
+                self._add_metrics(step, metrics)
+            return False
+        if reserved := {"meta", "metrics"} & set(items):
+            raise ValueError(f"items must not be named {reserved}: taken.")
+        record = {"meta": dict(meta or {}), "metrics": metrics}
+        self._manager.wait_until_finished()
+        self._clear_the_way(step)
+
+        flat = {name: _flatten(jax.device_get(tree)) for name, tree in items.items()}
+        flat = {name: jax.tree.map(np.asarray, leaves) for name, leaves in flat.items()}
+        record["leaves"] = {
+            name: {path: _describe(leaf) for path, leaf in leaves.items()}
+            for name, leaves in flat.items()
+        }
+        trees = {
+            name: ocp.args.StandardSave(_nest(leaves))
+            for name, leaves in flat.items()
+            if leaves  # Orbax refuses empty trees; the record remembers them.
+        }
+        self._note_score(step, metrics)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(meta=ocp.args.JsonSave(_seal(record)), **trees),
+            force=True,  # Whether to save is the caller's decision, not Orbax's.
+        )
+        self._current = step
+        return True
+
+    def restore(
+        self,
+        targets: Mapping[str, PyTree] | Iterable[str],
+        *,
+        step: int | None = None,
+    ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+        """Reads the newest checkpoint that is whole.
+
+        One that cannot be read, or whose checksums are wrong, is skipped with a logged
+        warning, and the next older one is tried.
+
+        Args:
+          targets: the items to read; others are left alone. Either pytrees by name,
+            of arrays or `jax.ShapeDtypeStruct`s, that give structure, shapes and
+            dtypes of what is returned; or names only, to get nested dicts as stored.
+          step: read this step and no other.
+
+        Returns:
+          The step, the items with NumPy leaves, and `meta`; or None if there is no
+          checkpoint at all and no `step` was asked for.
+
+        Raises:
+          ValueError: if there is no checkpoint of `step`; if none can be read; if one
+            can, but its items, their structure or shapes are not those of `targets`:
+            then the directory belongs to another configuration.
+        """
+        if not isinstance(targets, Mapping):
+            targets = dict.fromkeys(targets)
+        self._manager.wait_until_finished()
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise ValueError(
+                f"There is no checkpoint of step {step} in {self._directory}, "
+                f"only of {steps}."
+            )
+        failures = []
+        for candidate in reversed(steps) if step is None else [step]:
+            try:
+                record = self._read_record(candidate)
+                stored = self._read_items(candidate, targets, record["leaves"])
+            except Exception as error:  # Broken files raise errors of every kind.
+                reason = " ".join(str(error).split())[:200] or "no message"
+                failures.append(f"step {candidate}: {type(error).__name__}: {reason}")
+                _logger.warning("Skipped an unreadable checkpoint, %s", failures[-1])
+                continue
+            self._require_match(candidate, stored, targets)
+            self._current = candidate
+            items = {name: _fit(stored[name], targets[name]) for name in targets}
+            return candidate, items, record["meta"]
+        if failures:
+            raise ValueError(
+                f"None of the checkpoints tried in {self._directory} can be read: "
+                + "; ".join(failures)
+            )
+        return None
+
+    def _clear_the_way(self, step: int) -> None:
+        """Makes `step` the next one: no newer steps, no remains of a killed save."""
+        if self._current is None:
+            later = [other for other in self.steps() if other >= step]
+            if later:
+                raise ValueError(
+                    f"Saving step {step} would overwrite the run in {self._directory}, "
+                    f"which has checkpoints of steps {later}. Restore from it first, "
+                    "or use another directory."
+                )
+            self._directory.mkdir(parents=True, exist_ok=True)
+        elif step < self._current:
+            raise ValueError(
+                f"step must not be smaller than {self._current}, the last one saved or "
+                f"restored, got {step}."
+            )
+        else:
+            for other in [s for s in self.steps() if s > self._current]:
+                _logger.warning(
+                    "Deleting the checkpoint of step %d: the run was taken up again "
+                    "from step %d.",
+                    other,
+                    self._current,
+                )
+                self._manager.delete(other)
+                self._scores.pop(other, None)
+        if jax.process_index() == 0:
+            for path in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path)
+
+    def _add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._manager.wait_until_finished()
+        record = self._read_record(step)
+        record["metrics"] |= metrics
+        if jax.process_index() == 0:  # Orbax never writes to a step twice.
+            path = self._directory / str(step) / "meta" / "metadata"
+            _files.write_bytes(path, json.dumps(_seal(record)).encode())
+        self._note_score(step, metrics)
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        record = self._manager.restore(step, args=args)["meta"]
+        if record.pop("crc32", None) != _seal(record)["crc32"]:
+            raise ValueError("wrong checksum of meta")
+        return record
+
+    def _read_items(
+        self, step: int, names: Iterable[str], leaves: Mapping[str, Mapping]
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Returns path -> array for those of the named items that are stored."""
+        flat = {name: {} for name in names if name in leaves}
+        trees = {
+            name: ocp.args.StandardRestore(_nest(_blank(leaves[name])))
+            for name in flat
+            if leaves[name]
+        }
+        if trees:
+            read = self._manager.restore(step, args=ocp.args.Composite(**trees))
+            flat |= {name: _flatten(read[name]) for name in trees}
+        for name in flat:
+            for path, leaf in flat[name].items():
+                if _describe(leaf) != leaves[name][path]:
+                    raise ValueError(f"wrong checksum of {name}/{path}")
+        return flat
+
+    def _require_match(
+        self,
+        step: int,
+        stored: Mapping[str, Mapping[str, np.ndarray]],
+        targets: Mapping[str, PyTree | None],
+    ) -> None:
+        problem = None
+        for name, target in targets.items():
+            if name not in stored:
+                problem = f"it has no item {name!r}"
+            elif target is not None:
+                problem = _first_difference(name, stored[name], _flatten(target))
+            if problem:
+                raise ValueError(
+                    f"The checkpoint of step {step} in {self._directory} belongs to "
+                    f"another configuration: {problem}. Use the configuration it was "
+                    "made with, or another directory."
+                )
+
+    def _note_score(self, step: int, metrics: Mapping[str, float]) -> None:
+        score = float(metrics.get(self._best_metric, math.nan))
+        if not math.isnan(score):
+            self._scores[step] = score
+
+    def _steps_to_keep(self, steps: Sequence[int]) -> set[int | None]:
+        return {*sorted(steps)[-self._keep :], self.best_step()}
+
+
+def restore_network(
+    directory: str | os.PathLike[str],
+    *,
+    targets: Mapping[str, PyTree] | None = None,
+    step: int | None = None,
+) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+    """Reads the network of a training run: the averaged one, if the run has that.
+
+    Args:
+      directory: of the run's checkpoints.
+      targets: ``params`` and ``batch_stats``, as for `Checkpoints.restore`.
+      step: of the checkpoint; by default the newest that is whole.
+
+    Returns:
+      The step, ``params`` and ``batch_stats``, and `meta`; None if there is no
+      checkpoint and no `step` was asked for.
+
+    Raises:
+      ValueError: as `Checkpoints.restore`.
+    """
+    targets = dict(targets or dict.fromkeys(("params", "batch_stats")))
+    with Checkpoints(directory) as checkpoints:
+        restored = checkpoints.restore(targets | {"average": None}, step=step)
+    if restored is None:
+        return None
+    step, items, meta = restored
+    average = items.pop("average")
+    return step, average or items, meta
+
+
+class _Preserve:
+    """Orbax' protocol for what to keep, around a function steps -> steps to keep."""
+
+    def __init__(self, steps_to_keep: Callable[[Sequence[int]], set[int | None]]):
+        self._steps_to_keep = steps_to_keep
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = self._steps_to_keep(steps)
+        return [step in kept for step in steps]
+
+
+def _is_no_orbax_chatter(record: logging.LogRecord) -> bool:
+    """Drops Orbax' progress reports, dozens a save, from the log all of absl shares."""
+    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {keystr(path): leaf for path, leaf in paths}
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _describe(leaf: np.ndarray) -> dict[str, Any]:
+    data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+    return {
+        "shape": list(leaf.shape),
+        "dtype": leaf.dtype.name,
+        "crc32": zlib.crc32(data),
+    }
+
+
+def _blank(described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """What Orbax takes as the wish for NumPy arrays; their memory is never touched."""
+    return {
+        path: np.empty(leaf["shape"], leaf["dtype"]) for path, leaf in described.items()
+    }
+
+
+def _seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the record as JSON gives it back, with its checksum."""
+    try:
+        text = json.dumps(record)
+    except TypeError as error:
+        raise ValueError(f"meta must be JSON-able, but: {error}.") from error
+    record = json.loads(text)
+    text = json.dumps(record, sort_keys=True)
+    return record | {"crc32": zlib.crc32(text.encode())}
+
+
+def _first_difference(
+    name: str, stored: Mapping[str, np.ndarray], wanted: Mapping[str, Any]
+) -> str | None:
+    for path in {**wanted, **stored}:
+        shapes = [np.shape(t[path]) if path in t else None for t in (stored, wanted)]
+        if shapes[0] != shapes[1]:
+            has, wants = ("nothing" if s is None else f"shape {s}" for s in shapes)
+            return f"at {name}/{path} it has {has}, but wanted is {wants}"
+    return None
+
+
+def _fit(stored: Mapping[str, np.ndarray], target: PyTree | None) -> PyTree:
+    if target is None:
+        return _nest(stored)
+    leaves = [
+        stored[path].astype(getattr(wanted, "dtype", stored[path].dtype), copy=False)
+        for path, wanted in _flatten(target).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves)

@@ -1,0 +1,77 @@
+"""Pure functions that run and score a network on a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pconv_jax import metrics, ops
+from pconv_jax.unet import PConvUNet
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# Draws a mask [H, W, 1] from a key.
+DrawMask = Callable[[jax.Array], jax.Array]
+
+
+def fill_step(variables: Any, batch: Batch, *, model: PConvUNet) -> Metrics:
+    """Fills the holes of a batch.
+
+    Args:
+      variables: ``params`` and ``batch_stats``.
+      batch: see the module; it has masks.
+      model: the network.
+
+    Returns:
+      ``output``, the network's pictures as they would be saved, uint8 ``[N, H, W, C]``,
+      for valid pixels too; and ``finite``, bool ``[N]``, whether all of it is.
+    """
+    images, mask = prepare_batch(batch)
+    output, _ = model.apply(variables, images, mask)
+    return {
+        "output": jnp.rint((jnp.clip(output, -1, 1) + 1) * 127.5).astype(jnp.uint8),
+        "finite": jnp.isfinite(output).all(axis=(1, 2, 3)),
+    }
+
+
+def score_step(batch: Batch) -> Metrics:
+    """Compares pictures with the truth, whatever filled their holes.
+
+    Args:
+      batch: see the module; it has masks, and ``output``, uint8 ``[N, H, W, 3]``.
+
+    Returns:
+      ``[N]`` numbers for each of `pconv_jax.metrics`: of the composite, which has the
+      truth's valid pixels; of the output itself, with ``output_`` before their names;
+      and the ``hole_ratio``.
+    """
+    truth, output, mask = batch["image"], batch["output"], batch["mask"]
+    comp = ops.composite(output, truth, mask)
+    truth, output, comp = (x.astype(jnp.float32) / 255 for x in (truth, output, comp))
+    return {
+        "l1": metrics.l1(comp, truth),
+        "l1_hole": metrics.l1_hole(comp, truth, mask),
+        "psnr": metrics.psnr(comp, truth),
+        "ssim": metrics.ssim(comp, truth),
+        "output_l1": metrics.l1(output, truth),
+        "output_psnr": metrics.psnr(output, truth),
+        "output_ssim": metrics.ssim(output, truth),
+        "hole_ratio": 1 - mask.astype(jnp.float32).mean(axis=(1, 2, 3)),
+    }
+
+
+def prepare_batch(
+    batch: Batch, *, draw_mask: DrawMask | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns images in [-1, 1] and masks, both float32.
+
+    Args:
+      batch: see the module.
+      draw_mask: maps a key to a mask ``[H, W, 1]``, for batches without masks.
+    """
+    images = batch["image"].astype(jnp.float32) / 127.5 - 1
+    if "mask" in batch:
+        return images, batch["mask"].astype(jnp.float32)
+    keys = jax.vmap(jax.random.key)(batch["seed"])
+    return images, jax.vmap(draw_mask)(keys)

@@ -1,0 +1,152 @@
+"""Where the numbers and pictures of a run go: JSON lines, TensorBoard, the terminal.
+
+Images of the network are float `[..., H, W, 3]` in [-1, 1], pictures to be written are
+uint8 `[H, W, 3]`; masks are 1 where valid and 0 in the hole.
+"""
+
+import io
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image, ImageDraw, ImageFont
+
+from pconv_jax import _files
+
+_GAP = 2  # Pixels between the pictures of a grid.
+_CAPTION_HEIGHT = 18
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file, complete or not at all."""
+    _files.write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_png(path: pathlib.Path, image: np.ndarray) -> None:
+    """Writes a picture, complete or not at all.
+
+    Args:
+      path: of the file.
+      image: uint8 `[H, W, 3]`.
+
+    Raises:
+      ValueError: if `image` is of another shape or dtype.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(
+            "image must be uint8 of shape [H, W, 3], "
+            f"got {image.dtype} of shape {list(image.shape)}."
+        )
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, format="PNG")
+    _files.write_bytes(path, png.getvalue())
+
+
+def picture_grid(
+    columns: Mapping[str, ArrayLike], *, max_rows: int | None = 8
+) -> np.ndarray:
+    """Lays examples out in rows and what was made of them in captioned columns.
+
+    Args:
+      columns: images float `[N, H, W, 3]` in [-1, 1], all of one shape, by caption,
+        from left to right. Values outside are clipped; NaN becomes black.
+      max_rows: how many of the N examples to show at most; None shows all.
+
+    Returns:
+      uint8 `[H', W', 3]`: white, with a strip of captions on top.
+
+    Raises:
+      ValueError: if there is no column, or if shapes differ or are not `[N, H, W, 3]`.
+    """
+    pictures = {name: np.asarray(x, np.float32) for name, x in columns.items()}
+    shapes = {name: x.shape for name, x in pictures.items()}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"columns must be images of one shape, got {shapes}.")
+    shape = next(iter(shapes.values()))
+    if len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        raise ValueError(f"columns must be images [N, H, W, 3], got {list(shape)}.")
+    height, width = shape[1:3]
+    stack = np.stack([_to_uint8(x[:max_rows]) for x in pictures.values()], axis=1)
+    rows, count = stack.shape[:2]
+    grid = np.full(
+        (
+            _CAPTION_HEIGHT + rows * (height + _GAP) - _GAP,
+            count * (width + _GAP) - _GAP,
+            3,
+        ),
+        255,
+        np.uint8,
+    )
+    for column, name in enumerate(pictures):
+        left = column * (width + _GAP)
+        grid[:_CAPTION_HEIGHT, left : left + width] = _caption(name, width)
+        for row in range(rows):
+            top = _CAPTION_HEIGHT + row * (height + _GAP)
+            grid[top : top + height, left : left + width] = stack[row, column]
+    return grid
+
+
+def _to_uint8(x: np.ndarray) -> np.ndarray:
+    x = np.nan_to_num(x, nan=-1.0, posinf=1.0, neginf=-1.0)
+    return np.rint((np.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+
+
+def _caption(text: str, width: int) -> np.ndarray:
+    """Returns black text on a white strip, as large as fits into `width`."""
+    strip = Image.new("RGB", (width, _CAPTION_HEIGHT), "white")
+    draw = ImageDraw.Draw(strip)
+    sizes = range(13, 6, -1)
+    fonts = [ImageFont.load_default(size) for size in sizes]
+    fitting = [font for font in fonts if font.getlength(text) <= width]
+    middle = (width / 2, _CAPTION_HEIGHT / 2)
+    draw.text(middle, text, "black", (fitting or fonts[-1:])[0], anchor="mm")
+    return np.asarray(strip)
+
+
+def format_table(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    columns: Sequence[str] | None = None,
+    decimals: int = 4,
+    markdown: bool = False,
+) -> str:
+    """Formats rows as an aligned table, numbers to the right and words to the left.
+
+    Args:
+      rows: cells by column; what a row lacks, or None, stays empty.
+      columns: the columns and their order; by default as they first appear in `rows`.
+      decimals: how many of them a float has; integers have none.
+      markdown: whether to write a Markdown table instead of plain text.
+
+    Returns:
+      Lines without a newline at the end.
+    """
+    if columns is None:
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float | np.floating):
+            return f"{value:.{decimals}f}"
+        return "" if value is None else str(value)
+
+    formatted = []
+    for name in columns:
+        values = [row.get(name) for row in rows]
+        texts = [name, *map(cell, values)]
+        width = max(3, *map(len, texts))
+        numeric = all(isinstance(v, int | float | np.number | None) for v in values)
+        align = str.rjust if numeric else str.ljust
+        texts = [align(text, width) for text in texts]
+        if markdown:
+            rule = "-" * (width - 1) + ":" if numeric else "-" * width
+        else:
+            rule = "-" * width
+        formatted.append([texts[0], rule, *texts[1:]])
+    lines = zip(*formatted, strict=True)
+    if markdown:
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in lines)

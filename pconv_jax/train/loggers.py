@@ -1,0 +1,201 @@
+"""Where a training run logs: JSON lines, TensorBoard and the terminal."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Self
+
+import numpy as np
+import tensorboardX
+from tqdm import tqdm
+
+from pconv_jax import _files
+from pconv_jax.runs.output import write_png
+
+_LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+class MetricWriter:
+    """Writes a run's metrics and pictures below `workdir`; a context manager.
+
+    * `metrics.jsonl`: one object a line with `step`, `time` (seconds since the epoch)
+      and the scalars. A scalar that is not finite is written as `null`, as JSON knows
+      neither NaN nor infinity.
+    * `pictures/{name}_{step:07d}.png`
+    * `tensorboard/`: both, less the scalars that are not finite, within ten seconds.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        first_step: int | None = None,
+        enabled: bool = True,
+    ):
+        """Opens the files of a new run, or goes on with those of an older one.
+
+        Args:
+          workdir: the run's directory.
+          first_step: the first step that this run is going to write. What a killed run
+            has left of this step and later ones is dropped, so that no step is there
+            twice. None keeps everything.
+          enabled: if False (on all hosts but the first), nothing is ever written.
+        """
+        self._tensorboard = None
+        workdir = pathlib.Path(workdir)
+        self._pictures = workdir / "pictures"
+        if not enabled:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            lines = _lines_before(path.read_bytes(), first_step)
+            _files.write_bytes(path, b"".join(lines))
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=first_step,
+            flush_secs=10,
+            # Names differ by the second only: a quick restart would overwrite.
+            filename_suffix=f".{time.time_ns()}",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Writes what is pending and closes the files."""
+        if self._tensorboard:
+            self._file.close()
+            self._tensorboard.close()
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends one line.
+
+        Args:
+          step: the step that the scalars belong to.
+          scalars: numbers by name, such as `'train/loss'` or `'validation/psnr'`.
+        """
+        if not self._tensorboard:
+            return
+        scalars = {name: float(value) for name, value in scalars.items()}
+        finite = {name: x for name, x in scalars.items() if math.isfinite(x)}
+        line = {"step": int(step), "time": time.time()}
+        line |= {name: finite.get(name) for name in scalars}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in finite.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def write_picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes a picture, complete or not at all.
+
+        Args:
+          step: the step that it belongs to.
+          name: what it shows; a `/` makes a folder.
+          image: uint8 `[H, W, 3]`.
+
+        Raises:
+          ValueError: if `image` is of another shape or dtype.
+        """
+        if not self._tensorboard:
+            return
+        write_png(self.picture_path(step, name), image)
+        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def picture_path(self, step: int, name: str) -> pathlib.Path:
+        """Returns the file that `write_picture` writes."""
+        return self._pictures / f"{name}_{step:07d}.png"
+
+
+def _lines_before(text: bytes, first_step: int | None) -> Iterator[bytes]:
+    for line in text.splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # Torn by a kill.
+        if line.endswith(b"\n") and (first_step is None or step < first_step):
+            yield line
+
+
+class Progress:
+    """How far a loop has come: a bar on a terminal, in a log file lines.
+
+    Bar, lines and messages go to the standard error. In a log file there is a line for
+    each `set_postfix` and none for `update`.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        initial: int = 0,
+        *,
+        description: str = "train",
+        enabled: bool = True,
+    ):
+        """Starts to measure the time.
+
+        Args:
+          total: the steps of the whole run.
+          initial: those done before, by the run that this one resumes.
+          description: one word in front.
+          enabled: if False (on all hosts but the first), nothing is ever written.
+        """
+        self._lines = enabled and not sys.stderr.isatty()
+        self._enabled = enabled
+        self._initial = initial
+        self._done = initial
+        self._start = time.monotonic()
+        self._bar = tqdm(
+            total=total,
+            initial=initial,
+            desc=description,
+            unit=" steps",
+            dynamic_ncols=True,
+            disable=self._lines or not enabled,
+        )
+        self._total = total
+        self._description = description
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()
+
+    def update(self, n: int = 1) -> None:
+        """Counts `n` more steps."""
+        self._done += n
+        self._bar.update(n)
+
+    def set_postfix(self, values: Mapping[str, float]) -> None:
+        """Shows numbers by name, such as the loss and the images per second."""
+        postfix = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+        self._bar.set_postfix_str(postfix)
+        if self._lines:
+            line = tqdm.format_meter(
+                self._done,
+                self._total,
+                time.monotonic() - self._start,
+                initial=self._initial,
+                prefix=self._description,
+                postfix=postfix,
+                bar_format=_LINE_FORMAT,
+            )
+            self.write(line)
+
+    def write(self, message: str) -> None:
+        """Writes a line above the bar."""
+        if self._enabled:
+            tqdm.write(message, file=sys.stderr)

@@ -1,0 +1,199 @@
+"""One step of training and of evaluation, as pure functions.
+
+A batch is a dict of arrays, as `pconv_jax.data.pipeline` yields them: ``image``, uint8
+``[N, H, W, 3]``; and either ``mask``, ``[N, H, W, 1]`` with 1 = valid, or ``seed``,
+uint32 ``[N]``, from which each example's mask is drawn on the device. Nothing depends
+on where in the batch, or on which device, an example is.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from pconv_jax import losses
+from pconv_jax.runs.inference import Batch, DrawMask, Metrics, prepare_batch
+from pconv_jax.unet import PConvUNet
+
+# Maps a parameter tree and images to feature maps, e.g. vgg.vgg16_features.
+ApplyFeatures = Callable[[Any, jax.Array], Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step of training reads and returns.
+
+    Attributes:
+      step: number of updates done, int32.
+      params: the network's parameters.
+      batch_stats: its running statistics of batch normalization.
+      opt_state: the optimizer's state.
+      average: a moving average of ``params`` and ``batch_stats``; empty without one.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    average: Any = flax.struct.field(default_factory=dict)
+
+    @property
+    def variables(self) -> Any:
+        """Of the network, for evaluation: averaged, if there is an average."""
+        return self.average or {
+            "params": self.params,
+            "batch_stats": self.batch_stats,
+        }
+
+
+def create_state(
+    key: jax.Array,
+    *,
+    model: PConvUNet,
+    optimizer: optax.GradientTransformation,
+    image_size: int,
+    average: bool = False,
+) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+      key: of the initial weights.
+      model: the network.
+      optimizer: of its weights.
+      image_size: of the square images.
+      average: whether the state has a moving average.
+    """
+
+    @jax.jit
+    def init():
+        images = jnp.zeros((2, image_size, image_size, model.out_features))
+        variables = model.init(key, images, jnp.ones((*images.shape[:-1], 1)))
+        params, stats = variables["params"], variables.get("batch_stats", {})
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=stats,
+            opt_state=optimizer.init(params),
+            average={"params": params, "batch_stats": stats} if average else {},
+        )
+
+    return init()
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    feature_params: Any,
+    *,
+    model: PConvUNet,
+    optimizer: optax.GradientTransformation,
+    apply_features: ApplyFeatures | None,
+    loss_weights: losses.LossWeights = losses.PAPER_WEIGHTS,
+    draw_mask: DrawMask | None = None,
+    freeze_encoder_norm: bool = False,
+    accumulate: int = 1,
+    average_decay: float = 0.0,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Makes one update.
+
+    Args:
+      state: the state before.
+      batch: see the module; under ``jax.pmap`` this device's part of it.
+      feature_params: parameters of ``apply_features``.
+      model: the network.
+      optimizer: of `TrainState.opt_state`.
+      apply_features: the network of the perceptual and style terms; None leaves them
+        out.
+      loss_weights: weights of the loss terms.
+      draw_mask: for batches without masks.
+      freeze_encoder_norm: see `PConvUNet`.
+      accumulate: number of parts that the batch is computed in, one after the other,
+        to save memory. The gradient is the mean of theirs. Batch normalization sees a
+        part at a time, and updates its running statistics after each.
+      average_decay: of `TrainState.average`, if the state has one. In the first steps
+        it is smaller, so that the initial weights are soon forgotten.
+      axis_name: of the mapped axis over which a batch is divided, if it is.
+
+    Returns:
+      The state after, and means over the whole batch: each loss term and ``total``,
+      ``gradient_norm`` and ``hole_ratio``.
+    """
+    model = model.clone(axis_name=axis_name)
+    features_fn = apply_features and functools.partial(apply_features, feature_params)
+
+    def loss_fn(params, batch_stats, images, mask):
+        (output, _), updates = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            mask,
+            train=True,
+            freeze_encoder_norm=freeze_encoder_norm,
+            mutable=["batch_stats"],
+        )
+        terms = losses.inpainting_loss(
+            output, images, mask, features_fn=features_fn, weights=loss_weights
+        )
+        scalars = jax.tree.map(jnp.mean, terms) | {"hole_ratio": 1 - mask.mean()}
+        return scalars["total"], (scalars, updates.get("batch_stats", {}))
+
+    def differentiate(batch_stats, batch):
+        images, mask = prepare_batch(batch, draw_mask=draw_mask)
+        grads, (scalars, batch_stats) = jax.grad(loss_fn, has_aux=True)(
+            state.params, batch_stats, images, mask
+        )
+        return batch_stats, (grads, scalars)
+
+    batch_stats, (grads, scalars) = _over_parts(
+        differentiate, state.batch_stats, batch, accumulate
+    )
+    if axis_name is not None:
+        # Gradients, not the loss, are averaged: the mean of a loss inside of pmap has a
+        # gradient of its own. The statistics agree already but for rounding.
+        grads, batch_stats, scalars = lax.pmean(
+            (grads, batch_stats, scalars), axis_name
+        )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average:
+        decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
+        average = optax.incremental_update(
+            {"params": params, "batch_stats": batch_stats}, average, 1 - decay
+        )
+    state = TrainState(
+        step=state.step + 1,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        average=average,
+    )
+    return state, scalars | {"gradient_norm": optax.tree.norm(grads)}
+
+
+def _over_parts(function, carry, batch, parts):
+    """Applies ``(carry, batch) -> (carry, y)`` to parts of a batch; y's mean."""
+    if parts == 1:
+        return function(carry, batch)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    if size % parts:
+        raise ValueError(
+            f"accumulate = {parts} must divide the batch of a device, {size}."
+        )
+    batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+    def add(carry, part):
+        carry, total = carry
+        carry, y = function(carry, part)
+        return (carry, jax.tree.map(jnp.add, total, y)), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    _, shapes = jax.eval_shape(function, carry, first)
+    zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
+    (carry, total), _ = lax.scan(add, (carry, zeros), batch)
+    return carry, jax.tree.map(lambda y: y / parts, total)

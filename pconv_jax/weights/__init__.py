@@ -1,0 +1,1 @@
+"""Trained weights: the bundled network, downloads, and files of other projects."""

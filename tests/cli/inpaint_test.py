@@ -1,0 +1,240 @@
+import os
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pconv_jax import cli, masks
+from pconv_jax.inpaint import image_io
+from pconv_jax.inpaint.hole import hole_from_mask, resize_hole
+from pconv_jax.inpaint.inpainter import Inpainter
+from pconv_jax.weights import pretrained
+from tests.helpers.commands import pconv
+from tests.helpers.networks import make_network
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    path = tmp_path_factory.mktemp("network") / "tiny.safetensors"
+    model, variables = make_network()
+    pretrained.save_pretrained(path, model, variables)
+    return path
+
+
+def run(*arguments):
+    cli.main([str(argument) for argument in arguments])
+
+
+def inpaint(network, *arguments):
+    run("inpaint", "--network", network, *arguments)
+
+
+def photo(seed=0, size=(30, 40)):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+
+
+HOLE = np.zeros((30, 40), bool)
+
+HOLE[5:15, 10:30] = True
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures, a mask for each, and what is no picture."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "masks").mkdir()
+    for i, name in enumerate(["a.png", "b.webp", "c.tif"]):
+        Image.fromarray(photo(i)).save(tmp_path / "photos" / name, lossless=True)
+        mask = Image.fromarray(np.roll(HOLE, i, axis=0))
+        mask.save(tmp_path / "masks" / f"{name[0]}.png")
+    (tmp_path / "photos" / "notes.txt").write_text("Hello")
+    (tmp_path / "photos" / "._a.png").write_text("of macOS")
+    return tmp_path
+
+
+def test_one_picture(network, folder):
+    out = folder / "new" / "out.png"
+    result = pconv(
+        *("inpaint", "--network", network, "--image", folder / "photos" / "a.png"),
+        *("--mask", folder / "masks" / "a.png", "--output", out),
+    )
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr and not result.stdout
+    expected = Inpainter.from_pretrained(network)(photo(0), HOLE)
+    np.testing.assert_array_equal(Image.open(out), expected)
+    assert os.listdir(out.parent) == ["out.png"]
+
+
+def test_folders(network, folder, capsys):
+    photos, out = folder / "photos", folder / "out"
+    inpaint(network, "--image", photos, "--mask", folder / "masks", "--output", out)
+    assert sorted(os.listdir(out)) == ["a.png", "b.webp", "c.tif"]
+    inpainter = Inpainter.from_pretrained(network)
+    for i, path in enumerate(sorted(out.iterdir())):
+        expected = inpainter(photo(i), np.roll(HOLE, i, axis=0))
+        np.testing.assert_array_equal(Image.open(path), expected)
+    assert not capsys.readouterr().err
+
+
+def test_one_mask_for_all_and_its_options(network, folder):
+    photos, mask, out = folder / "photos", folder / "mask.png", folder / "out"
+    Image.fromarray(~HOLE[::2, ::2]).save(mask)
+    inpaint(
+        network,
+        *("--image", photos, "--mask", mask, "--output", out),
+        *("--invert-mask", "--resize-mask", "--dilate", "2"),
+    )
+    hole = resize_hole(HOLE[::2, ::2], HOLE.shape)
+    inpainter = Inpainter.from_pretrained(network)
+    for i, path in enumerate(sorted(out.iterdir())):
+        expected = inpainter(photo(i), hole, dilate=2)
+        np.testing.assert_array_equal(Image.open(path), expected)
+
+
+def test_a_bad_file_is_named_and_the_rest_goes_on(network, folder, capsys):
+    photos, out = folder / "photos", folder / "out"
+    (photos / "d.png").write_text("Hello")
+    Image.fromarray(photo(4)).save(photos / "e.png")
+    Image.fromarray(photo(5, (8, 8))).save(photos / "f.png")
+    Image.fromarray(HOLE).save(folder / "masks" / "f.png")
+    Image.fromarray(photo(6)).save(photos / "g.png")
+    Image.fromarray(HOLE & False).save(folder / "masks" / "g.png")
+    with pytest.raises(SystemExit, match="3 of 7 pictures were not repaired") as error:
+        inpaint(network, "--image", photos, "--mask", folder / "masks", "--output", out)
+    assert isinstance(error.value.code, str)  # Which ends a process with 1.
+    assert sorted(os.listdir(out)) == ["a.png", "b.webp", "c.tif", "g.png"]
+    lines = capsys.readouterr().err.splitlines()
+    assert "d.png: cannot read" in lines[0] and "it is no picture" in lines[0]
+    assert "e.png: it takes one mask e.* in" in lines[1] and "none" in lines[1]
+    assert "f.png: mask is of 40 x 30 pixels, and the picture of 8 x 8" in lines[2]
+    assert "g.png: There is nothing to fill." in lines[3]
+    # Existing files are left, unless one says so.
+    before = (out / "a.png").stat().st_mtime_ns
+    with pytest.raises(SystemExit, match="7 of 7"):
+        inpaint(network, "--image", photos, "--mask", folder / "masks", "--output", out)
+    assert (out / "a.png").stat().st_mtime_ns == before
+    assert "a.png already; --force replaces it" in capsys.readouterr().err
+    arguments = ("--image", photos / "a.png", "--mask", folder / "masks" / "b.png")
+    inpaint(network, *arguments, "--output", out, "--force")
+    assert (out / "a.png").stat().st_mtime_ns != before
+
+
+def test_masks_of_the_picture_itself(network, folder):
+    inpainter = Inpainter.from_pretrained(network)
+    expected = inpainter(photo(0), HOLE)
+    marked = photo(0) // 2
+    marked[HOLE] = (255, 0, 255)
+    Image.fromarray(marked).save(folder / "marked.png")
+    out = folder / "out.png"
+    arguments = ("--output", out, "--force")
+    inpaint(
+        network, "--image", folder / "marked.png", "--mask-color", "#ff00ff", *arguments
+    )
+    np.testing.assert_array_equal(Image.open(out), inpainter(photo(0) // 2, HOLE))
+    clear = np.dstack([photo(0), np.where(HOLE, 0, 255).astype(np.uint8)])
+    Image.fromarray(clear).save(folder / "clear.png")
+    inpaint(network, "--image", folder / "clear.png", *arguments)
+    result = np.asarray(Image.open(out))
+    np.testing.assert_array_equal(result[..., :3], expected)
+    assert np.all(result[..., 3] == 255)
+    with pytest.raises(SystemExit, match="mask is needed"):
+        inpaint(network, "--image", folder / "photos" / "a.png", *arguments)
+
+
+def test_data(tmp_path):
+    model, variables = make_network(channels=1, out_features=1)
+    network = tmp_path / "one.safetensors"
+    pretrained.save_pretrained(network, model, variables)
+    data = 250 + photo(0)[..., 0].astype(np.float32)
+    data[HOLE] = np.nan
+    np.save(tmp_path / "a.npy", data)
+    arguments = ("--image", tmp_path / "a.npy", "--output", tmp_path / "out.npy")
+    with pytest.raises(SystemExit, match=r"floats in \[0, 1\], got 250 to"):
+        inpaint(network, *arguments)
+    inpaint(network, *arguments, "--raw")
+    result = np.load(tmp_path / "out.npy")
+    assert result.dtype == np.float32 and np.isfinite(result).all()
+    np.testing.assert_array_equal(result[~HOLE], data[~HOLE])
+    inpaint(network, *arguments, "--value-range", "250", "505", "--force")
+    assert np.load(tmp_path / "out.npy").max() <= 505
+
+
+def test_what_cannot_be_repaired(network, folder):
+    image, mask = folder / "photos" / "a.png", folder / "masks" / "a.png"
+    out = folder / "out.png"
+    (folder / "empty").mkdir()
+    for arguments, problem in [
+        (("--image", folder / "none.png", "--output", out), "cannot read .*none.png"),
+        (
+            ("--image", folder / "photos", "--output", image),
+            "--output must be a folder",
+        ),
+        (("--image", folder / "empty", "--output", out), "no picture in the folder"),
+        (("--image", image, "--mask", mask, "--output", mask), "already; --force"),
+        (("--image", folder / "none.png", "--output", "a.doc"), "files alone"),
+        (("--image", image, "--output", out, "--invert-mask"), "mask is needed for"),
+        (
+            ("--image", image, "--mask", mask, "--output", out, "--max-pixels", 9),
+            "a.png: it has 40 x 30 pixels, and max_pixels is 9",
+        ),
+        (
+            ("--image", image, "--mask-color", "pinkish", "--output", out),
+            "color must be one of CSS",
+        ),
+        (
+            ("--image", image, "--mask", mask, "--output", out, "--tolerance", 5),
+            "--tolerance is of --mask-color",
+        ),
+        (
+            ("--image", image, "--mask-color", "red", "--output", out, "--resize-mask"),
+            "--resize-mask is of --mask, ",
+        ),
+    ]:
+        with pytest.raises(SystemExit, match=f"pconv: .*{problem}"):
+            inpaint(network, *arguments)
+    assert not out.exists()
+
+
+def test_example_masks(tmp_path, capsys):
+    out = tmp_path / "masks"
+    arguments = ("masks", "--output", out, "--count", 2, "--size", "48x32", "--seed", 1)
+    run(*arguments, "--ratio", "0.2", "0.3", "--no-border")
+    assert "2 masks" in capsys.readouterr().out
+    files = sorted(out.iterdir())
+    assert [path.name for path in files] == ["mask_00000.png", "mask_00001.png"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        holes = [hole_from_mask(image_io.read(path).image) for path in files]
+    for hole in holes:
+        assert hole.shape == (32, 48) and 0.2 < hole.mean() <= 0.3
+        assert not masks.touches_border(~hole[..., None])
+    assert np.any(holes[0] != holes[1])
+    with pytest.raises(SystemExit, match="already; --force replaces it"):
+        run(*arguments)
+    before = files[0].read_bytes()
+    run(*arguments, "--ratio", "0.2", "0.3", "--no-border", "--force")
+    assert files[0].read_bytes() == before
+    for wrong, problem in [
+        (("--count", 0), "--count must be 1 or more"),
+        (("--ratio", "0.3", "0.2"), "hole_ratio must be"),
+        (("--seed", 2**32), r"--seed must be in \[0, 2\*\*32\)"),
+    ]:
+        with pytest.raises(SystemExit, match=problem):
+            run("masks", "--output", tmp_path / "other", *wrong)
+    with pytest.raises(SystemExit) as error:
+        run("masks", "--output", out, "--size", "big")
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["inpaint", "masks", "demo"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(command, "--help")
+    assert error.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--output" in printed or "127.0.0.1" in printed
+    if command == "inpaint":
+        assert "WHITE IS WHAT IS FILLED" in printed and "examples:" in printed

@@ -1,0 +1,178 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pconv_jax import _conv
+
+
+def make_case(spatial, size, *, channels=4, features=6):
+    """Returns random inputs and a random kernel."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, *spatial, channels), np.float32)
+    return x, rng.standard_normal((*size, channels, features), np.float32)
+
+
+def make_window(spatial, size, *, strides=1, padding="SAME", kernel_dilation=1):
+    return _conv.make_window(spatial, size, strides, padding, kernel_dilation)
+
+
+def convolve(x, kernel, *, window):
+    return _conv.convolve([x], kernel, window, groups=1, precision=None)
+
+
+def reference(x, kernel, *, window):
+    """The same by one call of XLA's convolution."""
+    axes = "DHW"[-len(window.size) :]
+    return jax.lax.conv_general_dilated(
+        _conv._continue(x, window),
+        kernel,
+        window.strides,
+        window.zeros,
+        rhs_dilation=window.dilation,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+    )
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Compares trees, each array in terms of its largest value."""
+    chex.assert_trees_all_equal_shapes(actual, expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("spatial", "size", "options"),
+    [
+        ((2, 2), (3, 3), dict(padding=1)),
+        ((4, 4), (3, 3), dict(padding=1, strides=2)),
+        ((5, 6), (7, 5), dict(padding=((4, 2), "CIRCULAR"), strides=(3, 2))),
+        ((6, 4), (3, 2), dict(padding=((2, -1), (0, 1)), kernel_dilation=(3, 2))),
+        ((3,), (4,), dict()),
+        ((2, 3, 2), (3, 3, 3), dict(padding="SAME", strides=(1, 2, 1))),
+    ],
+    ids=str,
+)
+def test_maps_smaller_than_the_kernel_are_a_matrix_product(spatial, size, options):
+    x, kernel = make_case(spatial, size)
+    window = make_window(spatial, size, **options)
+    ours = functools.partial(convolve, window=window)
+    y, pull_back = jax.vjp(ours, x, kernel)
+    expected, expected_pull_back = jax.vjp(
+        functools.partial(reference, window=window), x, kernel
+    )
+    chex.assert_equal_shape([y, expected])
+    assert_close(y, expected)
+    assert_close(pull_back(jnp.sin(y)), expected_pull_back(jnp.sin(y)))
+    lowered = jax.jit(jax.grad(lambda *a: ours(*a).sum())).lower(x, kernel).as_text()
+    assert "stablehlo.convolution" not in lowered
+
+
+@pytest.mark.parametrize(
+    ("spatial", "size", "options"),
+    [
+        ((9, 8), (3, 3), dict()),
+        ((9, 8), (5, 5), dict(padding=2, strides=2)),
+        ((8, 9), (7, 5), dict(padding=((4, 2), "CIRCULAR"), strides=(3, 2))),
+        ((9, 8), (3, 2), dict(padding=((2, -1), (0, 1)), kernel_dilation=(3, 2))),
+        ((13, 14), (3, 4), dict(strides=(4, 6), kernel_dilation=(2, 4))),
+        ((9, 9), (1, 1), dict(strides=3)),
+        ((2, 20), (2, 2), dict(strides=(5, 1), padding=((4, 0), (0, 0)))),
+        ((30,), (5,), dict(strides=2)),
+        ((6, 5, 7), (3, 3, 3), dict(strides=(1, 2, 1))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("most_copied", [1, 2**21])
+def test_gradients(monkeypatch, spatial, size, options, most_copied):
+    monkeypatch.setattr(_conv, "_MOST_COPIED", most_copied)
+    primals = make_case(spatial, size)
+    tangents = tuple(map(np.cos, primals))
+    window = make_window(spatial, size, **options)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(convolve, primals, tangents):
+        def loss(x, kernel):
+            y = convolve(x, kernel, window=window)
+            return jnp.sin(y).sum(), y
+
+        gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        # Of the outputs, and of the gradients, which are the loss's second ones.
+        return jax.jvp(gradient, primals, tangents)
+
+    assert_close(
+        derivatives(convolve, primals, tangents),
+        derivatives(reference, primals, tangents),
+    )
+
+
+def test_gradients_of_mapped_convolutions():
+    x, kernel = make_case((9, 8), (5, 5))
+    kernels = jnp.stack([kernel, np.cos(kernel)])
+    window = make_window((9, 8), (5, 5), strides=2)
+
+    def gradients(convolve, x, kernel):
+        _, pull_back = jax.vjp(functools.partial(convolve, window=window), x, kernel)
+        return pull_back(jnp.ones((len(x), 5, 4, 6)))
+
+    actual, expected = (
+        jax.vmap(functools.partial(gradients, f), (None, 0))(x, kernels)
+        for f in (convolve, reference)
+    )
+    assert_close(actual, expected)
+
+
+def test_no_gradient_is_a_convolution_of_a_sparse_map_or_of_a_large_kernel():
+    x, kernel = make_case((12, 12), (5, 5))
+    window = make_window((12, 12), (5, 5), strides=2)
+
+    def lower(convolve):
+        def loss(x, kernel):
+            return jnp.sin(convolve(x, kernel, window=window)).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, kernel).as_text()
+
+    def counts(text):
+        return [
+            text.count(s) for s in ("stablehlo.convolution", "te = [2, 2]", "while(")
+        ]
+
+    # The convolution itself, and one for each phase, of which there are four.
+    assert counts(lower(convolve)) == [5, 0, 1]
+    assert counts(lower(reference)) == [3, 2, 0]
+
+
+def test_gradient_of_a_kernel_keeps_no_windows(monkeypatch):
+    x, kernel = make_case((64, 64), (5, 5))
+    window = make_window((64, 64), (5, 5))
+
+    def temporary(most_copied):
+        monkeypatch.setattr(_conv, "_MOST_COPIED", most_copied)
+        jax.clear_caches()
+
+        def loss(x, kernel):
+            return jnp.sin(convolve(x, kernel, window=window)).sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=1)).lower(x, kernel).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    windows = 2 * 64 * 64 * kernel[..., 0].nbytes
+    assert temporary(2**24) > windows > 4 * temporary(2**16)
+
+
+def test_strips_are_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(_conv, "_MOST_COPIED", 1)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.uniform(0.5, 1, (1, 400, 4, 1)), jnp.bfloat16)
+    window = make_window((400, 4), (1, 1))
+
+    def total(kernel):
+        return convolve(x, kernel, window=window).sum()
+
+    gradient = jax.jit(jax.grad(total))(jnp.ones((1, 1, 1, 1), x.dtype))
+    assert gradient.dtype == x.dtype
+    # 400 numbers, of four summed, each rounded by 1/512 at most; then once more.
+    np.testing.assert_allclose(gradient, np.float64(x).sum(), rtol=1 / 256)

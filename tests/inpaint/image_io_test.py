@@ -1,0 +1,475 @@
+import io
+import struct
+import warnings
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image, ImageCms, ImageOps
+
+from pconv_jax.inpaint import image_io
+from pconv_jax.inpaint.hole import (
+    dilate_hole,
+    hole_from_alpha,
+    hole_from_color,
+    hole_from_mask,
+)
+from pconv_jax.inpaint.image_io import Picture
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def noise(*shape, dtype=np.uint8, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+
+
+def smooth(height=40, width=60):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([50 + 2 * x, 200 - 2 * y, 70 + x + y], axis=-1).astype(np.uint8)
+
+
+def camera_exif(orientation=1):
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    exif[0x0112] = orientation
+    exif.get_ifd(0x8769)[0x9003] = "2020:01:02 03:04:05"
+    exif.get_ifd(0x8825)[1] = "N"
+    return exif
+
+
+def round_trip(path, picture):
+    image_io.write(path, picture)
+    return image_io.read(path)
+
+
+# Files.
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp", ".bmp"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_pixels_come_back_bit_for_bit(suffix, mode, tmp_path):
+    image = Image.fromarray(noise(9, 7, 3 if mode == "P" else 4)).convert(mode)
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".bmp" and mode in ("LA", "RGBA"):
+        with pytest.raises(ValueError, match="cannot hold the picture's transparency"):
+            image_io.write(path, Picture(image, {}))
+        return
+    read = round_trip(path, Picture(image, {})).image
+    np.testing.assert_array_equal(read.convert("RGBA"), image.convert("RGBA"))
+    if suffix in (".png", ".tif"):
+        assert read.mode == mode
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("shape", [(9, 7), (9, 7, 3), (9, 7, 4)])
+def test_16_bits_come_back_bit_for_bit(suffix, shape, tmp_path):
+    array = noise(*shape, dtype=np.uint16)
+    info = {"icc_profile": SRGB, "dpi": (300, 300), "exif": camera_exif().tobytes()}
+    path = tmp_path / f"a{suffix}"
+    read = round_trip(path, Picture(array, info))
+    np.testing.assert_array_equal(read.image, array)
+    if len(shape) == 2:
+        assert read.image.mode == "I;16"
+    else:
+        assert read.image.dtype == np.uint16
+    with Image.open(path) as image:
+        assert image.info["icc_profile"] == SRGB
+        assert image.getexif()[0x010F] == "Maker"
+        assert suffix == ".png" or image.info["dpi"] == (300, 300)
+    again = round_trip(path, read)
+    np.testing.assert_array_equal(again.image, array)
+    assert again.info["icc_profile"] == SRGB
+
+
+def test_16_bit_pictures_of_other_programs(tmp_path):
+    colour, grey = noise(5, 6, 3, dtype=np.uint16), noise(5, 6, dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / "cv.png"), colour[..., ::-1])
+    tifffile.imwrite(tmp_path / "a.tif", colour, photometric="rgb", byteorder=">")
+    tifffile.imwrite(tmp_path / "grey.tif", grey, byteorder=">")
+    for name, expected in [("cv.png", colour), ("a.tif", colour), ("grey.tif", grey)]:
+        image = image_io.read(tmp_path / name).image
+        array = image if isinstance(image, np.ndarray) else image_io.to_array(image)
+        assert array.dtype == np.uint16
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_16_bit_planes_and_premultiplied_colours(tmp_path, caplog):
+    colour, path = noise(5, 6, 3, dtype=np.uint16), tmp_path / "a.tif"
+    planes = np.moveaxis(colour, -1, 0)
+    options = dict(photometric="rgb", software="Scanner")
+    tifffile.imwrite(path, planes, planarconfig="separate", **options)
+    read = image_io.read(path)
+    np.testing.assert_array_equal(read.image, colour)
+    np.testing.assert_array_equal(round_trip(path, read).image, colour)
+    with tifffile.TiffFile(path) as file:
+        assert file.pages[0].software == "Scanner"
+    assert not caplog.messages
+    alpha = noise(5, 6, 4, dtype=np.uint16)
+    tifffile.imwrite(path, alpha, photometric="rgb", extrasamples=["assocalpha"])
+    with pytest.raises(ValueError, match="a.tif: .* multiplied by their alpha"):
+        image_io.read(path)
+
+
+def test_a_tiff_file_that_was_compressed_with_losses_is_so_no_more(tmp_path):
+    path = tmp_path / "a.tif"
+    for compression in ("jpeg", "tiff_lzw"):
+        Image.fromarray(smooth()).save(path, compression=compression)
+        read = image_io.read(path)
+        np.testing.assert_array_equal(round_trip(path, read).image, read.image)
+        with Image.open(path) as image:
+            kept = {"jpeg": "tiff_adobe_deflate"}.get(compression, compression)
+            assert image.info["compression"] == kept
+
+
+@pytest.mark.parametrize(("mode", "key"), [("L", 9), ("RGB", (255, 0, 255))])
+def test_a_colour_that_stands_for_nothing_is_transparent(mode, key, tmp_path):
+    image = Image.new(mode, (6, 5), 200 if mode == "L" else (10, 20, 30))
+    image.putpixel((2, 1), key)
+    image.save(tmp_path / "a.png", transparency=key)
+    read = image_io.read(tmp_path / "a.png").image
+    alpha = np.full((5, 6), 255)
+    alpha[1, 2] = 0
+    np.testing.assert_array_equal(image_io.to_array(read)[..., -1], alpha)
+    assert read.mode == mode + "A"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("deep", [False, True])
+def test_pictures_are_upright(orientation, deep, tmp_path):
+    path = tmp_path / "a.png"
+    image = Image.fromarray(noise(4, 6, 3))
+    expected = ImageOps.exif_transpose(_with_exif(image, orientation))
+    exif = camera_exif(orientation).tobytes()
+    array = np.asarray(image)
+    if deep:
+        array = array.astype(np.uint16) * 257
+        expected = np.asarray(expected).astype(np.uint16) * 257
+    image_io.write(path, Picture(array, {"exif": exif}))
+    read = image_io.read(path)
+    np.testing.assert_array_equal(read.image, expected)
+    # What is written is not turned a second time.
+    again = round_trip(tmp_path / "b.png", read)
+    np.testing.assert_array_equal(again.image, expected)
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.getexif().get(0x0112, 1) == 1
+        assert image.getexif()[0x010F] == "Maker"
+
+
+def _with_exif(image, orientation):
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=camera_exif(orientation))
+    return Image.open(file)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_what_the_camera_says_is_kept(suffix, tmp_path):
+    source = tmp_path / "source.jpg"
+    exif = camera_exif(6)
+    Image.fromarray(smooth()).save(
+        source, exif=exif, icc_profile=SRGB, dpi=(240, 240), quality=90
+    )
+    read = image_io.read(source)
+    assert read.image.size == (40, 60)
+    image_io.write(tmp_path / f"out{suffix}", read)
+    with Image.open(tmp_path / f"out{suffix}") as image:
+        assert image.info["icc_profile"] == SRGB
+        tags = image.getexif()
+        assert tags[0x010F] == "Maker" and tags.get(0x0112, 1) == 1
+        assert tags.get_ifd(0x8769)[0x9003] == "2020:01:02 03:04:05"
+        assert tags.get_ifd(0x8825)[1] == "N"
+        if suffix != ".webp":
+            assert round(float(image.info["dpi"][0])) == 240
+
+
+def test_the_thumbnail_that_shows_the_old_picture_is_dropped(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(file, "JPEG")
+    thumbnail = file.getvalue()
+    # A directory with the make, and a second one with the thumbnail, as cameras write.
+    second = 8 + 2 + 12 + 4
+    data = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 1)
+    data += struct.pack("<HHL4s", 0x010F, 2, 4, b"Abc\0") + struct.pack("<L", second)
+    start = second + 2 + 2 * 12 + 4
+    data += struct.pack("<H", 2)
+    data += struct.pack("<HHLL", 0x0201, 4, 1, start)
+    data += struct.pack("<HHLL", 0x0202, 4, 1, len(thumbnail)) + struct.pack("<L", 0)
+    data += thumbnail
+    path = tmp_path / "a.jpg"
+    Image.fromarray(smooth()).save(path, exif=data)
+    assert thumbnail in path.read_bytes()
+    picture = image_io.read(path)
+    image_io.write(path, picture)
+    assert thumbnail not in path.read_bytes()
+    assert image_io.read(path).image.getexif()[0x010F] == "Abc"
+
+
+@pytest.mark.parametrize("quality", [60, 95])
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_file_is_compressed_as_it_was(
+    quality, subsampling, orientation, tmp_path
+):
+    path = tmp_path / "a.jpg"
+    rng = np.random.default_rng(0)
+    image = np.clip(smooth(64, 64) + rng.normal(0, 5, (64, 64, 3)), 0, 255)
+    image = Image.fromarray(image.astype(np.uint8))
+    exif = camera_exif(orientation)
+    image.save(path, quality=quality, subsampling=subsampling, exif=exif)
+    picture = image_io.read(path)
+    again = round_trip(tmp_path / "b.jpg", picture).image
+    difference = np.abs(np.asarray(again, int) - np.asarray(picture.image, int))
+    # Compressed by the same tables it hardly changes, however coarse they are.
+    assert difference.mean() < (0.1 if subsampling == 0 else 0.3)
+    size = path.stat().st_size
+    assert abs((tmp_path / "b.jpg").stat().st_size - size) < 0.05 * size
+
+
+def test_other_pictures_are_compressed_little(tmp_path):
+    image = smooth()
+    read = round_trip(tmp_path / "c.jpg", Picture(Image.fromarray(image), {})).image
+    assert np.abs(np.asarray(read, int) - image).max() <= 3
+
+
+def test_kinds_of_file_that_cannot_hold_it(tmp_path):
+    deep = noise(5, 5, dtype=np.uint16)
+    with pytest.warns(UserWarning, match="rounded to 8, .* .jpg files"):
+        read = round_trip(tmp_path / "a.jpg", Picture(Image.fromarray(deep), {})).image
+    assert np.abs(np.asarray(read, int) - deep // 257).mean() < 6
+    colour = noise(5, 5, 3, dtype=np.uint16)
+    with pytest.warns(UserWarning, match="rounded to 8, .* .webp files"):
+        read = round_trip(tmp_path / "a.webp", Picture(colour, {})).image
+    np.testing.assert_array_equal(read, np.rint(colour / 257))
+    opaque = Image.new("RGBA", (4, 4), (9, 9, 9, 255))
+    assert round_trip(tmp_path / "b.jpg", Picture(opaque, {})).image.mode == "RGB"
+    opaque.putpixel((1, 1), (9, 9, 9, 254))
+    with pytest.raises(ValueError, match="name a .png"):
+        image_io.write(tmp_path / "b.jpg", Picture(opaque, {}))
+    cmyk = Image.fromarray(noise(8, 8, 3)).convert("CMYK")
+    assert round_trip(tmp_path / "c.jpg", Picture(cmyk, {})).image.mode == "CMYK"
+    read = round_trip(tmp_path / "c.png", Picture(cmyk, {"icc_profile": SRGB}))
+    assert read.image.mode == "RGB" and "icc_profile" not in read.info
+    with pytest.raises(ValueError, match="is no picture: name a .npy file"):
+        image_io.write(tmp_path / "d.png", Picture(np.zeros((4, 4)), {}))
+    for shape in ((4, 4, 5), (0, 4, 3)):
+        for name in ("d.png", "d.tif", "d.webp"):
+            with pytest.raises(ValueError, match="is no picture: name a .npy file"):
+                image_io.write(tmp_path / name, Picture(np.zeros(shape, np.uint8), {}))
+    with pytest.raises(ValueError, match=".png, .* files alone"):
+        image_io.write(tmp_path / "d.xyz", Picture(cmyk, {}))
+
+
+def test_data(tmp_path):
+    array = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    for name in ("a.npy", "a.tif"):
+        read = round_trip(tmp_path / name, Picture(array, {})).image
+        np.testing.assert_array_equal(read, array)
+    np.save(tmp_path / "b.npy", np.array([{}], object), allow_pickle=True)
+    np.save(tmp_path / "c.npy", np.zeros(4))
+    with pytest.raises(ValueError, match="cannot read .*b.npy"):
+        image_io.read(tmp_path / "b.npy")
+    with pytest.raises(ValueError, match=r"c.npy: it must be of shape \[H, W\]"):
+        image_io.read(tmp_path / "c.npy")
+
+
+def test_files_that_are_no_pictures(tmp_path):
+    whole = io.BytesIO()
+    Image.fromarray(noise(50, 50, 3)).save(whole, "PNG")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("Hello")
+    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:3000])
+    (tmp_path / "folder.png").mkdir()
+    # Pillow would run a program for it.
+    (tmp_path / "script.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9"
+    )
+    for name, problem in [
+        ("empty.png", "it is empty"),
+        ("text.png", "it is no picture"),
+        ("script.png", "it is no picture"),
+        ("cut.png", "truncated"),
+        ("folder.png", "Is a directory"),
+        ("none.png", "there is no such file"),
+    ]:
+        with pytest.raises(ValueError, match=f"cannot read .*{name}: .*{problem}"):
+            image_io.read(tmp_path / name)
+
+
+def test_pictures_over_the_limit_are_not_decoded(tmp_path):
+    def chunk(kind, data):
+        check = zlib.crc32(kind + data)
+        return struct.pack(">L", len(data)) + kind + data + struct.pack(">L", check)
+
+    # Of 40,000 x 40,000 pixels, in a few bytes.
+    header = struct.pack(">LLBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(ValueError, match="bomb.png: .*40000 x 40000 pixels, .* is 1"):
+        image_io.read(tmp_path / "bomb.png")
+    # Pillow's own limit does not count, and is left as it is.
+    limit = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(ValueError, match="bomb.png: (?!.*pixels)"):
+        image_io.read(tmp_path / "bomb.png", max_pixels=10**10)
+    assert Image.MAX_IMAGE_PIXELS == limit
+    Image.new("L", (30, 20)).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", np.zeros((20, 30)))
+    for name in ("a.png", "a.npy"):
+        with pytest.raises(ValueError, match=f"{name}: .*30 x 20 pixels, .* is 599"):
+            image_io.read(tmp_path / name, max_pixels=599)
+        image_io.read(tmp_path / name, max_pixels=600)
+
+
+def test_the_first_of_several_frames(tmp_path):
+    frames = [Image.fromarray(noise(5, 5, seed=i)) for i in range(3)]
+    path = tmp_path / "a.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match="3 frames; only the first is taken"):
+        image = image_io.read(path).image
+    np.testing.assert_array_equal(image.convert("L"), frames[0])
+
+
+# Masks.
+
+HOLE = np.zeros((12, 10), bool)
+
+HOLE[3:7, 2:9] = True
+
+WHITE = HOLE.astype(np.uint8) * 255
+
+
+def painted(color, hidden=(0, 0, 0)):
+    """A layer on which someone painted."""
+    layer = np.zeros((12, 10, 4), np.uint8)
+    layer[..., :3] = np.where(HOLE[..., None], color, hidden)
+    layer[..., 3] = WHITE
+    return layer
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        HOLE,
+        HOLE[..., None],
+        WHITE,
+        WHITE.astype(np.int64),
+        WHITE.astype(np.uint16) * 257,
+        HOLE.astype(int),
+        HOLE.astype(np.float64),
+        np.stack([WHITE] * 3, -1),
+        np.stack([WHITE, 0 * WHITE, 0 * WHITE], -1),  # Painted in red.
+        np.stack([WHITE] * 3 + [0 * WHITE + 255], -1),
+        np.stack([WHITE] * 4, -1),
+        painted((0, 0, 0)),
+        painted((0, 0, 0), hidden=(255, 255, 255)),
+        painted((255, 0, 0)),
+        Image.fromarray(HOLE),
+        Image.fromarray(WHITE),
+        Image.fromarray(WHITE).convert("P"),
+        Image.fromarray(WHITE).convert("CMYK"),
+        Image.fromarray(HOLE.astype(np.uint8)),
+        Image.fromarray(WHITE.astype(np.uint16) * 257),
+    ],
+)
+def test_masks_of_all_kinds(mask):
+    np.testing.assert_array_equal(hole_from_mask(mask), HOLE)
+    np.testing.assert_array_equal(hole_from_mask(mask, invert=True), ~HOLE)
+
+
+def test_a_mask_of_8_bits_in_16():
+    np.testing.assert_array_equal(hole_from_mask(WHITE.astype(np.uint16)), HOLE)
+
+
+def test_grey_masks_are_binarised_with_a_warning():
+    grey = cv2.GaussianBlur(WHITE, (3, 3), 0)
+    file = io.BytesIO()
+    Image.fromarray(np.kron(WHITE, np.ones((5, 5), np.uint8))).save(file, "JPEG")
+    for mask, expected in [
+        (grey, grey > 127),
+        (grey / 255, grey > 127),
+        (Image.open(file), np.kron(HOLE, np.ones((5, 5), bool))),
+    ]:
+        with pytest.warns(UserWarning, match="neither black nor white"):
+            np.testing.assert_array_equal(hole_from_mask(mask), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hole_from_mask(WHITE)
+
+
+def test_colours():
+    image = noise(12, 10, 3) // 2
+    image[HOLE] = (255, 0, 255)
+    for color in ("#ff00ff", "magenta", "rgb(255,0,255)"):
+        np.testing.assert_array_equal(hole_from_color(image, color), HOLE)
+    image[4, 4] = (250, 3, 255)
+    assert not hole_from_color(image, "#f0f")[4, 4]
+    assert not hole_from_color(image, "#f0f", tolerance=4)[4, 4]
+    assert hole_from_color(Image.fromarray(image), "#f0f", tolerance=5)[4, 4]
+    alpha = np.dstack([image, WHITE])
+    np.testing.assert_array_equal(hole_from_color(alpha, "magenta", tolerance=5), HOLE)
+    deep = image.astype(np.uint16) * 257
+    np.testing.assert_array_equal(hole_from_color(deep, "magenta", tolerance=5), HOLE)
+    with pytest.raises(ValueError, match="color must be one of CSS, .* 'pinkish'"):
+        hole_from_color(image, "pinkish")
+
+
+def test_colours_are_looked_for_in_pictures_alone():
+    with pytest.raises(ValueError, match="tolerance must be 0 or more, got -5"):
+        hole_from_color(noise(4, 4, 3), "red", tolerance=-5)
+    with pytest.raises(ValueError, match=r"must have colours, .* \[4, 4, 7\]"):
+        hole_from_color(noise(4, 4, 7), "red")
+
+
+def test_alpha():
+    for alpha in (255 - WHITE, 65535 - 257 * WHITE.astype(np.uint16), 1.0 - HOLE):
+        np.testing.assert_array_equal(hole_from_alpha(alpha), HOLE)
+    palette = Image.fromarray(255 - WHITE).convert("P")
+    palette.info["transparency"] = int(np.asarray(palette)[4, 4])
+    alpha = image_io.to_array(palette)[..., 3]
+    np.testing.assert_array_equal(hole_from_alpha(alpha), HOLE)
+
+
+def test_filled_pixels_of_a_palette_are_never_those_that_stand_for_nothing():
+    image = Image.fromarray(smooth()).quantize(16)
+    clear = int(np.asarray(image)[10, 10])
+    image.info["transparency"] = clear
+    hole = np.zeros((40, 60), bool)
+    hole[5:20, 5:20] = True
+    result = image_io.paste(image, image_io.to_array(image), hole)
+    assert result.mode == "P" and not np.any(np.asarray(result)[hole] == clear)
+    np.testing.assert_array_equal(np.asarray(result)[~hole], np.asarray(image)[~hole])
+
+
+def test_a_palette_may_lack_the_colour_that_stands_for_nothing():
+    image = Image.fromarray(smooth()).quantize(4)
+    image.putpalette(image.getpalette()[:12])
+    image.info["transparency"] = 255  # As a GIF may have it.
+    hole = np.zeros((40, 60), bool)
+    hole[5:20, 5:20] = True
+    result = image_io.paste(image, 255 - image_io.to_array(image), hole)
+    assert np.asarray(result).max() < 4
+    np.testing.assert_array_equal(np.asarray(result)[~hole], np.asarray(image)[~hole])
+
+
+def test_filled_pixels_of_a_palette_with_alpha_are_opaque():
+    image = Image.fromarray(smooth()).quantize(16)
+    image.info["transparency"] = bytes([0, 128, 255, 254, 90])
+    hole = np.zeros((40, 60), bool)
+    hole[5:20, 5:20] = True
+    result = image_io.paste(image, image_io.to_array(image), hole)
+    alpha = image_io.to_array(result)[..., 3]
+    assert np.all(alpha[hole] == 255) and len(np.unique(np.asarray(result)[hole])) > 2
+    np.testing.assert_array_equal(np.asarray(result)[~hole], np.asarray(image)[~hole])
+
+
+def test_dilate():
+    hole = np.zeros((15, 15), bool)
+    hole[7, 7] = True
+    y, x = np.mgrid[-7:8, -7:8]
+    for n in (0, 1, 3):
+        np.testing.assert_array_equal(dilate_hole(hole, n), np.hypot(y, x) <= n + 1e-6)
+    assert not dilate_hole(np.zeros((3, 3), bool), 2).any()
+    assert dilate_hole(np.ones((3, 3), bool), 2).all()
+    with pytest.raises(ValueError, match="dilate must be 0 or more"):
+        dilate_hole(hole, -1)

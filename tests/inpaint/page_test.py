@@ -1,0 +1,391 @@
+import concurrent.futures
+import contextlib
+import http.client
+import io
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from unittest import mock
+
+import gradio as gr
+import numpy as np
+import pytest
+from PIL import Image
+
+import pconv_jax
+from pconv_jax import cli
+from pconv_jax.cli import demo
+from pconv_jax.inpaint import image_io, page
+from pconv_jax.inpaint.hole import hole_from_mask
+from pconv_jax.inpaint.inpainter import Inpainter
+from pconv_jax.weights import pretrained
+from tests.helpers import ROOT
+from tests.helpers.networks import make_network
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    path = tmp_path_factory.mktemp("network") / "tiny.safetensors"
+    pretrained.save_pretrained(path, *make_network(depth=3))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inpainter(network):
+    return Inpainter.from_pretrained(network)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The folder where Gradio keeps files."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+
+
+def photo(height=60, width=80):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def drawing(hole):
+    """What Gradio's editor gives, of a layer that was painted on."""
+    layer = np.zeros((*hole.shape, 4), np.uint8)
+    layer[hole] = (255, 45, 149, 255)
+    return {"background": None, "layers": [Image.fromarray(layer)], "composite": None}
+
+
+def test_what_is_painted_over_is_filled(inpainter, tmp_path):
+    image = photo()
+    path = tmp_path / "a.png"
+    Image.fromarray(image).save(path)
+    hole = np.zeros(image.shape[:2], bool)
+    hole[20:40, 30:50] = True
+    opened = np.roll(hole, 15, axis=1)
+    Image.fromarray(~opened).save(tmp_path / "mask.png")
+    expected, depth = inpainter(image, hole | opened, dilate=2, return_depth=True)
+    after, (before, _), overlay, legend, report, download, result = page.repair(
+        inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole), 2, True, None
+    )
+    np.testing.assert_array_equal(after, expected)
+    np.testing.assert_array_equal(before, image)
+    assert download.value["path"] == result
+    assert pathlib.Path(result).name == "a-repaired.png"
+    np.testing.assert_array_equal(Image.open(result), expected)
+    assert "80 x 60 pixels" in report and f"{np.mean(depth > 0):.1%}" in report
+    # Grey outside of the hole, and inside a color for each depth.
+    overlay = np.asarray(overlay, int)
+    assert np.all(overlay[depth == 0].std(axis=-1) == 0)
+    assert np.all(overlay[depth > 0].std(axis=-1) > 0)
+    assert [f">{d}</span>" in legend for d in (1, 2, 3)] == [
+        *(bool(np.any(depth == d)) for d in (1, 2, 3))
+    ]
+
+
+def test_large_pictures_are_shown_small_and_repaired_whole(inpainter, tmp_path):
+    y, x = np.mgrid[:900, :2048]
+    image = np.stack([x // 32, y // 16, (x + y) // 32], axis=-1).astype(np.uint16) * 500
+    path = tmp_path / "a.tif"
+    image_io.write(path, image_io.Picture(image, {}))
+    shown = page.show(str(path))
+    assert shown.size == (1024, 450)
+    small = np.zeros((450, 1024), bool)
+    small[100:120, 500:530] = True
+    after, *_, result = page.repair(
+        inpainter, str(path), None, drawing(small), 0, False, None
+    )
+    assert after.size == (1024, 450)
+    result = image_io.read(result).image
+    assert result.dtype == np.uint16
+    hole = np.kron(small, np.ones((2, 2), bool))
+    np.testing.assert_array_equal(result, inpainter(image, hole))
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_examples_come_with_a_mask(index):
+    path, mask, shown = page.open_example(index)
+    image = image_io.read(path).image
+    hole = hole_from_mask(image_io.read(mask).image)
+    assert hole.shape == image.size[::-1] and 0.08 < hole.mean() < 0.15
+    assert max(shown.size) <= 1024
+    different = np.any(np.asarray(shown) != np.asarray(page.show(path)), axis=-1)
+    assert 0.08 < different.mean() < 0.15
+
+
+def test_mistakes_are_said_on_the_page(inpainter, tmp_path):
+    path = tmp_path / "a.png"
+    with pytest.raises(gr.Error, match="Open a picture first"):
+        page.repair(inpainter, None, None, None, 0, False, None)
+    path.write_text("Hello")
+    with pytest.raises(gr.Error, match="it is no picture"):
+        page.show(str(path))
+    Image.fromarray(photo()).save(path)
+    with pytest.raises(gr.Error, match="Nothing is painted over yet"):
+        page.repair(inpainter, str(path), None, None, 0, False, None)
+    everything = drawing(np.ones((60, 80), bool))
+    with pytest.raises(gr.Error, match="no valid pixel is left"):
+        page.repair(inpainter, str(path), None, everything, 0, False, None)
+
+
+def test_a_result_goes_with_the_next(inpainter, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(photo()).save(path)
+    hole = np.zeros((60, 80), bool)
+    hole[20:40, 30:50] = True
+    before = set(tmp_path.iterdir())
+    *_, first = page.repair(inpainter, str(path), None, drawing(hole), 0, False, None)
+    *_, second = page.repair(inpainter, str(path), None, drawing(hole), 0, False, first)
+    assert set(tmp_path.iterdir()) - before == {pathlib.Path(second).parent}
+    # Of a mistake, nothing goes.
+    with pytest.raises(gr.Error):
+        page.repair(inpainter, str(path), None, None, 0, False, second)
+    assert pathlib.Path(second).is_file()
+
+
+def test_nothing_is_read_while_warnings_are_caught(inpainter, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(photo()).save(path)
+    hole = np.zeros((60, 80), bool)
+    hole[20:40, 30:50] = True
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        shown = []
+
+        def repair(*args, **options):
+            shown.append(threads.submit(page.show, str(path)))
+            with pytest.raises(TimeoutError):
+                shown[0].result(timeout=0.5)
+            return inpainter(*args, **options)
+
+        page.repair(repair, str(path), None, drawing(hole), 0, False, None)
+        assert shown[0].result(timeout=60).size == (80, 60)
+
+
+@pytest.mark.parametrize(
+    "host, guarded", [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)]
+)
+def test_only_loopback_addresses_are_guarded(inpainter, monkeypatch, host, guarded):
+    build = mock.MagicMock()
+    monkeypatch.setattr(page, "build", build)
+    page.launch(inpainter, host=host, port=0)
+    options = build().queue().launch.call_args.kwargs
+    assert bool(options["app_kwargs"]["middleware"]) == guarded
+
+
+def test_ports_that_are_taken(inpainter):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"127.0.0.1, port {port}: .* in use"):
+            page.launch(inpainter, port=port)
+    with pytest.raises(ValueError, match="cannot listen on 127.0.0.1, port 70000"):
+        page.launch(inpainter, port=70_000)
+
+
+def test_it_says_what_is_to_be_installed(network, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "pconv_jax.inpaint.page")
+    monkeypatch.delattr(pconv_jax.inpaint, "page")
+    monkeypatch.setattr(demo, "_use_temporary_folder", lambda: None)
+    with pytest.raises(SystemExit, match=r"pip install 'pconv-jax\[demo\]'"):
+        cli.main(["demo", "--network", str(network)])
+
+
+# As a process.
+
+
+@contextlib.contextmanager
+def serve(network, folder):
+    """Gives a process, and its address; its temporary files are in the folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pconv_jax.cli", "demo"]
+        + ["--network", str(network), "--port", str(port)],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.DEVNULL,
+    )
+    address = f"127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None
+            try:
+                urllib.request.urlopen(f"http://{address}", timeout=60).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield process, address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def address(network, folder):
+    with serve(network, folder) as (_, address):
+        yield address
+
+
+def ask(address, method="GET", path="/", body=None, **headers):
+    """Gives the status and the text of an answer."""
+    connection = http.client.HTTPConnection(address, timeout=60)
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    with contextlib.closing(connection):
+        connection.request(method, path, body, names)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+def upload(address, **headers):
+    kind = "multipart/form-data; boundary=X"
+    head = 'Content-Disposition: form-data; name="files"; filename="uploaded.png"'
+    body = f"--X\r\n{head}\r\n\r\nabc\r\n--X--\r\n"
+    return ask(
+        address, "POST", "/gradio_api/upload", body, Content_Type=kind, **headers
+    )
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:1"])
+def test_names_of_this_machine(address, host):
+    assert ask(address, Host=host)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["example.org", "localhost.example.org:1", "127.0.0.1.example.org"]
+    + ["192.168.0.1", "[::1", ""],
+)
+def test_other_names_are_refused(address, host):
+    status, text = ask(address, Host=host)
+    assert status == 403 and "localhost alone" in text
+
+
+def test_other_sites_post_nothing(address, folder):
+    port = address.split(":")[1]
+    for origin in ("http://example.org", "http://127.0.0.1:1", "null"):
+        assert upload(address, Origin=origin)[0] == 403
+    assert not list(folder.rglob("uploaded.png"))
+    assert ask(address, Origin="http://example.org")[0] == 200  # To read is allowed.
+    for host in (address, f"localhost:{port}"):
+        assert upload(address, Host=host, Origin=f"http://{host}")[0] == 200
+    assert list(folder.rglob("uploaded.png"))
+
+
+def test_uploads_have_a_limit(address):
+    _, config = ask(address, path="/config")
+    assert json.loads(config)["max_file_size"] == 200 * 2**20
+
+
+@pytest.mark.slow
+def test_no_file_outlives_the_process(network, tmp_path):
+    with serve(network, tmp_path) as (process, address):
+        assert upload(address)[0] == 200
+        (uploaded,) = tmp_path.rglob("uploaded.png")
+        assert uploaded.relative_to(tmp_path).parts[0].startswith("pconv-")
+        # As a page that is still open.
+        url = f"http://{address}/gradio_api/heartbeat/a"
+        with urllib.request.urlopen(url, timeout=60):
+            process.terminate()
+            process.wait(60)
+    assert not list(tmp_path.iterdir())
+
+
+# In a browser.
+
+
+@pytest.fixture
+def tab():
+    """A page of a browser, and all the hosts that it asks for something."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="the extra [browser] is not installed"
+    )
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1400, "height": 1000})
+        tab.hosts = set()
+        tab.on("request", lambda r: tab.hosts.add(r.url.split("/")[2]))
+        yield tab
+        browser.close()
+
+
+def wait_until_shown(tab, canvas, image):
+    """Waits until a canvas has the picture in its middle, and moves no more."""
+    shots = []
+    for _ in range(100):
+        shots.append(canvas.screenshot())
+        pixels = np.asarray(Image.open(io.BytesIO(shots[-1])).convert("RGB"), float)
+        height, width, _ = pixels.shape
+        middle = pixels[height // 2 - 9 : height // 2 + 9, width // 2 - 9 :][:, :18]
+        shown = np.abs(middle.mean((0, 1)) - image.mean((0, 1))).max() < 10
+        if shown and len(set(shots[-4:])) == 1 and len(shots) > 4:
+            return
+        tab.wait_for_timeout(400)
+    raise AssertionError("The picture does not come to rest on the canvas.")
+
+
+@pytest.mark.slow
+def test_in_a_browser(tab, address, folder, tmp_path):
+    image = photo(300, 400) // 4 + 100
+    path = tmp_path / "photo.png"
+    Image.fromarray(image).save(path)
+    tab.goto(f"http://{address}")
+    with tab.expect_file_chooser() as chooser:
+        tab.click("#photo")
+    chooser.value.set_files(path)
+    canvas = tab.locator("#editor canvas").first
+    canvas.wait_for()
+    wait_until_shown(tab, canvas, image)
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    tab.mouse.move(x - 60, y)
+    tab.mouse.down()
+    tab.mouse.move(x, y + 10, steps=6)
+    tab.mouse.move(x + 60, y - 20, steps=6)
+    tab.mouse.up()
+    tab.wait_for_timeout(500)
+    tab.click("#run")
+    tab.wait_for_selector("#repaired img", timeout=60_000)
+    with tab.expect_download() as download:
+        tab.click("#download")
+    assert download.value.suggested_filename == "photo-repaired.png"
+    download.value.save_as(tmp_path / "out.png")
+    result = np.asarray(Image.open(tmp_path / "out.png"))
+    assert result.shape == image.shape
+    changed = np.any(result != image, axis=-1)
+    # The stroke goes through the middle, and ends well before the edges.
+    rows, columns = np.nonzero(changed)
+    assert 0.01 < changed.mean() < 0.2
+    assert changed[140:160, 180:220].mean() > 0.9
+    assert 60 < columns.min() < columns.max() < 340
+    assert 60 < rows.min() < rows.max() < 240
+    # What the page shows is what is downloaded.
+    source = tab.get_attribute("#repaired img", "src")
+    with urllib.request.urlopen(source) as response:
+        (tmp_path / "shown.png").write_bytes(response.read())
+    np.testing.assert_array_equal(Image.open(tmp_path / "shown.png"), result)
+    # The next result takes its place.
+    (first,) = folder.rglob("photo-repaired.png")
+    tab.click("#run")
+    for _ in range(100):
+        tab.wait_for_timeout(200)
+        if not first.exists():
+            break
+    (second,) = folder.rglob("photo-repaired.png")
+    assert second != first
+    # Nothing is asked of any other machine.
+    assert tab.hosts == {address}

@@ -1,0 +1,277 @@
+import fcntl
+import glob
+import io
+import json
+import math
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from pconv_jax.runs.output import format_table, picture_grid
+from pconv_jax.train.loggers import MetricWriter, Progress
+from tests.helpers import ROOT
+
+
+def read_lines(workdir):
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_events(workdir):
+    events = []
+    for path in glob.glob(f"{workdir}/tensorboard/*"):
+        file = io.BytesIO(pathlib.Path(path).read_bytes())
+        # A record: length, its checksum, data, their checksum.
+        while header := file.read(12):
+            (length,) = struct.unpack("<Q", header[:8])
+            events.append(Event.FromString(file.read(length)))
+            file.read(4)
+    return sorted(events, key=lambda event: event.wall_time)
+
+
+def make_picture(height=6, width=5):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_scalars_are_in_the_file_as_soon_as_they_are_written(tmp_path):
+    before = time.time()
+    with MetricWriter(tmp_path / "new" / "run") as writer:
+        writer.write_scalars(1, {"train/loss": 2.5, "train/psnr": jnp.asarray(0.5)})
+        writer.write_scalars(
+            np.int64(2), {"a": math.nan, "b": -math.inf, "c": np.float32(0.25)}
+        )
+        lines = read_lines(tmp_path / "new" / "run")
+    for line in lines:
+        assert before <= line.pop("time") <= time.time()
+    assert lines == [
+        {"step": 1, "train/loss": 2.5, "train/psnr": 0.5},
+        {"step": 2, "a": None, "b": None, "c": 0.25},
+    ]
+
+
+def test_tensorboard_has_the_same(tmp_path, caplog):
+    picture = make_picture()
+    with MetricWriter(tmp_path) as writer:
+        writer.write_scalars(7, {"train/loss": 2.5, "train/bad": math.nan})
+        writer.write_picture(7, "samples", picture)
+    events = read_events(tmp_path)
+    values = [(event.step, v) for event in events for v in event.summary.value]
+    (step, scalar), (image_step, image) = values
+    assert (step, scalar.tag, scalar.simple_value) == (7, "train/loss", 2.5)
+    assert (image_step, image.tag) == (7, "samples")
+    decoded = Image.open(io.BytesIO(image.image.encoded_image_string))
+    np.testing.assert_array_equal(np.asarray(decoded), picture)
+    assert not caplog.records
+
+
+def test_pictures_are_read_back_as_they_were(tmp_path):
+    picture = make_picture()
+    with MetricWriter(tmp_path) as writer:
+        writer.write_picture(12, "validation/samples", picture[::-1])
+        writer.write_picture(12, "validation/samples", picture)
+    (path,) = (path for path in (tmp_path / "pictures").rglob("*") if path.is_file())
+    assert path == tmp_path / "pictures" / "validation" / "samples_0000012.png"
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(np.asarray(image), picture)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4, 3)), np.zeros((1, 4, 4, 3), np.uint8)]
+)
+def test_only_uint8_pictures_are_written(tmp_path, image):
+    with MetricWriter(tmp_path) as writer:
+        with pytest.raises(ValueError, match=r"uint8 of shape \[H, W, 3\], got"):
+            writer.write_picture(1, "samples", image)
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+    with MetricWriter(tmp_path, first_step=1) as writer:
+        for step in range(1, 7):
+            writer.write_scalars(step, {"run": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "ti')
+    with MetricWriter(tmp_path, first_step=4) as writer:
+        assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
+        for step in range(4, 6):
+            writer.write_scalars(step, {"run": 2})
+    lines = [(line["step"], line["run"]) for line in read_lines(tmp_path)]
+    assert lines == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "metrics.jsonl",
+        "tensorboard",
+    }
+    events = read_events(tmp_path)
+    (restart,) = (e for e in events if e.HasField("session_log") and e.step == 4)
+    # TensorBoard forgets what has this step or a later one and is older.
+    assert restart.session_log.status == restart.session_log.START
+    steps = [e.step for e in events if e.summary.value]
+    assert steps == [1, 2, 3, 4, 5, 6, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 3, "time": 1.0', '{"step": 3, "time": 1.0}', "\0" * 40, '"']
+)
+def test_a_torn_line_is_dropped_and_nothing_else(tmp_path, torn):
+    with MetricWriter(tmp_path) as writer:
+        writer.write_scalars(1, {"loss": 1.0})
+        writer.write_scalars(2, {"loss": 2.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    with MetricWriter(tmp_path) as writer:
+        writer.write_scalars(3, {"loss": 3.0})
+    assert [line["loss"] for line in read_lines(tmp_path)] == [1.0, 2.0, 3.0]
+
+
+def test_other_hosts_write_nothing(tmp_path):
+    with MetricWriter(tmp_path / "run", enabled=False) as writer:
+        writer.write_scalars(1, {"loss": 1.0})
+        writer.write_picture(1, "samples", make_picture())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_pictures_of_a_grid_are_where_they_belong():
+    # Middles between two levels, the ends, and what is outside.
+    values = np.array([-1.0, 1.0, 0.0, -3.0, 3.0, np.nan, 0.5, -127 / 127.5])
+    pixels = np.array([0, 255, 128, 0, 255, 0, 191, 0])
+    x = np.broadcast_to(values[:, None, None, None], (8, 30, 40, 3))
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 256, (8, 30, 40, 3))
+    grid = picture_grid({"a": x, "b": jnp.asarray(y / 127.5 - 1)}, max_rows=7)
+    assert grid.dtype == np.uint8
+    assert grid.shape == (18 + 7 * 30 + 6 * 2, 40 + 2 + 40, 3)
+    rest = grid.copy()
+    for row in range(7):
+        top = 18 + row * 32
+        np.testing.assert_array_equal(grid[top : top + 30, :40], pixels[row])
+        np.testing.assert_array_equal(grid[top : top + 30, 42:], y[row])
+        rest[top : top + 30, :40] = 255
+        rest[top : top + 30, 42:] = 255
+    np.testing.assert_array_equal(rest[18:], 255)
+    np.testing.assert_array_equal(rest[:, 40:42], 255)
+
+
+@pytest.mark.parametrize(
+    "name, width", [("input", 64), ("composite", 40), ("x" * 99, 9)]
+)
+def test_captions_are_centred_above_their_own_column(name, width):
+    white = np.ones((1, 4, width, 3))
+    grid = picture_grid({"": white, name: white, " ": white})
+    dark = np.flatnonzero((grid < 128).any(axis=(0, 2)))
+    assert width + 2 <= dark.min() and dark.max() < 2 * width + 2
+    assert abs((dark.min() + dark.max()) / 2 - (width + 2 + (width - 1) / 2)) <= 1.5
+    assert not (grid[18:] < 255).any()
+
+
+def test_grids_show_all_there_is_if_it_is_less():
+    x = np.zeros((3, 4, 5, 3))
+    assert picture_grid({"a": x}).shape == (18 + 3 * 4 + 2 * 2, 5, 3)
+    assert picture_grid({"a": np.zeros((9, 4, 5, 3))}).shape[0] == 18 + 8 * 4 + 7 * 2
+    assert picture_grid({"a": x}, max_rows=None).shape[0] == 18 + 3 * 4 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {},
+        {"a": np.zeros((2, 4, 4, 3)), "b": np.zeros((1, 4, 4, 3))},
+        {"a": np.zeros((4, 4, 3))},
+        {"a": np.zeros((1, 4, 4, 1))},
+        {"a": np.zeros((0, 4, 4, 3))},
+    ],
+)
+def test_columns_that_do_not_make_a_grid(columns):
+    with pytest.raises(ValueError, match="columns must be images"):
+        picture_grid(columns)
+
+
+ROWS = [
+    {"hole": "0.01-0.1", "psnr": 28.32, "images": 1000},
+    {"hole": "all", "psnr": np.float32(7.125), "images": 6, "note": "w/o border"},
+    {"hole": "none", "psnr": float("nan"), "images": None},
+]
+
+
+def test_plain_table():
+    assert format_table(ROWS, decimals=2) == (
+        "hole       psnr  images  note\n"
+        "--------  -----  ------  ----------\n"
+        "0.01-0.1  28.32    1000\n"
+        "all        7.12       6  w/o border\n"
+        "none        nan"
+    )
+
+
+def test_markdown_table_of_some_columns():
+    table = format_table(ROWS, columns=["images", "hole", "x"], markdown=True)
+    assert table == (
+        "| images | hole     |   x |\n"
+        "| -----: | -------- | --: |\n"
+        "|   1000 | 0.01-0.1 |     |\n"
+        "|      6 | all      |     |\n"
+        "|        | none     |     |"
+    )
+
+
+def test_empty_table():
+    assert format_table([]) == ""
+    assert format_table([], columns=["a"]).split() == ["a", "---"]
+
+
+def test_a_log_file_gets_a_line_for_each_postfix(capsys):
+    with Progress(1000, 100) as bar:
+        for step in range(1, 201):
+            bar.update()
+            if step % 100 == 0:
+                bar.set_postfix({"loss": 1 / 3, "images/s": 1234.5678})
+        bar.write("saved")
+    out, err = capsys.readouterr()
+    first, second, message = err.splitlines()
+    assert out == ""
+    assert first.startswith("train: 200/1000 [00:00<")
+    assert first.endswith(", loss=0.3333, images/s=1235]")
+    assert second.startswith("train: 300/1000 [")
+    assert message == "saved"
+
+
+def test_no_progress_of_other_hosts(capsys):
+    with Progress(10, enabled=False) as bar:
+        bar.update()
+        bar.set_postfix({"loss": 1.0})
+        bar.write("saved")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar_and_messages_on_lines_of_their_own():
+    script = """if True:
+    from pconv_jax.train.loggers import Progress
+
+    with Progress(10, 5, description="fit") as bar:
+        bar.update(3)
+        bar.set_postfix({"loss": 0.5})
+        bar.write("saved")
+    """
+    terminal, stderr = os.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "-c", script]
+    subprocess.run(command, stderr=stderr, env=environment, check=True, timeout=60)
+    os.close(stderr)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    pieces = [piece.strip() for piece in shown.replace("\r", "\n").splitlines()]
+    pieces = [piece for piece in pieces if piece]
+    assert "saved" in pieces
+    assert pieces[0].startswith("fit:  50%|")
+    assert pieces[-1].startswith("fit:  80%|")
+    assert "8/10" in pieces[-1] and "loss=0.5" in pieces[-1]

@@ -1,0 +1,584 @@
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from pconv_jax import vgg
+from pconv_jax.evaluate import runner
+from pconv_jax.runs import opening, parallel, settings
+from pconv_jax.runs.checkpoint import Checkpoints
+from pconv_jax.train import loop
+from pconv_jax.unet import IMAGENET, PConvUNet
+from pconv_jax.weights import vgg as vgg_weights
+from tests.helpers import ROOT
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+TINY = {
+    "image_size": 16,
+    "batch_size": 4,
+    "model.depth": 2,
+    "model.width": 4,
+    "masks.kind": "rectangles",
+    "vgg": "none",
+    "phase1.steps": 4,
+    "phase2.steps": 2,
+    "log_every": 1,
+    "picture_every": 3,
+    "validate_every": 3,
+    "validation_examples": 2,
+    "evaluation_examples": 2,
+    "checkpoint_every": 2,
+}
+
+
+def tiny(**fields):
+    config = settings.default_config()
+    config.update_from_flattened_dict(TINY | fields)
+    return config
+
+
+def read_checkpoint(workdir, step=None):
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step, items, _ = checkpoints.restore(
+            ("params", "batch_stats", "opt_state", "average"), step=step
+        )
+    return step, items
+
+
+def read_metrics(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read_validation(workdir):
+    """Returns the lines of validation, without the time of day."""
+    lines = [line for line in read_metrics(workdir) if "validation/psnr" in line]
+    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
+
+
+def best_step(workdir):
+    with Checkpoints(workdir / "checkpoints", best_metric="psnr") as checkpoints:
+        return checkpoints.best_step()
+
+
+def assert_same_checkpoint(a, b):
+    (step, items), (other_step, other_items) = read_checkpoint(a), read_checkpoint(b)
+    assert step == other_step
+    jax.tree.map(np.testing.assert_array_equal, items, other_items)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of both phases, and its summary."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, loop.train_and_evaluate(tiny(), workdir)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    workdir, summary = finished
+    assert summary["step"] == 6 and summary["finished"] and not summary["warnings"]
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert len(summary["table"]) == 13
+    assert "50%-60%  yes" in loop.format_summary(summary, workdir)
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(
+        tiny().to_json()
+    )
+    pictures = sorted(path.name for path in (workdir / "pictures").iterdir())
+    # Every third step, and where a phase ends.
+    assert pictures == [f"validation_{step:07d}.png" for step in (3, 4, 6)]
+    grid = cv2.imread(str(workdir / "pictures" / pictures[0]))
+    assert grid.shape[1] == 4 * 16 + 3 * 2
+    assert list((workdir / "tensorboard").iterdir())
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert len(steps) >= 3 and steps[-1] == 6
+
+
+def test_a_run_logs_every_term_once_a_step(finished):
+    workdir, summary = finished
+    lines = read_metrics(workdir)
+    train = [line for line in lines if "train/total" in line]
+    assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+    terms = {"total", "valid", "hole", "total_variation", "gradient_norm", "hole_ratio"}
+    expected = {"step", "time"} | {f"train/{t}" for t in terms | {"learning_rate"}}
+    # The first step of a phase takes as long as it takes to compile.
+    paces = [set(line) - expected for line in train if expected <= set(line)]
+    pace = {"train/images_per_second"}
+    assert paces == [set(), pace, pace, pace, set(), pace]
+    rates = [line["train/learning_rate"] for line in train]
+    assert rates == [2e-4] * 4 + [5e-5] * 2
+    validation = [line for line in lines if "validation/psnr" in line]
+    assert [line["step"] for line in validation] == [3, 4, 6]
+    assert validation[-1]["validation/psnr"] == summary["validation"]["psnr"]
+
+
+def test_second_phase_starts_by_itself(finished):
+    workdir, _ = finished
+    _, before = read_checkpoint(workdir, 4)
+    _, after = read_checkpoint(workdir, 6)
+    for tree in ("params", "batch_stats"):
+        # The encoder's normalization is frozen, the decoder's is not.
+        jax.tree.map(
+            np.testing.assert_array_equal, before[tree]["bn2"], after[tree]["bn2"]
+        )
+        for a, b in zip(before[tree]["bn3"].values(), after[tree]["bn3"].values()):
+            assert not np.array_equal(a, b)
+    assert not np.array_equal(
+        before["params"]["pconv1"]["kernel"], after["params"]["pconv1"]["kernel"]
+    )
+    counts = [
+        [int(x) for x in jax.tree.leaves(items["opt_state"]) if np.ndim(x) == 0]
+        for items in (before, after)
+    ]
+    assert counts == [[4], [2]]  # A new optimizer.
+
+
+def test_a_finished_run_is_only_validated_again(finished):
+    workdir, summary = finished
+    lines = read_metrics(workdir)
+    again = loop.train_and_evaluate(tiny(), workdir)
+    assert again["validation"] == pytest.approx(summary["validation"])
+    assert read_metrics(workdir) == lines
+
+
+@pytest.mark.slow
+def test_a_longer_second_phase_goes_on_bit_for_bit(finished, tmp_path):
+    workdir = tmp_path / "run"
+    loop.train_and_evaluate(tiny(**{"phase2.steps": 1}), workdir)
+    assert read_checkpoint(workdir)[0] == 5
+    loop.train_and_evaluate(tiny(), workdir)
+    assert_same_checkpoint(workdir, finished[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_stop_where_validation_is_due_only_puts_it_off(
+    finished, step, tmp_path, monkeypatch
+):
+    """Between the phases, and at the last step."""
+    whole, summary = finished
+    requests = contextlib.nullcontext(lambda number: number == step)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "stop_requests", lambda: requests)
+        stopped = loop.train_and_evaluate(tiny(), tmp_path)
+    assert (stopped["step"], stopped["finished"]) == (step, False)
+    assert step not in [line["step"] for line in read_validation(tmp_path)]
+    for _ in range(2):  # The second time, there is nothing left to do.
+        resumed = loop.train_and_evaluate(tiny(), tmp_path)
+        assert resumed == summary
+        assert read_validation(tmp_path) == read_validation(whole)
+    assert_same_checkpoint(tmp_path, whole)
+    assert best_step(tmp_path) == best_step(whole)
+    pictures = [
+        {path.name: path.read_bytes() for path in (workdir / "pictures").iterdir()}
+        for workdir in (tmp_path, whole)
+    ]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.slow
+def test_an_end_during_validation_costs_no_step(finished, tmp_path, monkeypatch):
+    whole, summary = finished
+
+    def end(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "evaluate", end)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train_and_evaluate(tiny(), tmp_path)
+    assert read_checkpoint(tmp_path)[0] == 3  # Where only validation is due.
+    assert loop.train_and_evaluate(tiny(), tmp_path) == summary
+    assert read_validation(tmp_path) == read_validation(whole)
+    assert_same_checkpoint(tmp_path, whole)
+
+
+def test_second_phase_from_another_run(finished, tmp_path):
+    workdir, source = tmp_path / "run", finished[0]
+    fields = {"init_from": str(source), "phase1.steps": 0, "phase2.steps": 1}
+    loop.train_and_evaluate(tiny(**fields), workdir)
+    _, before = read_checkpoint(source)
+    _, after = read_checkpoint(workdir)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        before["batch_stats"]["bn2"],
+        after["batch_stats"]["bn2"],
+    )
+    kernels = (x["params"]["pconv1"]["kernel"] for x in (before, after))
+    # One step of Adam at 5e-5.
+    assert 0 < np.abs(np.subtract(*kernels)).max() <= 5.01e-5
+
+
+def test_init_from_nothing(tmp_path):
+    with pytest.raises(ValueError, match="init_from: there is no checkpoint in"):
+        loop.train_and_evaluate(
+            tiny(init_from=str(tmp_path / "nowhere")), tmp_path / "run"
+        )
+
+
+def test_init_from_weights_of_another_project(tmp_path):
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(ValueError, match="are made one by 'pconv convert"):
+        loop.train_and_evaluate(
+            tiny(init_from=str(tmp_path / "weights.pth")), tmp_path / "run"
+        )
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(finished):
+    workdir, _ = finished
+    step = read_checkpoint(workdir)[0]
+    with pytest.raises(ValueError, match=r"model.width: 4, now 8.*another workdir"):
+        loop.train_and_evaluate(tiny(**{"model.width": 8}), workdir)
+    assert read_checkpoint(workdir)[0] == step
+    assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 4
+
+
+def test_what_never_took_a_step_can_be_mended(tmp_path):
+    with pytest.raises(ValueError, match="there is no such folder"):
+        loop.train_and_evaluate(tiny(**{"masks.folder": "/nowhere"}), tmp_path)
+    assert (tmp_path / "config.json").exists()
+    fields = {"phase1.steps": 1, "phase2.steps": 0}
+    assert loop.train_and_evaluate(tiny(**fields), tmp_path)["finished"]
+
+
+def test_a_workdir_in_use_is_left_alone(finished, tmp_path, monkeypatch):
+    train = loop._Run.train
+
+    def train_while_another_comes(run, *arguments):
+        with pytest.raises(ValueError, match=f"{tmp_path} is in use by a process"):
+            loop.train_and_evaluate(tiny(), tmp_path)
+        train(run, *arguments)
+
+    monkeypatch.setattr(loop._Run, "train", train_while_another_comes)
+    assert loop.train_and_evaluate(tiny(), tmp_path)["finished"]
+    assert read_validation(tmp_path) == read_validation(finished[0])
+    assert_same_checkpoint(tmp_path, finished[0])
+    monkeypatch.undo()
+    assert loop.train_and_evaluate(tiny(), tmp_path)["finished"]
+
+
+@pytest.mark.slow
+def test_a_network_of_another_class_is_told_apart(tmp_path):
+    class Other(PConvUNet):
+        pass
+
+    fields = {"phase1.steps": 1, "phase2.steps": 0}
+    other = Other(depth=2, width=4)
+    loop.train_and_evaluate(tiny(**fields), tmp_path / "run", model=other)
+    for read in (
+        lambda: runner.evaluate_run(tmp_path / "run", learned=False),
+        lambda: loop.train_and_evaluate(tiny(**fields), tmp_path / "run"),
+        lambda: loop.train_and_evaluate(
+            tiny(**fields, init_from=str(tmp_path / "run")), tmp_path / "next"
+        ),
+    ):
+        with pytest.raises(ValueError, match="run is of a Other, "):
+            read()
+    fields["init_from"] = str(tmp_path / "run")
+    loop.train_and_evaluate(tiny(**fields), tmp_path / "next", model=other)
+
+
+def test_a_network_is_told_apart_by_what_no_array_shows(tmp_path):
+    fields = {"phase1.steps": 1, "phase2.steps": 0}
+    other = PConvUNet(depth=2, width=4, normalization=IMAGENET)
+    summary = loop.train_and_evaluate(tiny(**fields), tmp_path / "run", model=other)
+    evaluation = runner.evaluate_run(
+        tmp_path / "run", learned=False, methods=["network"]
+    )
+    assert evaluation.mean() == pytest.approx(summary["validation"])
+    for read in (
+        lambda: loop.train_and_evaluate(tiny(**fields), tmp_path / "run"),
+        lambda: loop.train_and_evaluate(
+            tiny(**fields, init_from=str(tmp_path / "run")), tmp_path / "next"
+        ),
+    ):
+        with pytest.raises(ValueError, match="is of a network of other normalization"):
+            read()
+
+
+def test_divergence_names_term_and_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny(**{"phase1.learning_rate": 1e30, "checkpoint_every": 1})
+    with pytest.raises(loop.TrainingDivergedError) as error:
+        loop.train_and_evaluate(config, tmp_path)
+    step, items = read_checkpoint(tmp_path)
+    message = str(error.value)
+    assert f"at step {step + 1}. The newest checkpoint is of step {step}" in message
+    assert message.split(" is ")[0] in {"total", "valid", "hole", "gradient_norm"}
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(items["params"]))
+
+
+def test_divergence_between_two_logs_is_found_before_saving(tmp_path):
+    fields = {"phase1.learning_rate": 1e30, "log_every": 100, "validate_every": 100}
+    with pytest.raises(loop.TrainingDivergedError, match="at step 2"):
+        loop.train_and_evaluate(tiny(**fields), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_batch_that_devices_cannot_share(tmp_path):
+    with pytest.raises(ValueError, match="batch_size = 6 .* 4 devices: use 4 or 8"):
+        loop.train_and_evaluate(tiny(batch_size=6), tmp_path)
+
+
+def test_unreadable_pictures_are_in_the_summary(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(45):
+        image = rng.integers(0, 256, (24, 24, 3), np.uint8)
+        cv2.imwrite(str(folder / f"{i:02d}.png"), image)
+    config = tiny(**{"data.source": "folder", "data.path": str(folder)})
+    config.phase1.steps = 12
+    source = opening.get_source(config, "train")
+    name = source.name(3)
+    pathlib.Path(name).write_bytes(b"")
+    summary = loop.train_and_evaluate(config, tmp_path / "run")
+    assert summary["finished"]
+    assert summary["warnings"] == [f"1 unreadable picture(s): {name}"]
+
+
+def test_random_features_are_warned_of_until_the_end(tmp_path, monkeypatch):
+    def no_network():
+        raise OSError("no network")
+
+    monkeypatch.setattr(vgg_weights, "download_vgg16", no_network)
+    monkeypatch.setenv("PCONV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PCONV_VGG16", raising=False)
+    fields = {"phase1.steps": 1, "phase2.steps": 0, "vgg": "auto"}
+    summary = loop.train_and_evaluate(tiny(**fields), tmp_path / "run")
+    (warning,) = summary["warnings"]
+    assert "RANDOM VGG16" in warning and "PCONV_VGG16" in warning
+    assert f"WARNING: {warning}" in loop.format_summary(summary, tmp_path)
+    assert "train/style_comp" in read_metrics(tmp_path / "run")[0]
+    # Now there are others: the loss would not be the same any more.
+    others = jax.device_get(vgg.random_params(jax.random.key(1)))
+    monkeypatch.setattr(loop, "load_vgg_params", lambda source="imagenet": others)
+    with pytest.raises(ValueError, match="VGG features: random, now .*'auto' finds"):
+        loop.train_and_evaluate(tiny(**fields | {"phase2.steps": 1}), tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr(vgg_weights, "download_vgg16", no_network)
+    monkeypatch.setenv("PCONV_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="There are no VGG16 weights"):
+        loop.train_and_evaluate(tiny(vgg="imagenet"), tmp_path / "strict")
+
+
+def test_default_workdir():
+    assert loop.default_workdir("configs/pconv.py:quickstart") == (
+        "runs/pconv-quickstart"
+    )
+    assert loop.default_workdir("configs/folder.py") == "runs/folder"
+
+
+# Real processes.
+
+
+def command(workdir, *arguments, **fields):
+    long = {
+        "phase1.steps": 24,
+        "phase2.steps": 8,
+        "picture_every": 16,
+        "validate_every": 16,
+        "average_decay": 0.9,
+    }
+    fields = TINY | long | fields
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = f"--config={ROOT}/configs/pconv.py"
+    program = [sys.executable, str(ROOT / "train.py")]
+    return [*program, config, *flags, f"--workdir={workdir}", *arguments]
+
+
+def environment(devices=1):
+    return os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+    }
+
+
+def run(arguments):
+    return subprocess.run(
+        arguments, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def start_and_signal(arguments, workdir, number, after):
+    """Sends a signal as soon as there is a checkpoint of some step, and waits."""
+    process = start(arguments)
+    wait_for_checkpoint(process, workdir, after)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output.decode()
+
+
+def start(arguments):
+    return subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for_checkpoint(process, workdir, step):
+    deadline = time.monotonic() + 240
+    while not (workdir / "checkpoints" / str(step)).exists():
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def start_two(workdir, fields, fields_of_the_second=()):
+    """Starts two processes that share a run."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    flags = [
+        "--distributed",
+        f"--coordinator_address=127.0.0.1:{port}",
+        "--num_processes=2",
+    ]
+    return [
+        start(command(workdir, *flags, f"--process_id={number}", **fields | dict(own)))
+        for number, own in enumerate([(), fields_of_the_second])
+    ]
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_runs_end_as_one_that_never_was(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = run(command(whole))
+    assert result.returncode == 0, result.stderr
+    assert "Finished at step 32" in result.stdout
+
+    # With the weights killed in mid-flight, and then by a scheduler's polite request.
+    code, _ = start_and_signal(command(broken), broken, signal.SIGKILL, after=6)
+    assert code == -signal.SIGKILL
+    first = read_checkpoint(broken)[0]
+    code, output = start_and_signal(
+        command(broken), broken, signal.SIGTERM, after=first + 4
+    )
+    second = read_checkpoint(broken)[0]
+    assert first + 4 <= second < 32
+    assert code == 0 and f"Stopped at step {second}, to go on by the same" in output
+    assert json.loads((broken / "summary.json").read_text())["finished"] is False
+
+    result = run(command(broken))
+    assert "Finished at step 32" in result.stdout
+    assert_same_checkpoint(whole, broken)
+    losses = [
+        {
+            line["step"]: line["train/total"]
+            for line in read_metrics(workdir)[:-1]
+            if "train/total" in line
+        }
+        for workdir in (whole, broken)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 32
+    assert read_validation(whole) == read_validation(broken)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    fields = {"phase1.steps": 3, "phase2.steps": 1, "masks.kind": "blobs"}
+    result = run(command(tmp_path / "one", **fields))
+    assert result.returncode == 0, result.stderr
+    for process in start_two(tmp_path / "two", fields):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output.decode()
+    (_, one), (_, two) = (read_checkpoint(tmp_path / name) for name in ("one", "two"))
+    for name in ("params", "batch_stats"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+            one[name],
+            two[name],
+        )
+    a, b = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    assert a[0]["train/total"] == pytest.approx(b[0]["train/total"], rel=1e-4)
+    assert a[-1]["validation/l1"] == pytest.approx(b[-1]["validation/l1"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_though_one_is_asked(tmp_path):
+    processes = start_two(tmp_path, {"phase1.steps": 1000})
+    wait_for_checkpoint(processes[0], tmp_path, 4)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
+    step = read_checkpoint(tmp_path)[0]
+    assert 4 < step < 1000
+    for process, output in zip(processes, outputs):
+        assert process.returncode == 0, output
+        assert f"Stopped at step {step}, to go on by the same command" in output
+
+
+@pytest.mark.slow
+def test_two_processes_of_other_experiments_are_told_apart(tmp_path):
+    for process in start_two(tmp_path, {"loss.hole": 6.0}, {"loss.hole": 5.0}):
+        output = process.communicate(timeout=120)[0].decode()
+        assert process.returncode == 1, output
+        assert "the processes of this run differ in the configuration" in output
+        assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.batch_sise=2"], 'Did you mean "batch_size"'),
+        (["--config.batch_size=two"], "invalid literal for int"),
+        (["--config=nowhere.py"], "No such file or directory: 'nowhere.py'"),
+        (["--config=configs/pconv.py:fast"], "variants are 'paper' and 'quickstart'"),
+        (["--steps=3"], "Unknown command line flag 'steps'"),
+        (["steps=3"], "unknown arguments: steps=3"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*load_module")  # ml_collections calls it.
+def test_mistakes_on_the_command_line_end_in_a_sentence(
+    monkeypatch, arguments, message
+):
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=parsed)
+    monkeypatch.setattr(flags, "FLAGS", parsed)
+    monkeypatch.chdir(ROOT)
+    if not arguments[0].startswith("--config="):
+        arguments = ["--config=configs/pconv.py", *arguments]
+    argv = ["train.py", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)  # Where ml_collections looks for fields.
+    with pytest.raises(SystemExit) as exit_:
+        settings.parse_flags(argv)
+    assert message in exit_.value.code and exit_.value.code.startswith("train.py: ")
+    assert "\n" not in exit_.value.code
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.source": "folder", "data.path": "/no/such"}, "/no/such"),
+        ({"image_size": 18}, "use 16 or 20, or a smaller depth"),
+        ({"data.scale": 0.5}, "data.scale must be two numbers"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(tmp_path, fields, message):
+    result = run(command(tmp_path, **fields))
+    assert result.returncode == 1
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())  # Mended, the same command works.
+
+
+def test_processes_are_not_told_of_others_for_nothing(tmp_path):
+    result = run(command(tmp_path / "run", "--num_processes=2", "--process_id=1"))
+    assert result.returncode == 1 and "needs --distributed" in result.stderr
+    result = run(command(tmp_path / "run", "--distributed", "--process_id=1"))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "coordinator_address = None" in result.stderr
+    assert not list(tmp_path.iterdir())
