@@ -17,6 +17,7 @@ from flax.typing import Dtype, PrecisionLike
 from jax.typing import ArrayLike
 
 from pconv_jax import layers, ops
+from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Stage(NamedTuple):
@@ -50,8 +51,11 @@ class Normalization(NamedTuple):
     std: tuple[float, ...]
 
 
-# ImageNet's, of images in [-1, 1].
-IMAGENET = Normalization(mean=(-0.03, -0.088, -0.188), std=(0.458, 0.448, 0.45))
+# ImageNet's, for images in [-1, 1]. Rounded, since releases store and compare it.
+IMAGENET = Normalization(
+    mean=tuple(round(2 * mean - 1, 6) for mean in IMAGENET_MEAN),
+    std=tuple(round(2 * std, 6) for std in IMAGENET_STD),
+)
 
 
 def paper_stages(

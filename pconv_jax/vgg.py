@@ -18,11 +18,9 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
-Params = Mapping[str, Any]
+from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 
-# Mean and standard deviation of ImageNet's RGB values in [0, 1].
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+Params = Mapping[str, Any]
 
 
 class VGGFeatures(nn.Module):

@@ -133,3 +133,20 @@ def test_signatures(module):
         if None in types.values() or function.returns is None:
             faults.append(f"{function.name}: types are missing")
     assert not faults
+
+
+@pytest.mark.parametrize("name", [n for n in pconv_jax.__all__ if n[0] != "_"])
+def test_public_names_are_lazy_and_typed(name):
+    value = getattr(pconv_jax, name)
+    module = f"pconv_jax.{pconv_jax._MODULES[name]}"
+    assert getattr(sys.modules[module], name) is value
+    # Type checkers see the same name from the same module.
+    assert f"{module}.{name}" in imports(MODULES["__init__"])
+
+
+def test_the_namespace():
+    assert set(pconv_jax.__all__) <= set(dir(pconv_jax))
+    typed = {n for n in imports(MODULES["__init__"]) if n.startswith("pconv_jax.")}
+    assert len(typed) == len(pconv_jax._MODULES)
+    with pytest.raises(AttributeError, match="no attribute 'PartialConv3'"):
+        _ = pconv_jax.PartialConv3

@@ -9,6 +9,7 @@ import grain
 import numpy as np
 from absl import logging
 
+from pconv_jax._images import central_square
 from pconv_jax.data.base import ImageSource, UnreadableImageError
 from pconv_jax.data.mask_folder import MaskFolder
 
@@ -71,9 +72,7 @@ def eval_example(
         rng = np.random.default_rng((turn, index))
         image = _random_square(image, rng, (0.5, 1.0))
     else:
-        side = min(image.shape[:2])
-        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-        image = image[top : top + side, left : left + side]
+        image = central_square(image)
     return {
         "image": _resize(image, image_size),
         "index": np.int32(number),

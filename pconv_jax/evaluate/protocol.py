@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pconv_jax import masks
+from pconv_jax._images import central_square
 from pconv_jax.data import pipeline
 from pconv_jax.data.base import ImageSource
 from pconv_jax.data.mask_folder import MaskFolder
@@ -167,7 +168,7 @@ class EvalSet:
         return digest.hexdigest()
 
     def _read_mask(self, file: int) -> np.ndarray:
-        mask = _central_square(self._folder[file])
+        mask = central_square(self._folder[file])
         size = (self.image_size,) * 2
         return cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)[..., None]
 
@@ -244,16 +245,9 @@ def _classify(folder: MaskFolder):
     files = {c: [] for c in MASK_CLASSES}
     digest = hashlib.blake2b(folder.hole.encode(), digest_size=16)
     for number in range(len(folder)):
-        mask = _central_square(folder[number])
+        mask = central_square(folder[number])
         digest.update(hashlib.blake2b(np.packbits(mask).tobytes()).digest())
         hole_bin = int(masks.hole_bin(1 - mask.mean()))
         if hole_bin >= 0:
             files[hole_bin, bool(masks.near_border(mask))].append(number)
     return files, digest.hexdigest()
-
-
-def _central_square(mask: np.ndarray) -> np.ndarray:
-    height, width = mask.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return mask[top : top + side, left : left + side]

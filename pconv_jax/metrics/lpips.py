@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 from pconv_jax.metrics.image import check_pair
-from pconv_jax.vgg import IMAGENET_MEAN, IMAGENET_STD, feature_fn_for
+from pconv_jax.vgg import feature_fn_for
 
 Params = Mapping[str, Any]
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pconv_jax import metrics, ops
+from pconv_jax._images import to_uint8
 from pconv_jax.unet import PConvUNet
 
 Batch = Mapping[str, jax.Array]
@@ -30,7 +31,7 @@ def fill_step(variables: Any, batch: Batch, *, model: PConvUNet) -> Metrics:
     images, mask = prepare_batch(batch)
     output, _ = model.apply(variables, images, mask)
     return {
-        "output": jnp.rint((jnp.clip(output, -1, 1) + 1) * 127.5).astype(jnp.uint8),
+        "output": to_uint8(output),
         "finite": jnp.isfinite(output).all(axis=(1, 2, 3)),
     }
 

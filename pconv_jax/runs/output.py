@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from pconv_jax import _files
+from pconv_jax._images import to_uint8
 
 _GAP = 2  # Pixels between the pictures of a grid.
 _CAPTION_HEIGHT = 18
@@ -70,7 +71,7 @@ def picture_grid(
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape:
         raise ValueError(f"columns must be images [N, H, W, 3], got {list(shape)}.")
     height, width = shape[1:3]
-    stack = np.stack([_to_uint8(x[:max_rows]) for x in pictures.values()], axis=1)
+    stack = np.stack([_as_uint8(x[:max_rows]) for x in pictures.values()], axis=1)
     rows, count = stack.shape[:2]
     grid = np.full(
         (
@@ -90,9 +91,9 @@ def picture_grid(
     return grid
 
 
-def _to_uint8(x: np.ndarray) -> np.ndarray:
+def _as_uint8(x: np.ndarray) -> np.ndarray:
     x = np.nan_to_num(x, nan=-1.0, posinf=1.0, neginf=-1.0)
-    return np.rint((np.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+    return to_uint8(x)
 
 
 def _caption(text: str, width: int) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors import safe_open
 
+from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 from pconv_jax.vgg import Params, VGG16Features, VGG19Features
 from pconv_jax.weights.formats.arrays import (
     checksum,
@@ -33,8 +34,8 @@ VGG16_URL = f"https://huggingface.co/{_REPOSITORY}/resolve/main/{_HUB_FILE}"
 
 # Of ImageNet's RGB values: torchvision divides (x / 255 - mean) by std, and Keras has
 # Caffe's x - mean, in the order BGR.
-_TORCH_MEAN = np.array([0.485, 0.456, 0.406]) * 255
-_TORCH_STD = np.array([0.229, 0.224, 0.225]) * 255
+_TORCH_MEAN = np.array(IMAGENET_MEAN) * 255
+_TORCH_STD = np.array(IMAGENET_STD) * 255
 _CAFFE_MEAN = np.array([123.68, 116.779, 103.939])
 
 # torchvision counts ReLUs and poolings too.

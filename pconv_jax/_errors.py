@@ -1,0 +1,17 @@
+"""The two errors that commands report as one sentence, without a traceback.
+
+The core (`ops`, `layers`, `unet`, `vgg`, `losses`, `masks`) raises plain `ValueError`,
+as JAX and Flax do: there, a wrong shape is a mistake in a program, and its traceback is
+what helps.
+"""
+
+
+class UserError(ValueError):
+    """A mistake in what a person gave: an argument, a setting, a file.
+
+    The message names the argument, what was expected and what was given.
+    """
+
+
+class RunError(RuntimeError):
+    """Something that befell a run: a full disk, a dead worker, a loss that is NaN."""

@@ -1,0 +1,34 @@
+"""Conventions for image values that several modules share."""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ArrayT = TypeVar("ArrayT", np.ndarray, jax.Array)
+
+# Mean and standard deviation of ImageNet's RGB values in [0, 1].
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def to_uint8(images: ArrayT) -> ArrayT:
+    """Converts images from [-1, 1] to uint8 and clips values outside the range.
+
+    Args:
+      images: Float array of any shape, of NumPy or JAX. NaN is not allowed.
+
+    Returns:
+      A uint8 array of the same library and shape.
+    """
+    xp = jnp if isinstance(images, jax.Array) else np
+    return xp.rint((xp.clip(images, -1, 1) + 1) * 127.5).astype(xp.uint8)
+
+
+def central_square(image: np.ndarray) -> np.ndarray:
+    """Cuts the largest central square out of an image ``[H, W, ...]``, as a view."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
