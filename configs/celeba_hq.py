@@ -14,11 +14,11 @@ The set has one split, of 30,000 faces. The last 3,000 are held out here; the pa
 
 from ml_collections import ConfigDict
 
-from pconv_jax.runs import settings
+from pconv_jax.runs.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = settings.default_config()
+    config = default_config()
     config.data.source = "tfds"
     config.data.name = "celeb_a_hq/512"
     config.data.train_split = "train[:27000]"

@@ -10,11 +10,11 @@ which suits pictures of ordinary size; for 512 x 512 as in the paper, set
 
 from ml_collections import ConfigDict
 
-from pconv_jax.runs import settings
+from pconv_jax.runs.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = settings.default_config()
+    config = default_config()
     config.image_size = 256
     config.model.depth = 7
     config.data.source = "folder"

@@ -13,11 +13,11 @@ The paper trained for ten days on one V100.
 
 from ml_collections import ConfigDict
 
-from pconv_jax.runs import settings
+from pconv_jax.runs.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = settings.default_config()
+    config = default_config()
     config.data.source = "tfds"
     config.data.name = "imagenet2012"
     config.data.scale = (0.7, 1.0)

@@ -17,11 +17,12 @@ CPU cores; the README shows what comes out.
 
 from ml_collections import ConfigDict
 
-from pconv_jax.runs import settings
+from pconv_jax import UserError
+from pconv_jax.runs.config import default_config
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
-    config = settings.default_config()
+    config = default_config()
     config.vgg = "auto"
     if variant == "quickstart":
         config.image_size = 64
@@ -44,5 +45,5 @@ def get_config(variant: str = "paper") -> ConfigDict:
         config.checkpoint_every = 50
         config.evaluation_examples = 24
     elif variant != "paper":
-        raise ValueError(f"the variants are 'paper' and 'quickstart', got {variant!r}")
+        raise UserError(f"the variants are 'paper' and 'quickstart', got {variant!r}")
     return config

@@ -14,11 +14,11 @@ Reported for the paper's network, by others: PSNR 28.32, 25.25 and 22.89 dB, and
 
 from ml_collections import ConfigDict
 
-from pconv_jax.runs import settings
+from pconv_jax.runs.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = settings.default_config()
+    config = default_config()
     config.image_size = 256
     config.model.depth = 7
     config.data.source = "tfds"

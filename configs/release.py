@@ -25,11 +25,12 @@ So far it is 0.1 dB better and takes twice the time, so it is not in the package
 
 from ml_collections import ConfigDict
 
-from pconv_jax.runs import settings
+from pconv_jax import UserError
+from pconv_jax.runs.config import default_config
 
 # The run that each begins with, the crops, and the phases' steps and learning rates.
 _RUNS = {
-    "coarse": ("", (0.4, 1.0), (6_000, 1e-3), (0, 0.0)),
+    "coarse": (None, (0.4, 1.0), (6_000, 1e-3), (0, 0.0)),
     "fine": ("coarse", (0.35, 0.7), (8_000, 5e-4), (4_000, 2e-4)),
     "longer": ("fine", (0.35, 0.7), (9_000, 7e-4), (4_000, 1.5e-4)),
     "ragged": ("longer", (0.35, 0.7), (4_000, 5e-4), (3_000, 1.5e-4)),
@@ -39,9 +40,9 @@ _RUNS = {
 
 def get_config(variant: str) -> ConfigDict:
     if variant not in _RUNS:
-        raise ValueError(f"the variants are {', '.join(_RUNS)}, got {variant!r}")
+        raise UserError(f"the variants are {', '.join(_RUNS)}, got {variant!r}")
     before, scale, first, second = _RUNS[variant]
-    config = settings.default_config()
+    config = default_config()
     config.image_size = 128
     config.batch_size = 8
     config.model.depth = 7
@@ -50,11 +51,11 @@ def get_config(variant: str) -> ConfigDict:
     config.data.validation_fraction = 0.02
     config.data.scale = scale
     config.masks.kind = "ragged" if variant in ("ragged", "wide") else "mixed"
-    config.vgg = "none"
+    config.vgg = None
     if variant == "wide":
         config.loss.valid, config.loss.hole, config.loss.log_mse = 0.2, 0.0, 0.12
     config.average_decay = 0.999
-    config.init_from = before and f"runs/release-{before}"
+    config.init_from = f"runs/release-{before}" if before else None
     config.phase1.steps, config.phase1.learning_rate = first
     config.phase2.steps, config.phase2.learning_rate = second
     config.log_every = 50

@@ -15,10 +15,10 @@ The default takes under an hour on two CPU cores. Stopped or killed, the same co
 goes on. Written are ablation.md and ablation.json, besides all of the runs.
 """
 
+import argparse
 import json
 import math
 import pathlib
-import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,35 +27,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from pconv_jax import _files
+from pconv_jax._errors import RunError, UserError
+from pconv_jax.cli import config_options
 from pconv_jax.evaluate import methods, results, runner
 from pconv_jax.evaluate import protocol as protocol_lib
 from pconv_jax.evaluate.protocol import MASK_CLASSES, EvalSet
-from pconv_jax.runs import opening, settings
+from pconv_jax.runs import opening
 from pconv_jax.runs.checkpoint import restore_network
+from pconv_jax.runs.config import read_settings
 from pconv_jax.runs.output import format_table, write_json
+from pconv_jax.runs.settings import Settings, differences
 from pconv_jax.train import loop
 from pconv_jax.unet import PConvUNet
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment of all runs; by default configs/pconv.py:quickstart"
-)
-
-_STEPS = flags.DEFINE_integer(
-    "steps", None, "Of both phases together; by default the experiment's."
-)
-
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of weights, pictures and masks.")
-
-_VARIANTS = flags.DEFINE_list("variants", None, "Some of them, the first one first.")
-
-_EXAMPLES = flags.DEFINE_integer("examples", None, "To evaluate on, of each class.")
-
-_OUT = flags.DEFINE_string("out", "runs/ablation", "Directory to write to.")
-
 
 _RESAMPLES = 2000
 
@@ -127,7 +113,7 @@ def run(
     Returns:
       What is written to ``ablation.json``; None if a run was asked to stop.
     """
-    source = opening.get_source(config, "validation")
+    source = opening.get_images(read_settings(config).data, "validation")
     protocol = EvalSet(
         source, image_size=config.image_size, examples=config.evaluation_examples
     )
@@ -163,7 +149,7 @@ def get_experiment(
     conv, network = VARIANTS[variant]
     own = config.copy_and_resolve_references()
     own.seed, own.model.conv = seed, conv
-    model = opening.get_model(own)
+    model = opening.get_model(read_settings(own).model)
     fields = {name: getattr(model, name) for name in model.__dataclass_fields__}
     fields = {k: v for k, v in fields.items() if k not in ("parent", "name")}
     return own, network(**fields)
@@ -270,7 +256,7 @@ def _is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
         return False
     done = json.loads((workdir / "config.json").read_text())
     same_end = done["phase2"]["steps"] == config.phase2.steps
-    return same_end and not settings.differences(done, config.to_dict())
+    return same_end and not differences(Settings.from_json(done), read_settings(config))
 
 
 def _place(example: Mapping[str, Any]) -> tuple[int, bool, int]:
@@ -317,40 +303,59 @@ def _bin_name(hole_bin: int) -> str:
     return protocol_lib.bin_name(hole_bin)
 
 
-def _load_quickstart() -> ConfigDict:
-    path = pathlib.Path(__file__).parents[1] / "configs" / "pconv.py"
-    return runpy.run_path(str(path))["get_config"]("quickstart")
-
-
-def _configure(config: ConfigDict) -> ConfigDict:
-    """Returns the experiment as the flags change it, less what is not needed."""
-    if _STEPS.value is not None:
+def _configure(config: ConfigDict, *, steps: int | None, examples: int | None) -> None:
+    """Changes the experiment as the options say, and leaves out validation."""
+    if steps is not None:
         both = config.phase1.steps + config.phase2.steps
-        config.phase2.steps = round(_STEPS.value * config.phase2.steps / both)
-        config.phase1.steps = _STEPS.value - config.phase2.steps
-    if _EXAMPLES.value is not None:
-        config.evaluation_examples = _EXAMPLES.value
-    steps = config.phase1.steps + config.phase2.steps
-    config.validate_every = config.picture_every = max(steps, 1)
+        config.phase2.steps = round(steps * config.phase2.steps / both)
+        config.phase1.steps = steps - config.phase2.steps
+    if examples is not None:
+        config.evaluation_examples = examples
+    last_step = config.phase1.steps + config.phase2.steps
+    config.validate_every = config.picture_every = max(last_step, 1)
     config.validation_examples = 1
-    settings.check(config)
-    return config
+    read_settings(config)
 
 
-def main(_):
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, help="steps of both phases (default: the config's)"
+    )
+    parser.add_argument(
+        "--seeds", default="0,1,2", help="seeds of weights and data (default: 0,1,2)"
+    )
+    parser.add_argument(
+        "--variants", help="some of the variants, the first one first (default: all)"
+    )
+    parser.add_argument(
+        "--examples", type=int, help="evaluation examples of each class of masks"
+    )
+    parser.add_argument(
+        "--out", default="runs/ablation", help="directory of the results"
+    )
+    config_options.add_config_options(parser, required=False)
+    parser.set_defaults(config="pconv:quickstart")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the comparison and prints its tables."""
-    variants = _VARIANTS.value or list(VARIANTS)
+    arguments = _parse(argv)
     try:
+        variants = arguments.variants.split(",") if arguments.variants else [*VARIANTS]
         if unknown := set(variants) - set(VARIANTS):
-            raise ValueError(f"variants: {', '.join(unknown)} is unknown.")
-        seeds = [int(seed) for seed in _SEEDS.value]
-        config = _configure(_CONFIG.value or _load_quickstart())
-        out = pathlib.Path(_OUT.value)
+            raise UserError(f"--variants: {', '.join(unknown)} is unknown.")
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        config = config_options.read_config(arguments)
+        _configure(config, steps=arguments.steps, examples=arguments.examples)
+        out = pathlib.Path(arguments.out)
         # Runs that differ by their seed alone are the same program.
         jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
         found = run(config, out, seeds=seeds, variants=variants)
-    except (OSError, ValueError, loop.TrainingDivergedError) as error:
-        logging.debug("", exc_info=True)  # For --verbosity=1.
+    except (UserError, RunError) as error:
         sys.exit(f"ablation.py: {error}")
     if found is None:
         print("Stopped, to go on by the same command.")
@@ -359,4 +364,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=settings.parse_flags)
+    main()

@@ -69,20 +69,21 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _read_run(workdir: Path, step: int | None) -> Pretrained:
     from pconv_jax.runs import opening  # It takes long to import.
 
-    model, variables, config, about = opening.load_run(workdir, step=step)
-    step = about["step"]
+    trained = opening.load_run(workdir, step=step)
+    assert trained.settings
+    settings, step = trained.settings.to_dict(), trained.step
     info = {
         "origin": f"pconv_jax {__version__}, step {step}",
-        "training_data": config.data.to_dict(),
-        "experiment": config.to_dict(),
-        "warnings": about["warnings"],
+        "training_data": settings["data"],
+        "experiment": settings,
+        "warnings": trained.warnings,
     }
     results = workdir / "evaluation" / "results.json"
     if results.is_file():
         evaluation = json.loads(results.read_text())
         if evaluation["step"] == step:
             info["metrics"] = evaluation["table"]
-    return Pretrained(model, variables, info)
+    return Pretrained(trained.model, dict(trained.variables), info)
 
 
 def _describe(network: Pretrained) -> str:

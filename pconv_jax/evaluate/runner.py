@@ -24,9 +24,11 @@ from pconv_jax.evaluate.methods import Method, Network
 from pconv_jax.evaluate.protocol import EvalSet, draw_masks
 from pconv_jax.evaluate.results import ALL_METRICS, METRICS, Evaluation
 from pconv_jax.evaluate.store import Key, Record, Store, key_of
-from pconv_jax.runs import opening, parallel, settings
+from pconv_jax.runs import opening, parallel
+from pconv_jax.runs.config import read_settings
 from pconv_jax.runs.inference import score_step
 from pconv_jax.runs.output import picture_grid, write_json, write_png
+from pconv_jax.runs.settings import Settings
 from pconv_jax.unet import PConvUNet, suggest_sizes
 
 _BATCH = 4  # Pictures that are worked on at once; more if there are more devices.
@@ -199,21 +201,24 @@ def evaluate_run(
     else:
         if step is not None:
             raise ValueError("step: is of a workdir, and weights have none.")
-        trained = opening.load_release(weights)
+        trained = opening.load_weights(weights)
         out = out or pathlib.Path("runs") / f"{pathlib.Path(weights).stem}-evaluation"
     # An experiment that nobody named says nothing of a release's pictures.
     on_photos = weights is not None and config is None
-    config = config or trained.config or settings.default_config()
+    if config is None:
+        settings = trained.settings or Settings()
+    else:
+        settings = read_settings(config)
     if images:
         source = sources.open_images(images)
     elif on_photos:
         source = sources.open_source("bundled", split="validation")
     else:
-        source = opening.get_source(config, "validation")
+        source = opening.get_images(settings.data, "validation")
     protocol = EvalSet(
         source,
-        image_size=config.image_size if image_size is None else image_size,
-        examples=config.evaluation_examples if examples is None else examples,
+        image_size=settings.image_size if image_size is None else image_size,
+        examples=settings.evaluation_examples if examples is None else examples,
         seed=seed,
         mask_folder=MaskFolder(mask_folder, hole=hole) if mask_folder else None,
     )
@@ -235,8 +240,8 @@ def evaluate_run(
             directory=out / "records",
             progress=progress,
         )
-        about = {"step": trained.about["step"], "config": config.to_dict()}
-        about |= {"warnings": trained.about["warnings"]}
+        about = {"step": trained.step, "config": settings.to_dict()}
+        about |= {"warnings": trained.warnings}
         about |= {"vgg": pathlib.Path(vgg).name} if vgg else {}
         write_results(out, evaluation, protocol, chosen, about=about)
     finally:

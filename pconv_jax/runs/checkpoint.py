@@ -320,7 +320,7 @@ class Checkpoints:
                 )
 
     def _note_score(self, step: int, metrics: Mapping[str, float]) -> None:
-        score = float(metrics.get(self._best_metric, math.nan))
+        score = float(metrics.get(self._best_metric or "", math.nan))
         if not math.isnan(score):
             self._scores[step] = score
 
@@ -408,9 +408,9 @@ def _seal(record: Mapping[str, Any]) -> dict[str, Any]:
         text = json.dumps(record)
     except TypeError as error:
         raise ValueError(f"meta must be JSON-able, but: {error}.") from error
-    record = json.loads(text)
-    text = json.dumps(record, sort_keys=True)
-    return record | {"crc32": zlib.crc32(text.encode())}
+    plain: dict[str, Any] = json.loads(text)
+    text = json.dumps(plain, sort_keys=True)
+    return plain | {"crc32": zlib.crc32(text.encode())}
 
 
 def _first_difference(

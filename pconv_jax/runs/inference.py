@@ -74,5 +74,6 @@ def prepare_batch(
     images = batch["image"].astype(jnp.float32) / 127.5 - 1
     if "mask" in batch:
         return images, batch["mask"].astype(jnp.float32)
+    assert draw_mask is not None, "a batch without masks needs draw_mask"
     keys = jax.vmap(jax.random.key)(batch["seed"])
     return images, jax.vmap(draw_mask)(keys)

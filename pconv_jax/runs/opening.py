@@ -1,110 +1,137 @@
-"""Opens what settings describe: networks, images and trained weights."""
+"""Opens what settings describe: networks and images; reads trained networks."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from pconv_jax import unet
+from pconv_jax._errors import UserError
 from pconv_jax.data import sources
 from pconv_jax.data.base import ImageSource
 from pconv_jax.runs.checkpoint import restore_network
-from pconv_jax.unet import IMAGENET, PConvUNet
+from pconv_jax.runs.settings import DataSettings, ModelSettings, Settings
+from pconv_jax.unet import (
+    IMAGENET,
+    PConvUNet,
+    model_differences,
+    model_from_config,
+)
 from pconv_jax.weights import pretrained
 
 
-def get_model(config: ConfigDict) -> PConvUNet:
-    """Returns the network of an experiment."""
-    dtype = None if config.model.dtype == "float32" else jnp.dtype(config.model.dtype)
-    return PConvUNet(
-        depth=config.model.depth,
-        width=config.model.width,
-        conv=config.model.conv,
-        normalization=IMAGENET if config.model.normalization == "imagenet" else None,
-        dtype=dtype,
-    )
-
-
-def get_source(config: ConfigDict, split: str) -> ImageSource:
-    """Opens the pictures of an experiment, of the split 'train' or 'validation'."""
-    fields = {n: None if value == "" else value for n, value in config.data.items()}
-    kind = fields.pop("source")
-    for name in ("workers", "scale"):  # Of the pipeline, not of the source.
-        del fields[name]
-    for name in ("path", "validation_path"):
-        if kind == "tar" and fields[name]:
-            fields[name] = fields[name].split(",")
-    return sources.open_source(kind, split=split, **fields)
-
-
 class Trained(NamedTuple):
-    """A network from a file.
+    """A trained network, from a run or a weights file.
 
     Attributes:
-      model: the network.
-      variables: its ``params`` and ``batch_stats``.
-      config: of the experiment that it is from, if that is known.
-      about: where it is from, JSON-able.
+      model: The network.
+      variables: Its ``params`` and ``batch_stats``.
+      settings: Settings of its experiment, or None if they are unknown.
+      step: Step of the checkpoint, or None for a weights file.
+      warnings: Warnings of the training.
     """
 
     model: PConvUNet
     variables: Mapping[str, Any]
-    config: ConfigDict | None
-    about: dict[str, Any]
+    settings: Settings | None
+    step: int | None
+    warnings: list[str]
+
+
+def get_model(settings: ModelSettings) -> PConvUNet:
+    """Builds the network of an experiment."""
+    return PConvUNet(
+        depth=settings.depth,
+        width=settings.width,
+        conv=settings.conv,
+        normalization=IMAGENET if settings.normalization == "imagenet" else None,
+        dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
+    )
+
+
+def get_images(settings: DataSettings, split: str) -> ImageSource:
+    """Opens the images of an experiment.
+
+    Args:
+      settings: Where they are.
+      split: 'train' or 'validation'.
+
+    Raises:
+      UserError: As `open_source`.
+    """
+    path, validation_path = settings.path, settings.validation_path
+    if settings.source == "folder":
+        path = _one("path", path)
+        validation_path = _one("validation_path", validation_path)
+    return sources.open_source(
+        settings.source,
+        split=split,
+        path=path,
+        validation_path=validation_path,
+        name=settings.name,
+        data_dir=settings.data_dir,
+        feature=settings.feature,
+        train_split=settings.train_split,
+        validation_split=settings.validation_split,
+        validation_fraction=settings.validation_fraction,
+    )
 
 
 def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
     """Reads the network of a run.
 
     Args:
-      workdir: of the run.
-      step: which checkpoint; None for the newest.
+      workdir: Directory of the run.
+      step: Step of the checkpoint. None reads the newest.
 
     Raises:
-      ValueError: if there is no such run or checkpoint, or if its network is of another
-        class than `PConvUNet`.
+      UserError: If there is no such run or checkpoint, or if its network is not a
+        `PConvUNet`.
     """
     restored = restore_network(Path(workdir) / "checkpoints", step=step)
     if restored is None:
-        raise ValueError(f"workdir: there is no checkpoint in {workdir}/checkpoints.")
+        raise UserError(f"workdir: there is no checkpoint in {workdir}/checkpoints.")
     step, variables, meta = restored
     if (kind := meta.get("network", PConvUNet.__name__)) != PConvUNet.__name__:
-        raise ValueError(
-            f"workdir: {workdir} is of a {kind}, a network that its experiment does "
-            "not tell of; build it, and use checkpoint.restore_network."
+        raise UserError(
+            f"workdir: {workdir} is of a {kind}, a class that the settings do not "
+            "describe. Build the network, and use checkpoint.restore_network."
         )
-    config = ConfigDict(meta["config"])
-    model = get_model(config)
-    if unet.model_differences(meta.get("model"), model):  # It was built by hand.
-        model = unet.model_from_config(meta["model"], workdir).clone(dtype=model.dtype)
-    about = {"step": step, "warnings": meta["warnings"]}
-    return Trained(model, variables, config, about)
+    settings = Settings.from_json(meta["config"])
+    model = get_model(settings.model)
+    if model_differences(meta.get("model"), model):  # The run was given a network.
+        model = model_from_config(meta["model"], workdir).clone(dtype=model.dtype)
+    return Trained(model, variables, settings, step, meta["warnings"])
 
 
-def load_release(source: str | Path) -> Trained:
-    """Reads a network from a file, or wherever `pretrained.from_pretrained` finds it.
+def load_weights(name_or_path: str | Path) -> Trained:
+    """Reads a network from a weights file, see `pretrained.from_pretrained`.
 
     Raises:
-      ValueError: as `from_pretrained`; or if the network is not of pictures.
+      UserError: As `from_pretrained`, or if the network does not output RGB images.
     """
-    model, variables, info = pretrained.from_pretrained(source)
+    model, variables, info = pretrained.from_pretrained(name_or_path)
     channels = model.decoder[-1].features
     if channels != 3:
-        raise ValueError(
-            f"weights: {source} is a network of {channels} channel(s), and pictures "
-            "have 3."
+        raise UserError(
+            f"weights: {name_or_path} is a network of {channels} channel(s), and "
+            "images have 3."
         )
-    config = info.get("experiment")
-    about = {"step": None, "warnings": list(info.get("warnings", ()))}
-    return Trained(model, variables, config and ConfigDict(config), about)
+    experiment = info.get("experiment")
+    settings = Settings.from_json(experiment) if experiment else None
+    return Trained(model, variables, settings, None, list(info.get("warnings", ())))
 
 
-def load_network(source: str | Path) -> Trained:
-    """Reads the network of a run, by its workdir, or of a release.
+def load_network(place: str | Path) -> Trained:
+    """Reads the network of a run, by its workdir, or of a weights file.
 
     Raises:
-      ValueError: as `load_run` and `load_release`.
+      UserError: As `load_run` and `load_weights`.
     """
-    return (load_run if Path(source).is_dir() else load_release)(source)
+    return load_run(place) if Path(place).is_dir() else load_weights(place)
+
+
+def _one(name: str, paths: tuple[str, ...] | None) -> str | None:
+    if paths and len(paths) > 1:
+        raise UserError(f"config: data.{name} must be one folder, got {list(paths)}.")
+    return paths[0] if paths else None

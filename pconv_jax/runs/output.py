@@ -6,6 +6,7 @@ uint8 `[H, W, 3]`; masks are 1 where valid and 0 in the hole.
 
 import io
 import json
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -151,3 +152,9 @@ def format_table(
     if markdown:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def log_to_stderr() -> None:
+    """Sends log records of this package to the standard error, from INFO on."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("pconv_jax").setLevel(logging.INFO)

@@ -1,214 +1,513 @@
-"""Every field of an experiment, with the paper's values.
+"""Every setting of an experiment: its type, default, range and meaning, once.
 
-An experiment file (configs/) starts from `default_config` and changes what it has to.
+`Settings` is a tree of frozen dataclasses. Validation, the command line, its help and
+the comparison of two experiments are all derived from its fields. The defaults are the
+recipe of the paper (Liu et al. 2018, sections 3 and 4).
 """
 
+import dataclasses
+import difflib
+import math
 import pathlib
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
-from absl import flags
-from ml_collections import ConfigDict
+from pconv_jax._errors import UserError
 
-from pconv_jax import masks
-from pconv_jax.unet import suggest_sizes
+T = TypeVar("T")
 
-# Fields that may differ from what a run was started with when it goes on: they do not
-# change what is computed, but for where it ends.
-RESUMABLE = (
-    "checkpoint_every",
-    "data.workers",
-    "evaluation_examples",
-    "keep_checkpoints",
-    "log_every",
-    "phase2.steps",
-    "picture_every",
-    "validate_every",
-)
+Paths = tuple[str, ...]
 
 
-def default_config() -> ConfigDict:
-    """Returns the paper's recipe (Liu et al. 2018, sections 3 and 4), locked."""
-    config = ConfigDict()
-    config.seed = 0
-    config.image_size = 512
-    config.batch_size = 6  # Of all devices together.
-    # Parts that a device's share is computed in, to save memory; batch normalization
-    # then sees a part at a time.
-    config.accumulate = 1
+def setting(
+    default: T, description: str, *, within: str | None = None, resumable: bool = False
+) -> T:
+    """Declares a field of the settings.
 
-    config.model = ConfigDict()
-    config.model.depth = 8  # Encoder stages; image_size is a multiple of 2**depth.
-    config.model.width = 64  # Features of the first stage.
-    config.model.conv = "partial"  # Or 'standard', what the paper compares with.
-    config.model.normalization = "none"  # Of images, inside; or 'imagenet'.
-    # Of convolutions, VGG's too; or 'bfloat16'. What JAX takes for float32 on NVIDIA's
-    # GPUs, TF32, is set by JAX_DEFAULT_MATMUL_PRECISION.
-    config.model.dtype = "float32"
-
-    config.data = ConfigDict()
-    config.data.source = "bundled"  # Or 'folder', 'tar', 'tfds'.
-    config.data.path = ""  # Of the folder or the tar file(s, comma-separated).
-    config.data.validation_path = ""  # Without one, a part of path is held out.
-    config.data.validation_fraction = 0.05  # That part.
-    config.data.name = ""  # Of the TFDS data set.
-    config.data.data_dir = ""  # Of TFDS; '' is its default.
-    config.data.feature = ""  # Which one is the picture, if there are several.
-    config.data.train_split = "train"
-    config.data.validation_split = "validation"
-    config.data.workers = 0  # Processes that read pictures; 0 reads in threads.
-    # Side of the random square crops, in parts of the picture's shorter side.
-    config.data.scale = (0.5, 1.0)
-
-    config.masks = ConfigDict()
-    config.masks.folder = ""  # Of mask pictures; without one, masks are drawn.
-    config.masks.hole = "white"  # The colour of holes in them: 'white' or 'black'.
-    config.masks.kind = "mixed"  # What is drawn: see masks.random_mask.
-    config.masks.hole_ratio = (0.01, 0.6)
-    config.masks.border = "any"  # May holes touch the border? 'any', 'always', 'never'.
-
-    config.loss = ConfigDict()  # Weights of the terms, equation 7.
-    config.loss.valid = 1.0
-    config.loss.hole = 6.0
-    config.loss.perceptual = 0.05
-    config.loss.style_out = 120.0
-    config.loss.style_comp = 120.0
-    config.loss.total_variation = 0.1
-    config.loss.log_mse = 0.0  # Not the paper's: see losses.log_mse.
-    # Of the perceptual and style terms: 'imagenet', a file, 'auto' (random weights and
-    # a warning if there are none to be had), or 'none' to leave these terms out.
-    config.vgg = "imagenet"
-
-    # Of a moving average of the weights, which is then what is evaluated and released;
-    # 0 for none, as in the paper.
-    config.average_decay = 0.0
-    # The paper trains until nothing improves, for ten days; open-mmlab's mmagic, which
-    # reports results like the paper's, has these numbers of steps.
-    config.phase1 = ConfigDict()
-    config.phase1.steps = 800_000
-    config.phase1.learning_rate = 2e-4
-    config.phase2 = ConfigDict()  # With the encoder's batch normalization frozen.
-    config.phase2.steps = 500_000
-    config.phase2.learning_rate = 5e-5
-    # Weights to start from: the newest of a run, by its workdir; or a release file, see
-    # pconv_jax.weights.pretrained, of the same network.
-    config.init_from = ""
-
-    config.log_every = 100
-    config.picture_every = 5_000
-    config.validate_every = 10_000
-    config.validation_examples = 20  # Of each hole bin, with and without border.
-    config.checkpoint_every = 2_000
-    config.keep_checkpoints = 3  # The newest ones; the best one is kept besides.
-    config.evaluation_examples = 100  # The same for eval.py.
-    return config.lock()
-
-
-def check(config: Mapping[str, Any]) -> None:
-    """Checks the fields of an experiment.
-
-    Raises:
-      ValueError: naming every field that is unknown, missing or of the wrong type, or
-        the first whose value makes no sense.
+    Args:
+      default: The paper's value.
+      description: One sentence for people.
+      within: The range of a number, or of each number of a pair, as an interval such as
+        ``"[1, inf)"``. A pair must also be in order. None allows any value of the type.
+      resumable: Whether the value may change when a run is resumed. It must not change
+        any update, only where the run ends or what it writes.
     """
-    known, given = flatten(default_config()), flatten(config)
-    problems = [f"{name} is unknown" for name in given if name not in known]
-    problems += [f"{name} is missing" for name in known if name not in given]
-    for name in known.keys() & given.keys():
-        if not _same_type(known[name], given[name]):
-            expected = type(known[name]).__name__
-            problems.append(f"{name} must be of type {expected}, got {given[name]!r}")
-    if problems:
-        raise ValueError("config: " + "; ".join(sorted(problems)) + ".")
-    positive = [n for n in known if n.endswith(("_every", "_size", "_examples"))]
-    positive += ["accumulate", "keep_checkpoints", "model.depth", "model.width"]
-    for name in positive:
-        if given[name] < 1:
-            raise ValueError(f"config: {name} must be positive, got {given[name]}.")
-    for name in ("phase1.steps", "phase2.steps"):
-        if given[name] < 0:
-            raise ValueError(f"config: {name} must not be negative, got {given[name]}.")
-    if not 0 <= given["average_decay"] < 1:
-        raise ValueError(
-            f"config: average_decay must be in [0, 1), got {given['average_decay']}."
-        )
-    if not 0 <= given["seed"] < 2**32:
-        raise ValueError(f"config: seed must be in [0, 2**32), got {given['seed']}.")
-    for name in ("data.scale", "masks.hole_ratio"):
-        if not _is_range(given[name]):
-            raise ValueError(
-                f"config: {name} must be two numbers, 0 <= low <= high <= 1, got "
-                f"{given[name]}."
-            )
-    for name, choices in {
-        "data.source": ("bundled", "folder", "tar", "tfds"),
-        "masks.border": ("any", "always", "never"),
-        "masks.hole": ("white", "black"),
-        "masks.kind": masks.KINDS,
-        "model.conv": ("partial", "standard"),
-        "model.dtype": ("float32", "bfloat16"),
-        "model.normalization": ("none", "imagenet"),
-    }.items():
-        if given[name] not in choices:
-            raise ValueError(
-                f"config: {name} must be one of {', '.join(choices)}, got "
-                f"{given[name]!r}."
-            )
-    step = 2 ** given["model.depth"]
-    if given["image_size"] % step:
-        sizes = suggest_sizes(given["image_size"], step)
-        raise ValueError(
-            f"config: image_size = {given['image_size']} cannot be halved "
-            f"model.depth = {given['model.depth']} times: use {sizes}, or a smaller "
-            "depth."
-        )
+    metadata = {"description": description, "within": within, "resumable": resumable}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ``{'data.path': ..., ...}``, with sequences as tuples."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping | ConfigDict):
-            flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The network, see `pconv_jax.PConvUNet`."""
+
+    depth: int = setting(
+        8,
+        "Encoder stages; image_size is a multiple of 2**depth.",
+        within="[1, 16]",
+    )
+    width: int = setting(64, "Features of the first stage.", within="[1, inf)")
+    conv: Literal["partial", "standard"] = setting(
+        "partial",
+        "Kind of convolution; the paper compares with standard ones.",
+    )
+    normalization: Literal["imagenet"] | None = setting(
+        None, "Normalization of images inside the network."
+    )
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "Type of the convolutions, VGG's too. JAX_DEFAULT_MATMUL_PRECISION sets what "
+        "float32 means on NVIDIA GPUs (TF32 by default).",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The images."""
+
+    source: Literal["bundled", "folder", "tar", "tfds"] = setting(
+        "bundled", "Where images come from; bundled are scikit-image's photos."
+    )
+    path: Paths | None = setting(None, "The folder, or one or several tar files.")
+    validation_path: Paths | None = setting(
+        None, "The same for validation. None holds out a part of path."
+    )
+    validation_fraction: float = setting(
+        0.05, "The part of path that is held out for validation.", within="(0, 1)"
+    )
+    name: str | None = setting(None, "Name of the TFDS data set.")
+    data_dir: str | None = setting(
+        None, "Folder of TFDS data sets. None is ~/tensorflow_datasets."
+    )
+    feature: str | None = setting(
+        None, "Image feature of the TFDS data set. None finds it, if there is only one."
+    )
+    train_split: str = setting("train", "TFDS split to train on.")
+    validation_split: str = setting("validation", "TFDS split to validate on.")
+    workers: int = setting(
+        0,
+        "Worker processes that read images; 0 reads in threads.",
+        within="[0, inf)",
+        resumable=True,
+    )
+    scale: tuple[float, float] = setting(
+        (0.5, 1.0),
+        "Range of the side of a random square crop over the image's shorter side.",
+        within="(0, 1]",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskSettings:
+    """The holes that are trained on."""
+
+    folder: str | None = setting(
+        None, "Folder of mask images. None draws masks, see pconv_jax.random_mask."
+    )
+    hole_color: Literal["white", "black"] = setting(
+        "white", "Color of the holes in mask images."
+    )
+    kind: Literal["strokes", "blobs", "rectangles", "mixed", "ragged"] = setting(
+        "mixed", "Kind of hole that is drawn."
+    )
+    hole_ratio: tuple[float, float] = setting(
+        (0.01, 0.6), "Range of the hole's share of the pixels.", within="(0, 1)"
+    )
+    border: Literal["any", "always", "never"] = setting(
+        "any", "Whether holes touch the border of the image."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Weights of the loss terms, equation 7 of the paper."""
+
+    valid: float = setting(1.0, "Weight of L_valid.", within="[0, inf)")
+    hole: float = setting(6.0, "Weight of L_hole.", within="[0, inf)")
+    perceptual: float = setting(0.05, "Weight of L_perceptual.", within="[0, inf)")
+    style_out: float = setting(120.0, "Weight of L_style_out.", within="[0, inf)")
+    style_comp: float = setting(120.0, "Weight of L_style_comp.", within="[0, inf)")
+    total_variation: float = setting(0.1, "Weight of L_tv.", within="[0, inf)")
+    log_mse: float = setting(
+        0.0,
+        "Weight of losses.log_mse, not in the paper.",
+        within="[0, inf)",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseSettings:
+    """One phase of training."""
+
+    # The paper trains for ten days; open-mmlab's mmagic, which reports results like the
+    # paper's, has these numbers of steps.
+    steps: int = setting(800_000, "Number of updates.", within="[0, inf)")
+    learning_rate: float = setting(2e-4, "Learning rate of Adam.", within="[0, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuningSettings(PhaseSettings):
+    """The second phase: the encoder's batch normalization is frozen."""
+
+    steps: int = setting(
+        500_000, "Number of updates.", within="[0, inf)", resumable=True
+    )
+    learning_rate: float = setting(5e-5, "Learning rate of Adam.", within="[0, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of an experiment."""
+
+    seed: int = setting(0, "Seed of everything random.", within="[0, 2**32)")
+    image_size: int = setting(
+        512, "Side of the square crops, in pixels.", within="[1, inf)"
+    )
+    batch_size: int = setting(6, "Images of a step, on all devices.", within="[1, inf)")
+    accumulate: int = setting(
+        1,
+        "Parts in which a device computes its share of a batch, to save memory. Batch "
+        "normalization sees one part at a time.",
+        within="[1, inf)",
+    )
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    masks: MaskSettings = MaskSettings()
+    loss: LossSettings = LossSettings()
+    vgg: str | None = setting(
+        "imagenet",
+        "VGG of the perceptual and style terms: imagenet, the path of a weights file, "
+        "auto (random weights and a warning where there are none), or none to leave "
+        "these terms out.",
+    )
+    average_decay: float = setting(
+        0.0,
+        "Decay of a moving average of the weights, which is then evaluated and saved; "
+        "0 for none, as in the paper.",
+        within="[0, 1)",
+    )
+    phase1: PhaseSettings = PhaseSettings()
+    phase2: FineTuningSettings = FineTuningSettings()
+    init_from: str | None = setting(
+        None, "Weights to start from: another run's workdir, or a weights file."
+    )
+    log_every: int = setting(
+        100, "Steps between two lines of the log.", within="[1, inf)", resumable=True
+    )
+    picture_every: int = setting(
+        5_000, "Steps between two image grids.", within="[1, inf)", resumable=True
+    )
+    validate_every: int = setting(
+        10_000, "Steps between two validations.", within="[1, inf)", resumable=True
+    )
+    validation_examples: int = setting(
+        20,
+        "Validation examples of each hole bin, with and without holes at the border.",
+        within="[1, inf)",
+    )
+    checkpoint_every: int = setting(
+        2_000, "Steps between two checkpoints.", within="[1, inf)", resumable=True
+    )
+    keep_checkpoints: int = setting(
+        3,
+        "How many of the newest checkpoints to keep; the best one is kept besides.",
+        within="[1, inf)",
+        resumable=True,
+    )
+    evaluation_examples: int = setting(
+        100, "As validation_examples, for eval.py.", within="[1, inf)", resumable=True
+    )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Reads and checks settings.
+
+        Args:
+          values: Nested values by name, of all settings. The word ``"none"`` is None
+            where None is allowed, as on the command line.
+
+        Raises:
+          UserError: If fields are unknown, missing or of the wrong type, naming all of
+            them; or naming the first whose value is out of range.
+        """
+        given = _flatten(values)
+        problems = [f"{name} is unknown" for name in given if name not in FIELDS]
+        problems += [f"{name} is missing" for name in FIELDS if name not in given]
+        converted = {}
+        for name in FIELDS.keys() & given.keys():
+            try:
+                converted[name] = FIELDS[name].convert(given[name])
+            except TypeError as error:
+                problems.append(f"{name} {error}")
+        if problems:
+            raise UserError("config: " + "; ".join(sorted(problems)) + ".")
+        for name, field in FIELDS.items():
+            if problem := field.problem(converted[name]):
+                raise UserError(f"config: {name} {problem}.")
+        settings = _build(cls, converted)
+        settings._check_together()
+        return settings
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Reads the settings of a run, also of one that an older version started.
+
+        Args:
+          values: What `to_dict` gave, and JSON gave back.
+
+        Raises:
+          UserError: As `from_dict`.
+        """
+        return cls.from_dict(_upgrade(values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested values by name that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    def _check_together(self) -> None:
+        is_path = self.vgg and pathlib.PurePath(self.vgg).suffix
+        if self.vgg not in ("imagenet", "auto", None) and not is_path:
+            raise UserError(
+                "config: vgg must be imagenet, auto, none or the path of a weights "
+                f"file, got {self.vgg!r}."
+            )
+        step = 2**self.model.depth
+        if self.image_size % step:
+            from pconv_jax.unet import suggest_sizes  # Flax takes long to import.
+
+            sizes = suggest_sizes(self.image_size, step)
+            raise UserError(
+                f"config: image_size = {self.image_size} cannot be halved "
+                f"model.depth = {self.model.depth} times: use {sizes}, or a smaller "
+                "depth."
+            )
+
+
+class Field(NamedTuple):
+    """A setting, as the command line and the documentation show it.
+
+    Attributes:
+      name: With dots, such as ``"model.depth"``.
+      type: Its annotation, without None.
+      optional: Whether it may be None.
+      default: The paper's value.
+      description: One sentence.
+      within: The range of its numbers, an interval, or None.
+      resumable: See `setting`.
+    """
+
+    name: str
+    type: Any
+    optional: bool
+    default: Any
+    description: str
+    within: str | None
+    resumable: bool
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed words; empty for a setting that is no word."""
+        is_literal = typing.get_origin(self.type) is Literal
+        return typing.get_args(self.type) if is_literal else ()
+
+    @property
+    def type_name(self) -> str:
+        """The type, for people: ``"number"``, ``"two numbers"``, ..."""
+        if self.choices:
+            return " | ".join(self.choices)
+        return _TYPE_NAMES[self.type]
+
+    def parse(self, text: str) -> Any:
+        """Reads a value from the command line.
+
+        Raises:
+          TypeError: If the text is of another type, saying what is expected.
+        """
+        if self.optional and text.lower() == "none":
+            return None
+        if self.type is Paths:
+            return (text,)
+        try:
+            if self.type is int:
+                return int(text)
+            if self.type is float:
+                return float(text)
+            if self.type == tuple[float, float]:
+                return tuple(map(float, text.strip("()[] ").split(",")))
+        except ValueError:
+            raise TypeError(f"must be {self._expected()}, got {text!r}") from None
+        return text
+
+    def convert(self, value: Any) -> Any:
+        """Converts a value to the type of the setting.
+
+        Raises:
+          TypeError: If it is of another type, saying what is expected.
+        """
+        if self.optional and (value is None or value == "none"):
+            return None
+        if self.choices or self.type is str:
+            converted = value if isinstance(value, str) else None
+        elif self.type is int:
+            converted = value if _is_number(value, int) else None
+        elif self.type is float:
+            converted = float(value) if _is_number(value, int | float) else None
+        elif self.type is Paths:
+            values = (value,) if isinstance(value, str) else value
+            is_paths = isinstance(values, list | tuple) and values
+            is_paths = is_paths and all(isinstance(v, str) for v in values)
+            converted = tuple(values) if is_paths else None
         else:
-            flat[name] = tuple(value) if isinstance(value, list) else value
-    return flat
+            is_pair = isinstance(value, list | tuple) and len(value) == 2
+            is_pair = is_pair and all(_is_number(v, int | float) for v in value)
+            converted = tuple(map(float, value)) if is_pair else None
+        if converted is None:
+            raise TypeError(f"must be {self._expected()}, got {value!r}")
+        return converted
+
+    def problem(self, value: Any) -> str | None:
+        """Says what is wrong with a value of the right type, or returns None."""
+        if value is None:
+            return None
+        if self.choices:
+            if value not in self.choices:
+                return f"must be one of {', '.join(self.choices)}, got {value!r}"
+        elif self.within:
+            numbers = value if isinstance(value, tuple) else (value,)
+            is_inside = all(_is_within(number, self.within) for number in numbers)
+            if not is_inside or list(numbers) != sorted(numbers):
+                order = ", low <= high" if len(numbers) > 1 else ""
+                expected = f"{self._expected()} in {self.within}{order}"
+                return f"must be {expected}, got {value}"
+        return None
+
+    def _expected(self) -> str:
+        return _EXPECTED.get(self.type, "a word") + (
+            " or none" if self.optional else ""
+        )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple]:
-    """Returns the fields, but those of `RESUMABLE`, in which two experiments differ."""
-    old, new = flatten(old), flatten(new)
+_TYPE_NAMES = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    Paths: "paths",
+    tuple[float, float]: "two numbers",
+}
+_EXPECTED = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    Paths: "one or several paths",
+    tuple[float, float]: "two numbers",
+}
+
+
+def suggest_field(name: str) -> str:
+    """Returns a hint at the field that was meant, for an error, or ``""``."""
+    close = difflib.get_close_matches(name, FIELDS, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
+    """Finds the settings in which two experiments differ.
+
+    Args:
+      old: Settings of a run.
+      new: Settings to resume it with.
+
+    Returns:
+      The old and the new value of each setting that must not change on resume.
+    """
+    before, after = _flatten(old.to_dict()), _flatten(new.to_dict())
     return {
-        name: (old.get(name), new.get(name))
-        for name in sorted(old.keys() | new.keys())
-        if name not in RESUMABLE and old.get(name) != new.get(name)
+        name: (before[name], after[name])
+        for name, field in FIELDS.items()
+        if not field.resumable and before[name] != after[name]
     }
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line for `absl.app.run`; a mistake ends in a sentence."""
-    try:
-        rest = flags.FLAGS(list(argv))
-        if len(rest) > 1:
-            raise ValueError(f"unknown arguments: {' '.join(rest[1:])}")
-        if flags.FLAGS.config is not None:
-            flags.FLAGS.config.keys()  # If it could not be loaded, it says so now.
-        return rest
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, flags.Error) as e:
-        # ml_collections puts its whole traceback, or another error, into some messages.
-        message = str(e).strip().splitlines()[-1].strip()
-        if isinstance(e, AttributeError):
-            message = message.strip("'").replace("\\'", "'").replace("\\n", ". ")
-        sys.exit(f"{pathlib.Path(argv[0]).name}: {message}")
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns ``{"model.depth": 8}`` into ``{"model": {"depth": 8}}``."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *sections, last = name.split(".")
+        section = nested
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return nested
 
 
-def _is_range(values: tuple[Any, ...]) -> bool:
-    numbers = [v for v in values if _same_type(0.0, v)]
-    return len(values) == len(numbers) == 2 and 0 <= values[0] <= values[1] <= 1
+def _fields(cls: Any, prefix: str = "") -> Iterator[Field]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name, hint = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _fields(hint, f"{name}.")
+            continue
+        options = typing.get_args(hint) if _is_union(hint) else (hint,)
+        (kind,) = (option for option in options if option is not type(None))
+        yield Field(name, kind, len(options) > 1, field.default, **field.metadata)
 
 
-def _same_type(expected: Any, value: Any) -> bool:
-    if isinstance(expected, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is type(expected)
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    hints = typing.get_type_hints(cls)
+    fields = {}
+    for name in (field.name for field in dataclasses.fields(cls)):  # pyright: ignore
+        nested = dataclasses.is_dataclass(hints[name])
+        fields[name] = (
+            _build(hints[name], values, f"{prefix}{name}.")
+            if nested
+            else values[prefix + name]
+        )
+    return cls(**fields)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_within(number: float, interval: str) -> bool:
+    match = re.fullmatch(r"([\[(])(.+), (.+)([\])])", interval)
+    assert match, interval
+    opening, low, high, closing = match.groups()
+    least, most = (2.0**32 if x == "2**32" else float(x) for x in (low, high))
+    above = number > least or (opening == "[" and number == least)
+    below = number < most or (closing == "]" and number == most)
+    return above and below and math.isfinite(number)  # NaN is neither.
+
+
+def _upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Brings the settings of an older version's run to today's names and values."""
+    flat = _flatten(values)
+    if "masks.hole" in flat:
+        flat["masks.hole_color"] = flat.pop("masks.hole")
+    for name in ("data.path", "data.validation_path"):
+        if flat.get("data.source") == "tar" and isinstance(flat.get(name), str):
+            flat[name] = flat[name].split(",")
+    for name, field in FIELDS.items():
+        value = flat.setdefault(name, field.default)
+        if field.optional and value in ("", [""]):
+            flat[name] = None
+    return nest(flat)
+
+
+FIELDS: Mapping[str, Field] = {field.name: field for field in _fields(Settings)}
+"""Every setting by its name with dots, in order."""

@@ -45,6 +45,7 @@ class MetricWriter:
             twice. None keeps everything.
           enabled: if False (on all hosts but the first), nothing is ever written.
         """
+        self.enabled = enabled
         self._tensorboard = None
         workdir = pathlib.Path(workdir)
         self._pictures = workdir / "pictures"

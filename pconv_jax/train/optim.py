@@ -29,4 +29,6 @@ def make_optimizer(
             lambda path, _: path[0].key in frozen, params
         )
 
-    return optax.chain(optax.adam(learning_rate), optax.freeze(is_frozen))
+    return optax.chain(
+        optax.adam(learning_rate), optax.masked(optax.set_to_zero(), is_frozen)
+    )

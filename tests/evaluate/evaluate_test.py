@@ -28,8 +28,9 @@ from pconv_jax.evaluate.learned import Learned
 from pconv_jax.evaluate.protocol import MASK_CLASSES, EvalSet, draw_masks
 from pconv_jax.evaluate.store import Store
 from pconv_jax.metrics import inception, lpips
-from pconv_jax.runs import opening, settings
+from pconv_jax.runs import opening
 from pconv_jax.runs.checkpoint import Checkpoints
+from pconv_jax.runs.config import default_config, read_settings
 from pconv_jax.unet import PConvUNet
 from pconv_jax.weights import pretrained
 from tests.helpers import ROOT
@@ -597,7 +598,7 @@ def test_ticks_are_round_and_enclose(low, high):
 
 
 def tiny_config():
-    config = settings.default_config()
+    config = default_config()
     config.update_from_flattened_dict(
         {"image_size": SIZE, "batch_size": 4, "model.depth": 2, "model.width": 4}
         | {"evaluation_examples": 2}
@@ -656,7 +657,7 @@ def test_networks_of_releases_beside_each_other(run, variables, tmp_path):
 
 def test_a_release_is_evaluated_on_pictures_that_everyone_has(variables, tmp_path):
     config = tiny_config()
-    config.data.source, config.data.path = "folder", "photos/of/whoever/trained/it"
+    config.data.source, config.data.path = "folder", ("photos/of/whoever/trained/it",)
     weights = tmp_path / "net.safetensors"
     info = {"experiment": config.to_dict()}
     pretrained.save_pretrained(weights, MODEL, variables, info=info)
@@ -684,7 +685,7 @@ def test_a_perceptual_distance_by_any_vgg(run, tmp_path):
     assert evaluation.left_out == []
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["vgg"] == "vgg.safetensors"
-    source = opening.get_source(tiny_config(), "validation")
+    source = opening.get_images(read_settings(tiny_config()).data, "validation")
     protocol = EvalSet(source, image_size=SIZE, examples=1)
     ((index, truth),) = protocol.batches(1)
     mask = protocol.masks(index, 4, True)
@@ -724,7 +725,7 @@ def test_mistakes_end_in_a_sentence(run, options, message):
 
 @pytest.mark.slow
 def test_the_bundled_network_is_better_than_what_needs_none():
-    trained = opening.load_release("photos")
+    trained = opening.load_weights("photos")
     names = ["mean", "telea", "navier_stokes"]
     compared = [
         methods.Network("photos", trained.model, trained.variables),

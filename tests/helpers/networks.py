@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pconv_jax.runs import settings
+from pconv_jax.runs.config import default_config
 from pconv_jax.unet import PConvUNet
 from tests.helpers import reference
 
@@ -49,7 +49,7 @@ def make_network(channels=3, seed=0, **fields):
 
 
 def train_config(path, **fields):
-    config = settings.default_config()
+    config = default_config()
     config.update_from_flattened_dict(
         {
             "image_size": 16,
@@ -57,12 +57,12 @@ def train_config(path, **fields):
             "model.depth": 2,
             "model.width": 4,
             "masks.kind": "rectangles",
-            "vgg": "none",
+            "vgg": None,
             "phase1.steps": 0,
             "phase2.steps": 1,
             "validation_examples": 1,
             "evaluation_examples": 1,
-            "init_from": str(path),
+            "init_from": str(path) if path else None,
         }
         | fields
     )

@@ -4,8 +4,10 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from pconv_jax.runs import opening, settings
-from pconv_jax.train import loop
+from pconv_jax import masks
+from pconv_jax.runs import opening
+from pconv_jax.runs.config import default_config, default_workdir, read_settings
+from pconv_jax.runs.settings import FIELDS, Settings, differences
 from tests.helpers import ROOT
 from tests.helpers.images import encode, photo, write_tar
 
@@ -17,7 +19,7 @@ def load(path, *arguments):
 
 
 def test_paper_has_the_numbers_of_the_paper():
-    config = settings.default_config()
+    config = default_config()
     assert (config.image_size, config.batch_size) == (512, 6)
     assert (config.model.depth, config.model.width) == (8, 64)
     rates = config.phase1.learning_rate, config.phase2.learning_rate
@@ -38,7 +40,7 @@ def test_paper_has_the_numbers_of_the_paper():
 )
 def test_every_experiment_is_valid_and_strict_about_vgg(path):
     config = load(path)
-    settings.check(config)
+    read_settings(config)
     assert config.is_locked
     assert config.vgg == ("auto" if path.stem == "pconv" else "imagenet")
     assert "python train.py --config configs/" in path.read_text()
@@ -51,42 +53,42 @@ def test_experiments_are_the_ones_that_are_tested():
 
 def test_quickstart_and_unknown_variants():
     path = next(path for path in EXPERIMENTS if path.stem == "pconv")
-    settings.check(load(path, "quickstart"))
+    read_settings(load(path, "quickstart"))
     with pytest.raises(ValueError, match="'paper' and 'quickstart', got 'fast'"):
         load(path, "fast")
 
 
 def test_the_runs_of_the_release_follow_each_other():
     path = next(path for path in EXPERIMENTS if path.stem == "release")
-    before = ""
+    before = None
     for variant in ("coarse", "fine", "longer", "ragged", "wide"):
         config = load(path, variant)
-        settings.check(config)
+        read_settings(config)
         if variant == "wide":
             widened = "runs/release-widened.safetensors"
             assert f"tools/widen.py {before} {widened}" in path.read_text()
             before = widened
         assert config.is_locked and config.init_from == before
         assert f"configs/release.py:{variant} " in path.read_text()
-        before = loop.default_workdir(f"configs/release.py:{variant}")
+        before = default_workdir(f"configs/release.py:{variant}")
     with pytest.raises(ValueError, match="coarse, .*, ragged, wide, got 'x'"):
         load(path, "x")
 
 
 def test_unknown_field_cannot_be_set():
     with pytest.raises(AttributeError, match="batch_sise"):
-        settings.default_config().batch_sise = 3
+        default_config().batch_sise = 3
 
 
 def test_all_wrong_fields_are_named_at_once():
-    config = settings.default_config().to_dict()
+    config = default_config().to_dict()
     config["batch_sise"] = 3
     config["model"]["width"] = "64"
     del config["seed"]
     with pytest.raises(ValueError) as error:
-        settings.check(config)
+        read_settings(config)
     assert str(error.value) == (
-        "config: batch_sise is unknown; model.width must be of type int, got '64'; "
+        "config: batch_sise is unknown; model.width must be an integer, got '64'; "
         "seed is missing."
     )
 
@@ -101,53 +103,112 @@ def test_all_wrong_fields_are_named_at_once():
         ("masks.hole_ratio", (0.3,), "masks.hole_ratio must be two numbers"),
         ("masks.hole_ratio", (0.6, 0.1), "got .0.6, 0.1."),
         ("data.scale", (0.5, "1"), "data.scale must be two numbers"),
-        ("seed", -1, "seed must be in .0, 2..32., got -1"),
-        ("masks.hole", "grey", "masks.hole must be one of white, black"),
+        ("seed", -1, r"seed must be an integer in \[0, 2\*\*32\), got -1"),
+        ("masks.hole_color", "gray", "masks.hole_color must be one of white, black"),
         ("masks.border", "some", "masks.border must be one of any, always, never"),
-        ("log_every", 0, "log_every must be positive, got 0"),
-        ("batch_size", -1, "batch_size must be positive, got -1"),
-        ("phase1.steps", -1, "phase1.steps must not be negative, got -1"),
-        ("average_decay", 1.0, "average_decay must be in .0, 1., got 1.0"),
+        ("log_every", 0, r"log_every must be an integer in \[1, inf\), got 0"),
+        ("batch_size", -1, r"batch_size must be an integer in \[1, inf\), got -1"),
+        ("phase1.steps", -1, r"phase1.steps must be an integer in \[0, inf\), got -1"),
+        ("phase1.learning_rate", -1.0, r"must be a number in \[0, inf\), got -1.0"),
+        ("loss.hole", float("nan"), r"loss.hole must be a number in .*, got nan"),
+        ("loss.valid", float("inf"), r"loss.valid must be a number in .*, got inf"),
+        ("data.validation_fraction", 7.0, r"must be a number in \(0, 1\), got 7.0"),
+        ("data.workers", -3, r"data.workers must be an integer in \[0, inf\), got -3"),
+        ("masks.hole_ratio", (0.0, 0.5), r"must be two numbers in \(0, 1\)"),
+        (
+            "vgg",
+            "nonsense",
+            "vgg must be imagenet, auto, none or the path of .*nonsense",
+        ),
+        ("average_decay", 1.0, r"average_decay must be a number in \[0, 1\), got 1.0"),
         ("image_size", 500, "use 256 or 512, or a smaller depth"),
         ("image_size", 100, "use 256, or a smaller depth"),
     ],
 )
 def test_values_that_make_no_sense(name, value, message):
-    config = settings.default_config()
+    config = default_config()
     config.update_from_flattened_dict({name: value})
     with pytest.raises(ValueError, match=message):
-        settings.check(config)
+        read_settings(config)
 
 
 def test_integers_will_do_for_floats():
-    config = settings.default_config().to_dict()
-    config["loss"]["hole"] = 6
-    settings.check(config)
+    config = default_config().to_dict()
+    config["loss"]["hole"] = 7
+    hole = read_settings(config).loss.hole
+    assert hole == 7.0 and isinstance(hole, float)
 
 
 def test_differences_leave_out_what_may_change_on_the_way():
-    old = json.loads(settings.default_config().to_json())
-    config = settings.default_config()
-    assert settings.differences(old, config.to_dict()) == {}
+    config = default_config()
+    old = Settings.from_json(json.loads(config.to_json()))
+    assert differences(old, read_settings(config)) == {}
     config.log_every = 1
     config.phase2.steps = 1
-    assert settings.differences(old, config.to_dict()) == {}
+    assert differences(old, read_settings(config)) == {}
     config.model.width = 8
     config.seed = 3
-    changes = settings.differences(old, config.to_dict())
-    assert changes == {"model.width": (64, 8), "seed": (0, 3)}
+    changes = differences(old, read_settings(config))
+    assert changes == {"seed": (0, 3), "model.width": (64, 8)}
+
+
+def test_a_config_and_the_settings_say_the_same():
+    assert read_settings(default_config()) == Settings()
+    assert default_config().to_dict() == Settings().to_dict()
+    assert (
+        Settings.from_json(json.loads(json.dumps(Settings().to_dict()))) == Settings()
+    )
+
+
+def test_settings_of_older_versions():
+    """As config.json and checkpoints held them, with '' for None."""
+    old = json.loads(default_config().to_json())
+    old["masks"]["hole"] = "black"
+    del old["masks"]["hole_color"]
+    old["data"] |= dict.fromkeys(("validation_path", "name", "data_dir", "feature"), "")
+    old["data"] |= {"source": "tar", "path": "a.tar,b.tar"}
+    old["masks"]["folder"] = old["init_from"] = ""
+    old["model"]["normalization"] = old["vgg"] = "none"
+    settings = Settings.from_json(old)
+    assert settings.masks.hole_color == "black" and settings.masks.folder is None
+    assert settings.data.path == ("a.tar", "b.tar")
+    assert settings.data.validation_path is settings.data.name is None
+    assert settings.model.normalization is settings.vgg is settings.init_from is None
+    old["data"] |= {"source": "folder", "path": "a,b"}
+    assert Settings.from_json(old).data.path == ("a,b",)
+
+
+def test_every_field_is_described_and_its_default_allowed():
+    for name, field in FIELDS.items():
+        assert field.description.endswith(".") and field.type_name, name
+        assert field.convert(field.default) == field.default, name
+        assert field.problem(field.default) is None, name
+    assert FIELDS["masks.kind"].choices == masks.KINDS
+    resumable = {name for name, field in FIELDS.items() if field.resumable}
+    assert resumable == {
+        "checkpoint_every",
+        "data.workers",
+        "evaluation_examples",
+        "keep_checkpoints",
+        "log_every",
+        "phase2.steps",
+        "picture_every",
+        "validate_every",
+    }
 
 
 def test_model_and_source_of_an_experiment():
-    config = settings.default_config()
+    config = default_config()
     config.model.dtype = "bfloat16"
-    model = opening.get_model(config)
+    settings = read_settings(config)
+    model = opening.get_model(settings.model)
     assert (model.depth, model.width, model.conv) == (8, 64, "partial")
     assert model.dtype == jnp.bfloat16
     names = [
         {source.name(i) for i in range(len(source))}
         for source in (
-            opening.get_source(config, split) for split in ("train", "validation")
+            opening.get_images(settings.data, split)
+            for split in ("train", "validation")
         )
     ]
     assert all(names) and not names[0] & names[1]
@@ -156,25 +217,25 @@ def test_model_and_source_of_an_experiment():
 def test_folder_without_a_path():
     path = next(path for path in EXPERIMENTS if path.stem == "folder")
     with pytest.raises(ValueError, match="path is needed for kind 'folder'"):
-        opening.get_source(load(path), "train")
+        opening.get_images(read_settings(load(path)).data, "train")
 
 
 def test_several_tar_files(tmp_path):
-    config = settings.default_config()
+    config = default_config()
     config.data.source = "tar"
     for name in ("path", "validation_path"):
         paths = [tmp_path / f"{name}{n}.tar" for n in range(2)]
         for n, path in enumerate(paths):
             write_tar(path, {f"{n}.png": encode(photo())})
-        config.data[name] = ",".join(map(str, paths))
+        config.data[name] = tuple(map(str, paths))
     for split in ("train", "validation"):
-        assert len(opening.get_source(config, split)) == 2
+        assert len(opening.get_images(read_settings(config).data, split)) == 2
 
 
 def test_what_is_held_out_may_not_be_nothing(tmp_path):
-    config = settings.default_config()
-    config.data.source, config.data.path = "folder", str(tmp_path)
+    config = default_config()
+    config.data.source, config.data.path = "folder", (str(tmp_path),)
     (tmp_path / "a.png").write_bytes(encode(photo()))
     config.data.validation_fraction = 0.0
-    with pytest.raises(ValueError, match=r"validation_fraction must be in .*got 0.0"):
-        opening.get_source(config, "train")
+    with pytest.raises(ValueError, match=r"validation_fraction must be .*got 0.0"):
+        read_settings(config)

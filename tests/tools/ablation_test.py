@@ -7,7 +7,7 @@ import pytest
 
 from pconv_jax import ops
 from pconv_jax.evaluate import results
-from pconv_jax.runs import settings
+from pconv_jax.runs.config import default_config
 from pconv_jax.train import loop
 from pconv_jax.unet import PConvUNet
 from tools import ablation
@@ -95,10 +95,10 @@ def test_differences_are_of_the_same_seed_and_picture():
 
 @pytest.mark.slow
 def test_runs_go_on_and_end_in_a_table(tmp_path, monkeypatch):
-    config = settings.default_config()
+    config = default_config()
     config.update_from_flattened_dict(
         {"image_size": 16, "batch_size": 4, "model.depth": 2, "model.width": 4}
-        | {"masks.kind": "rectangles", "vgg": "none", "phase1.steps": 2}
+        | {"masks.kind": "rectangles", "vgg": None, "phase1.steps": 2}
         | {"phase2.steps": 0, "validation_examples": 1, "evaluation_examples": 2}
     )
     variants = ["pconv_v1"]

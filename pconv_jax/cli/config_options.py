@@ -1,0 +1,82 @@
+"""Settings on the command line: ``--config FILE`` and ``--config.NAME=VALUE``."""
+
+import argparse
+from typing import Any
+
+from pconv_jax._errors import UserError
+from pconv_jax.runs.settings import FIELDS, Field, Paths, suggest_field
+
+
+def add_config_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Adds ``--config`` and a ``--config.NAME`` for every setting to a command."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        required=required,
+        help="config file, such as configs/pconv.py or configs/pconv.py:quickstart",
+    )
+    group = parser.add_argument_group(
+        "settings", "change a field of the config file (defaults are the paper's)"
+    )
+    for name, field in FIELDS.items():
+        group.add_argument(
+            f"--config.{name}",
+            dest=f"config.{name}",
+            metavar="VALUE",
+            action="append",
+            help=_help(field),
+        )
+
+
+def read_config(arguments: argparse.Namespace) -> Any:
+    """Loads the config file of a command line, and changes the fields it sets.
+
+    Args:
+      arguments: Parsed by a parser with `add_config_options`.
+
+    Returns:
+      The config, or None if no file is named.
+
+    Raises:
+      UserError: If a value is of the wrong type, or fields are set without a file; or
+        As `load_config`.
+    """
+    changes = {
+        name: given
+        for name in FIELDS
+        if (given := getattr(arguments, f"config.{name}")) is not None
+    }
+    if arguments.config is None:
+        if changes:
+            raise UserError(f"--config.{next(iter(changes))} needs --config FILE.")
+        return None
+    from pconv_jax.runs.config import load_config  # Takes the packages of training.
+
+    config = load_config(arguments.config)
+    for name, texts in changes.items():
+        try:
+            values = [FIELDS[name].parse(text) for text in texts]
+        except TypeError as error:
+            raise UserError(f"--config.{name} {error}.") from None
+        is_paths = FIELDS[name].type is Paths and None not in values
+        value = tuple(path for paths in values for path in paths) if is_paths else None
+        config.update_from_flattened_dict({name: value if is_paths else values[-1]})
+    return config
+
+
+def explain_unknown(argument: str) -> str:
+    """Returns the message for an argument that a command does not know."""
+    name = argument.partition("=")[0]
+    hint = ""
+    if name.startswith("--config."):
+        hint = suggest_field(name.removeprefix("--config."))
+    return f"unknown argument: {argument}.{hint}"
+
+
+def _help(field: Field) -> str:
+    default = "none" if field.default is None else field.default
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    within = f" in {field.within}" if field.within else ""
+    text = f"{field.description} {field.type_name}{within}, default {default}"
+    return text.replace("%", "%%")

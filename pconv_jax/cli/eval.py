@@ -1,0 +1,105 @@
+"""``pconv eval``: evaluates networks and baselines by hole bin."""
+
+import argparse
+from typing import Any
+
+from pconv_jax.cli import config_options
+
+_DESCRIPTION = """\
+Evaluates a trained network by hole bin, beside the methods that need no network.
+
+All methods get the same images and masks. The results go to evaluation/ in the workdir,
+or to --out: report.html, a page with tables, plots and images; results.json, results.md
+and examples.csv; timing.json; pictures.png and worst.png. Started again, it resumes
+where it stopped.
+"""
+
+_EXAMPLES = """\
+examples:
+  pconv eval --workdir runs/pconv-quickstart
+  pconv eval --weights places.safetensors --images photos/ --masks nvidia/test/
+  pconv eval --workdir runs/a --methods=network,b=runs/b,telea,patchmatch
+"""
+
+
+def add(commands: Any) -> None:
+    """Adds the command to those of ``pconv``."""
+    command = commands.add_parser(
+        "eval",
+        help="evaluate a network beside others and beside baselines",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = command.add_argument
+    add("--workdir", help="directory of a training run")
+    add("--weights", help="a weights file instead of a run")
+    add("--step", type=int, help="step of the checkpoint (default: the newest)")
+    add(
+        "--methods",
+        type=_words,
+        default=None,
+        metavar="NAME,...",
+        help="what to compare: network; mean, telea, navier_stokes, biharmonic, "
+        "patchmatch; NAME=PATH for another network, by its workdir or weights file; or "
+        "all (default: network,mean,telea,navier_stokes)",
+    )
+    add("--examples", type=int, help="examples of each class of masks")
+    add("--images", help="folder or tar file of other images")
+    add("--masks", help="folder of mask images")
+    add(
+        "--hole_color",
+        choices=("white", "black"),
+        default="white",
+        help="color of the holes in --masks (default: white)",
+    )
+    add("--image_size", type=int, help="side of the images, in pixels")
+    add("--seed", type=int, default=0, help="seed of masks and intervals (default: 0)")
+    add(
+        "--time_budget",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="longest time of a baseline for an image (default: 60)",
+    )
+    add(
+        "--learned",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute LPIPS, FID and Inception Score, if their weights can be found",
+    )
+    add("--nolearned", dest="learned", action="store_false", help=argparse.SUPPRESS)
+    add("--vgg", help="weights file of a VGG, for a perceptual distance")
+    add("--out", help="directory of the results")
+    config_options.add_config_options(command, required=False)
+    command.set_defaults(run=_eval)
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from pconv_jax.evaluate import runner
+    from pconv_jax.runs import output
+
+    output.log_to_stderr()
+    evaluation = runner.evaluate_run(
+        arguments.workdir,
+        weights=arguments.weights,
+        config=config_options.read_config(arguments),
+        step=arguments.step,
+        methods=arguments.methods or runner.DEFAULT_METHODS,
+        examples=arguments.examples,
+        images=arguments.images,
+        mask_folder=arguments.masks,
+        hole=arguments.hole_color,
+        image_size=arguments.image_size,
+        seed=arguments.seed,
+        time_budget=arguments.time_budget,
+        learned=arguments.learned,
+        vgg=arguments.vgg,
+        out=arguments.out,
+    )
+    print(evaluation)

@@ -1,0 +1,71 @@
+"""``pconv train``: trains an inpainting network."""
+
+import argparse
+from typing import Any
+
+from pconv_jax._errors import UserError
+from pconv_jax.cli import config_options
+
+_DESCRIPTION = """\
+Trains an inpainting network.
+
+Started again with the same workdir, it resumes where it stopped. All GPUs of a machine
+are used. For several machines, start one process on each, on a common file system, with
+--distributed; where JAX cannot find the others by itself, also with
+--coordinator_address, --num_processes and --process_id.
+"""
+
+_EXAMPLES = """\
+examples:
+  pconv train --config pconv:quickstart
+  pconv train --config configs/folder.py --config.data.path=photos/
+  pconv train --config pconv --config.batch_size=2 --config.phase1.steps=1000
+"""
+
+
+def add(commands: Any) -> None:
+    """Adds the command to those of ``pconv``."""
+    command = commands.add_parser(
+        "train",
+        help="train a network",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "--workdir", help="directory of the run (default: runs/ and the config's name)"
+    )
+    processes = command.add_argument_group("several processes")
+    processes.add_argument(
+        "--distributed", action="store_true", help="this is one process of several"
+    )
+    processes.add_argument(
+        "--coordinator_address", help="host and port of process number 0"
+    )
+    processes.add_argument("--num_processes", type=int, help="number of processes")
+    processes.add_argument("--process_id", type=int, help="index of this process")
+    config_options.add_config_options(command, required=True)
+    command.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from pconv_jax.runs import config as config_lib
+    from pconv_jax.runs import output, parallel
+    from pconv_jax.train import loop
+
+    output.log_to_stderr()
+    config = config_options.read_config(arguments)
+    workdir = arguments.workdir or config_lib.default_workdir(arguments.config)
+    others = {
+        "coordinator_address": arguments.coordinator_address,
+        "num_processes": arguments.num_processes,
+        "process_id": arguments.process_id,
+    }
+    if arguments.distributed:
+        parallel.initialize(**others)
+    elif any(value is not None for value in others.values()):
+        names = ", ".join(f"--{name}" for name in others)
+        raise UserError(f"{names}: each of these needs --distributed.")
+    summary = loop.train_and_evaluate(config, workdir)
+    print(loop.format_summary(summary, workdir))

@@ -1,0 +1,82 @@
+"""Config files: Python files that define an experiment, see ``configs/``.
+
+A config file defines ``get_config()``, which starts from `default_config`, changes some
+fields and returns the config.
+"""
+
+import importlib.util
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
+from pconv_jax._errors import UserError
+from pconv_jax.runs.settings import FIELDS, Field, Paths, Settings, nest
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+# In an installed wheel, and in a checkout.
+_BUNDLED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def default_config() -> ConfigDict:
+    """Makes a config with the paper's value of every field, locked."""
+    return ConfigDict(nest({n: _config_value(f) for n, f in FIELDS.items()})).lock()
+
+
+def read_settings(config: ConfigDict | Mapping[str, Any]) -> Settings:
+    """Reads and checks the settings of a config.
+
+    Raises:
+      UserError: As `Settings.from_dict`.
+    """
+    values = config.to_dict() if isinstance(config, ConfigDict) else config
+    return Settings.from_dict(values)
+
+
+def load_config(name: str) -> ConfigDict:
+    """Runs a config file.
+
+    Args:
+      name: Path of the file, or the name of one that comes with this package, such as
+        ``pconv`` or ``configs/pconv.py``. After a colon comes an argument of its
+        ``get_config``: ``configs/pconv.py:quickstart``.
+
+    Raises:
+      UserError: If there is no such file, or its ``get_config`` refuses the argument.
+    """
+    place, _, argument = name.partition(":")
+    path = _find_config(pathlib.Path(place).expanduser())
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config: {path} defines no get_config().")
+    return module.get_config(*([argument] if argument else []))
+
+
+def default_workdir(name: str) -> str:
+    """Returns the directory of a run, such as ``runs/pconv-quickstart``."""
+    place, _, argument = name.partition(":")
+    stem = pathlib.Path(place).stem
+    return f"runs/{stem}-{argument}" if argument else f"runs/{stem}"
+
+
+def _config_value(field: Field) -> Any:
+    if not field.optional:
+        return field.default
+    # Only a reference may become None.
+    kind = tuple if field.type is Paths else str
+    return FieldReference(field.default, field_type=kind)
+
+
+def _find_config(path: pathlib.Path) -> pathlib.Path:
+    if path.is_file():
+        return path
+    if path.parent.name in ("", "configs") and len(path.parts) <= 2:
+        for folder in _BUNDLED:
+            bundled = folder / f"{path.stem}.py"
+            if bundled.is_file():
+                return bundled
+    raise UserError(f"--config: there is no file {path}.")

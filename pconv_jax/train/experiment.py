@@ -1,0 +1,246 @@
+"""An experiment, opened: everything that training needs, resolved once."""
+
+import dataclasses
+import functools
+import json
+import logging
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+import optax
+from flax import traverse_util
+
+from pconv_jax import losses, masks, vgg
+from pconv_jax._errors import UserError
+from pconv_jax.data import pipeline
+from pconv_jax.data.base import ImageSource
+from pconv_jax.data.mask_folder import MaskFolder
+from pconv_jax.runs import opening, parallel
+from pconv_jax.runs.settings import Settings
+from pconv_jax.train import optim
+from pconv_jax.train.step import ApplyFeatures, TrainState, create_state, train_step
+from pconv_jax.unet import PConvUNet, model_config
+from pconv_jax.weights.formats.arrays import checksum
+from pconv_jax.weights.vgg import load_vgg_params
+
+_BORDERS = {"any": None, "always": True, "never": False}
+
+_logger = logging.getLogger(__name__)
+
+
+class Phase(NamedTuple):
+    """A stretch of training with its own optimizer.
+
+    Attributes:
+      name: Name for people.
+      start: Number of updates before the phase.
+      stop: Number of updates after it.
+      learning_rate: Learning rate of Adam.
+      freeze_encoder_norm: Whether the encoder's batch normalization is frozen.
+    """
+
+    name: str
+    start: int
+    stop: int
+    learning_rate: float
+    freeze_encoder_norm: bool
+
+
+class Features(NamedTuple):
+    """The network of the perceptual and style terms.
+
+    Attributes:
+      params: Its parameters, on every device.
+      apply: The function of these parameters and images.
+    """
+
+    params: Any
+    apply: ApplyFeatures
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that training needs, resolved from the settings.
+
+    Attributes:
+      settings: The settings.
+      model: The network.
+      train_images: Images to train on.
+      validation_images: Images to validate on.
+      features: The network of the perceptual and style terms, or None to leave these
+        terms out.
+      phases: The phases of training, in order. Some may be empty.
+      identity: What a checkpoint must agree with to be resumed, JSON-able.
+      warnings: Warnings for the log and the summary.
+    """
+
+    settings: Settings
+    model: PConvUNet
+    train_images: ImageSource
+    validation_images: ImageSource
+    features: Features | None
+    phases: tuple[Phase, ...]
+    identity: dict[str, Any]
+    warnings: list[str]
+
+    @property
+    def last_step(self) -> int:
+        """The number of updates of the whole run."""
+        return self.phases[-1].stop
+
+    def optimizer(self, phase: Phase) -> optax.GradientTransformation:
+        """Makes the optimizer of a phase."""
+        frozen = self.model.encoder_norms if phase.freeze_encoder_norm else ()
+        return optim.make_optimizer(phase.learning_rate, frozen=frozen)
+
+    def create_state(self) -> TrainState:
+        """Makes the state before the first step."""
+        return create_state(
+            jax.random.key(self.settings.seed),
+            model=self.model,
+            optimizer=self.optimizer(self.phases[0]),
+            image_size=self.settings.image_size,
+            average=self.settings.average_decay > 0,
+        )
+
+    def compile_step(self, phase: Phase) -> Callable[..., Any]:
+        """Compiles ``(state, batch) -> (state, scalars)`` for a phase, on all devices.
+
+        The state is donated: the one passed in is gone after the call.
+        """
+        settings = self.settings
+        draw_mask = functools.partial(
+            masks.random_mask,
+            shape=(settings.image_size,) * 2,
+            hole_ratio=settings.masks.hole_ratio,
+            kind=settings.masks.kind,
+            border=_BORDERS[settings.masks.border],
+        )
+        step = parallel.compile_train_step(
+            functools.partial(
+                train_step,
+                model=self.model,
+                optimizer=self.optimizer(phase),
+                apply_features=self.features and self.features.apply,
+                loss_weights=losses.LossWeights(**dataclasses.asdict(settings.loss)),
+                draw_mask=draw_mask,
+                freeze_encoder_norm=phase.freeze_encoder_norm,
+                accumulate=settings.accumulate,
+                average_decay=settings.average_decay,
+            )
+        )
+        params = self.features and self.features.params
+        return lambda state, batch: step(state, batch, params)
+
+    def open_batches(self, start_step: int) -> pipeline.TrainBatches:
+        """Opens this process's share of the batches from a step on."""
+        settings, mask_folder = self.settings, None
+        if settings.masks.folder:
+            mask_folder = MaskFolder(
+                settings.masks.folder,
+                hole=settings.masks.hole_color,
+                hole_ratio=settings.masks.hole_ratio,
+            )
+        return pipeline.train_batches(
+            self.train_images,
+            batch_size=settings.batch_size,
+            image_size=settings.image_size,
+            seed=settings.seed,
+            start_step=start_step,
+            process_index=parallel.process_index(),
+            process_count=parallel.process_count(),
+            workers=settings.data.workers,
+            scale=settings.data.scale,
+            mask_folder=mask_folder,
+        )
+
+
+def get_phases(settings: Settings) -> tuple[Phase, Phase]:
+    """Returns the two phases of the paper, either of which may be empty."""
+    first, second = settings.phase1, settings.phase2
+    stop = first.steps + second.steps
+    return (
+        Phase("phase1", 0, first.steps, first.learning_rate, False),
+        Phase("phase2", first.steps, stop, second.learning_rate, True),
+    )
+
+
+def open_experiment(
+    settings: Settings, *, model: PConvUNet | None = None
+) -> Experiment:
+    """Opens the images and weights of an experiment, and builds its network.
+
+    Args:
+      settings: The settings.
+      model: The network, if it is not the one that the settings describe.
+
+    Raises:
+      UserError: If images or weights cannot be found, if the batch cannot be divided
+        among the devices, or if several processes open different experiments.
+    """
+    parallel.check_batch_size(settings.batch_size, parts=settings.accumulate)
+    model = model or opening.get_model(settings.model)
+    warnings: list[str] = []
+    params, digest = _load_features(settings.vgg, warnings)
+    features = None
+    if params is not None:
+        apply = functools.partial(vgg.feature_fn_for(params), dtype=model.dtype)
+        features = Features(parallel.replicate(params), apply)
+    experiment = Experiment(
+        settings=settings,
+        model=model,
+        train_images=opening.get_images(settings.data, "train"),
+        validation_images=opening.get_images(settings.data, "validation"),
+        features=features,
+        phases=get_phases(settings),
+        identity={
+            "network": type(model).__name__,
+            "model": model_config(model),
+            "features": digest,
+        },
+        warnings=warnings,
+    )
+    _check_processes(experiment)
+    return experiment
+
+
+def _load_features(
+    source: str | None, warnings: list[str]
+) -> tuple[vgg.Params | None, str | None]:
+    """Loads the VGG; returns its parameters and a digest of them."""
+    if source is None:
+        return None, None
+    try:
+        params = load_vgg_params("imagenet" if source == "auto" else source)
+    except ValueError as error:
+        if source != "auto":
+            raise
+        warning = (
+            "The perceptual and style terms use a RANDOM VGG16, which is no substitute "
+            f"for a trained one. {error}"
+        )
+        warnings.append(warning)
+        _logger.warning(warning)
+        # The digest is not of their bits: the last ones depend on the machine.
+        return jax.jit(vgg.random_params)(jax.random.key(0)), "random"
+    arrays = traverse_util.flatten_dict(dict(params), sep="/")
+    return params, checksum(cast(Mapping[str, np.ndarray], arrays))
+
+
+def _check_processes(experiment: Experiment) -> None:
+    """Checks that all processes train the same network by the same loss."""
+    counts = len(experiment.train_images), len(experiment.validation_images)
+    settings = experiment.settings.to_dict()
+    del settings["data"]  # Each host may have its own path.
+    about = json.dumps([settings, experiment.identity, counts])
+    digest = np.array([zlib.crc32(about.encode())], np.uint32)
+    if any(parallel.gather(digest) != digest):
+        raise UserError(
+            "the processes of this run differ in the configuration, in the VGG "
+            f"features (here: {experiment.identity['features']}), or in the number of "
+            f"images (here: {counts[0]} to train on, {counts[1]} to validate on): "
+            "start all of them with the same."
+        )

@@ -1,0 +1,238 @@
+"""What happens between steps of training: log, save, draw and validate."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from pconv_jax._errors import RunError
+from pconv_jax.data.base import ImageSource
+from pconv_jax.evaluate import runner
+from pconv_jax.evaluate.results import Evaluation
+from pconv_jax.runs.checkpoint import Checkpoints
+from pconv_jax.train.loggers import MetricWriter, Progress
+from pconv_jax.train.restore import ITEMS
+from pconv_jax.train.step import Metrics, TrainState
+from pconv_jax.unet import PConvUNet
+
+
+class TrainingDivergedError(RunError):
+    """A loss or a gradient is not finite."""
+
+
+class Log:
+    """Averages the scalars of the steps since the last line, and measures the pace.
+
+    Scalars stay on the device until a line, a checkpoint or a validation is due, so
+    that steps do not wait for the host.
+    """
+
+    def __init__(
+        self,
+        writer: MetricWriter,
+        progress: Progress,
+        checkpoints: Checkpoints,
+        *,
+        batch_size: int,
+        step: int,
+    ):
+        """Starts a log.
+
+        Args:
+          writer: Where lines go.
+          progress: The progress bar.
+          checkpoints: Checkpoints of the run, for the error of a diverged run.
+          batch_size: Images of a step.
+          step: Step that the run starts from.
+        """
+        self._writer = writer
+        self._progress = progress
+        self._checkpoints = checkpoints
+        self._batch_size = batch_size
+        self._step = step
+        self._scalars: list[Metrics] = []
+        self._started: float | None = None
+        self._started_step = step
+
+    def start_phase(self) -> None:
+        """Leaves the next step out of the pace: it compiles."""
+        self._started = None
+
+    def add(self, scalars: Metrics) -> None:
+        """Takes the scalars of the next step."""
+        self._step += 1
+        self._scalars.append(scalars)
+        self._progress.update()
+        if self._started is None:
+            jax.block_until_ready(scalars)
+            self._start_clock()
+
+    def wait(self) -> None:
+        """Waits for the steps so far, and checks their scalars.
+
+        Raises:
+          TrainingDivergedError: If one is not finite, naming it and its step.
+        """
+        self._scalars = jax.device_get(self._scalars)
+        first = self._step - len(self._scalars) + 1
+        for step, scalars in enumerate(self._scalars, first):
+            for name, value in scalars.items():
+                if not np.isfinite(value):
+                    raise TrainingDivergedError(
+                        f"{name} is {value} at step {step}. The newest checkpoint is "
+                        f"of step {self._checkpoints.latest_step()}; a smaller "
+                        "learning rate, or another seed, may get the run past this "
+                        "point."
+                    )
+
+    def write(self, *, learning_rate: float) -> None:
+        """Writes a line with the means of the scalars since the last one."""
+        self.wait()
+        scalars = {
+            name: float(np.mean([s[name] for s in self._scalars], dtype=np.float64))
+            for name in self._scalars[0]
+        }
+        scalars["learning_rate"] = learning_rate
+        images = (self._step - self._started_step) * self._batch_size
+        if images and self._started is not None:
+            scalars["images_per_second"] = images / (time.monotonic() - self._started)
+        self._progress.set_postfix(scalars)
+        self._writer.write_scalars(
+            self._step, {f"train/{name}": value for name, value in scalars.items()}
+        )
+        self._scalars = []
+        self._start_clock()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what is done inside out of the pace."""
+        self.wait()
+        paused = time.monotonic()
+        yield
+        if self._started is not None:
+            self._started += time.monotonic() - paused
+
+    def _start_clock(self) -> None:
+        self._started, self._started_step = time.monotonic(), self._step
+
+
+class Save:
+    """Saves a checkpoint."""
+
+    def __init__(self, checkpoints: Checkpoints, *, meta: Mapping[str, Any]):
+        """Prepares to save.
+
+        Args:
+          checkpoints: Where to.
+          meta: What every checkpoint says about its run.
+        """
+        self._checkpoints = checkpoints
+        self._meta = meta
+
+    def __call__(
+        self, state: TrainState, *, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Saves a state; or adds metrics to its checkpoint, if it was just saved."""
+        items = {name: getattr(state, name) for name in ITEMS}
+        self._checkpoints.save(int(state.step), items, meta=self._meta, metrics=metrics)
+
+
+class Draw:
+    """Draws a grid of validation images: input, output, composite and truth."""
+
+    def __init__(
+        self,
+        writer: MetricWriter,
+        *,
+        model: PConvUNet,
+        images: ImageSource,
+        image_size: int,
+    ):
+        """Prepares to draw.
+
+        Args:
+          writer: Where to.
+          model: The network.
+          images: The validation images.
+          image_size: Side of the images, in pixels.
+        """
+        self._writer = writer
+        self._model = model
+        self._images = images
+        self._image_size = image_size
+
+    def is_done(self, step: int) -> bool:
+        """Checks whether the grid of a step is there."""
+        return self._writer.picture_path(step, "validation").exists()
+
+    def __call__(self, state: TrainState) -> None:
+        """Draws the grid of a state."""
+        if not self._writer.enabled:  # Only the first process draws.
+            return
+        grid = runner.draw_pictures(
+            self._model, state.variables, self._images, image_size=self._image_size
+        )
+        self._writer.write_picture(int(state.step), "validation", grid)
+
+
+class Validate:
+    """Evaluates the network on the validation images."""
+
+    def __init__(
+        self,
+        writer: MetricWriter,
+        progress: Progress,
+        save: Save,
+        *,
+        model: PConvUNet,
+        images: ImageSource,
+        image_size: int,
+        examples: int,
+    ):
+        """Prepares to validate.
+
+        Args:
+          writer: Where the means of the metrics go.
+          progress: The progress bar, which shows them.
+          save: Adds them to the checkpoint.
+          model: The network.
+          images: The validation images.
+          image_size: Side of the images, in pixels.
+          examples: Examples of each hole bin, with and without holes at the border.
+        """
+        self._writer = writer
+        self._progress = progress
+        self._save = save
+        self._model = model
+        self._images = images
+        self._image_size = image_size
+        self._examples = examples
+
+    def __call__(self, state: TrainState, *, write: bool = True) -> Evaluation:
+        """Validates a state.
+
+        Args:
+          state: The state.
+          write: Whether to log the result and add it to the checkpoint; False where an
+            earlier run has done so.
+        """
+        evaluation = runner.evaluate(
+            self._model,
+            state.variables,
+            self._images,
+            image_size=self._image_size,
+            examples=self._examples,
+            progress=self._writer.enabled,
+        )
+        step, mean = int(state.step), evaluation.mean()
+        if write:
+            self._writer.write_scalars(
+                step, {f"validation/{name}": x for name, x in mean.items()}
+            )
+            self._save(state, metrics=mean)
+        numbers = "  ".join(f"{name} {x:.4g}" for name, x in mean.items())
+        self._progress.write(f"validation at step {step}: {numbers}")
+        return evaluation
