@@ -6,11 +6,11 @@ import os
 import pathlib
 import sys
 import time
+import types
 from collections.abc import Iterator, Mapping
 from typing import Self
 
 import numpy as np
-import tensorboardX
 from tqdm import tqdm
 
 from pconv_jax import _files
@@ -57,7 +57,7 @@ class MetricWriter:
             lines = _lines_before(path.read_bytes(), first_step)
             _files.write_bytes(path, b"".join(lines))
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = tensorboardX.SummaryWriter(
+        self._tensorboard = _import_tensorboardx().SummaryWriter(
             str(workdir / "tensorboard"),
             purge_step=first_step,
             flush_secs=10,
@@ -114,6 +114,23 @@ class MetricWriter:
     def picture_path(self, step: int, name: str) -> pathlib.Path:
         """Returns the file that `write_picture` writes."""
         return self._pictures / f"{name}_{step:07d}.png"
+
+
+def _import_tensorboardx() -> types.ModuleType:
+    """Imports tensorboardX without PyTorch, which it imports where that is installed.
+
+    PyTorch would take seconds and half a gigabyte of memory, for nothing.
+    """
+    if "torch" in sys.modules:
+        import tensorboardX
+
+        return tensorboardX
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        import tensorboardX
+    finally:
+        del sys.modules["torch"]
+    return tensorboardX
 
 
 def _lines_before(text: bytes, first_step: int | None) -> Iterator[bytes]:

@@ -275,3 +275,27 @@ def test_a_terminal_gets_a_bar_and_messages_on_lines_of_their_own():
     assert pieces[0].startswith("fit:  50%|")
     assert pieces[-1].startswith("fit:  80%|")
     assert "8/10" in pieces[-1] and "loss=0.5" in pieces[-1]
+
+
+def test_nothing_imports_pytorch_where_it_is_installed(tmp_path):
+    """tensorboardX does; it takes seconds and half a gigabyte."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    code = f"""
+import sys
+import pconv_jax
+for name in pconv_jax.__all__:
+    getattr(pconv_jax, name)
+from pconv_jax.train.loggers import MetricWriter
+with MetricWriter({str(tmp_path / "run")!r}) as writer:
+    writer.write_scalars(1, {{"loss": 1.0}})
+assert "torch" not in sys.modules
+import torch
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (result.returncode, result.stderr) == (1, "torch was imported\n")
