@@ -1,14 +1,13 @@
 """Checkpoints of a training run that survive kills, bit rot and a change of machine.
 
-Orbax writes them: asynchronously, each step in a folder of its own that appears only
-when it is complete. This module adds what Orbax leaves to its users: a checksum of
-every leaf, a fallback to the next older step when the newest cannot be read, and an
-error where a checkpoint would otherwise be dropped in silence.
+Orbax writes them asynchronously, each step to a folder that appears when it is complete.
+This module adds a checksum of every leaf, a fallback to the next older step where the
+newest cannot be read, and an error where Orbax would drop a checkpoint in silence.
 
-A checkpoint holds named items (`'params'`, `'batch_stats'`, `'opt_state'`,
-`'average'`), each a pytree of arrays that can be read without the others, and `meta`,
-a JSON-able dict. Leaves are stored as NumPy arrays in nested dicts, so neither the
-number of devices nor the classes of an optimizer's state matter to whoever reads them.
+A checkpoint holds named items (``params``, ``batch_stats``, ``opt_state``,
+``average``), each a pytree of arrays that can be read without the others, and ``meta``,
+a dict that JSON can hold. Leaves are stored as NumPy arrays in nested dicts, so a
+checkpoint can be read on any number of devices and without the optimizer's classes.
 """
 
 import contextlib
@@ -29,6 +28,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from pconv_jax import _files
+from pconv_jax._errors import UserError
 
 PyTree = Any
 
@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints in one directory; a context manager.
+    """Checkpoints in one directory; a context manager.
 
     Leaving the context waits until everything saved is on disk. With several hosts,
     every process makes the same calls on the same directory of a shared file system;
@@ -60,16 +60,16 @@ class Checkpoints:
         """Opens a directory. It need not exist: the first `save` makes it.
 
         Args:
-          directory: a local path; each step is a folder in it, named by its number.
-          keep: how many of the newest checkpoints to keep.
-          best_metric: the metric, to be maximised, whose best checkpoint is kept
-            besides the newest.
+          directory: A local path. Each step is a folder in it, named by its number.
+          keep: How many of the newest checkpoints to keep.
+          best_metric: Name of a metric to maximize. The checkpoint with the best value
+            is kept besides the newest. None keeps the newest only.
 
         Raises:
-          ValueError: if `keep` is less than 1.
+          UserError: If ``keep`` is less than 1.
         """
         if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}.")
+            raise UserError(f"keep must be at least 1, got {keep}.")
         logging.getLogger("absl").addFilter(_is_no_orbax_chatter)
         self._directory = pathlib.Path(os.path.abspath(directory))
         self._keep = keep
@@ -80,7 +80,7 @@ class Checkpoints:
                 create=False, preservation_policy=_Preserve(self._steps_to_keep)
             ),
         )
-        # The step at which the run stands that uses this object.
+        # The step that was last saved or restored.
         self._current: int | None = None
         self._scores: dict[int, float] = {}
         for step in self.steps() if best_metric else ():
@@ -106,12 +106,12 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Returns the step with the largest `best_metric`, or None if none has it."""
+        """Returns the step with the largest ``best_metric``, or None."""
         scored = [step for step in self.steps() if step in self._scores]
         return max(scored, key=self._scores.__getitem__, default=None)
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Returns the metrics of a checkpoint that is whole; empty if it has none."""
+        """Reads the metrics of an intact checkpoint; empty if it has none."""
         self._manager.wait_until_finished()
         return self._read_record(step)["metrics"]
 
@@ -125,28 +125,27 @@ class Checkpoints:
     ) -> bool:
         """Starts to write a checkpoint and returns while it is being written.
 
-        Afterwards the items may be changed in place or donated to a jitted function.
+        The items may be changed in place or donated once this returns.
 
-        A run is one line of steps. If it was taken up again from an older step, by
-        choice or because the newer ones could not be read, then the next `save`
-        deletes those newer ones, with a logged warning.
+        If a run was resumed from an older step, by choice or because newer checkpoints
+        could not be read, the next `save` deletes the newer ones and logs a warning.
 
         Args:
-          step: not smaller than that of the last `save` or `restore`.
-          items: pytrees of arrays by name; on several hosts, replicated ones.
-          meta: a JSON-able dict to keep with them.
-          metrics: numbers by name, among them `best_metric`. Without it, or if it is
-            NaN, this checkpoint is never the best one.
+          step: Not smaller than the step of the last `save` or `restore`.
+          items: Pytrees of arrays by name; on several hosts, replicated ones.
+          meta: A dict to store with them, which JSON can hold. By default empty.
+          metrics: Numbers by name. If ``best_metric`` is missing or NaN, the checkpoint
+            is never the best one.
 
         Returns:
-          True; or False if the run stands at `step`, just saved or restored, so that
-          there is nothing to do but to add metrics, if any are given.
+          True, or False if ``step`` was just saved or restored. Then ``metrics`` are
+          added to its checkpoint, and nothing else is written.
 
         Raises:
-          ValueError: if `step` is smaller than that of the last `save` or `restore`;
-            if the directory holds checkpoints of `step` or later and none has been
-            restored, as another run would be overwritten; if `meta` is not JSON-able
-            or an item has a reserved name.
+          ValueError: If ``step`` is smaller than that of the last `save` or `restore`;
+            if the directory holds checkpoints of ``step`` or later and none was
+            restored, since another run would be overwritten; if JSON cannot hold
+            ``meta``, or an item has a reserved name.
         """
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         if step == self._current:
@@ -185,32 +184,32 @@ class Checkpoints:
         *,
         step: int | None = None,
     ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
-        """Reads the newest checkpoint that is whole.
+        """Reads the newest intact checkpoint.
 
-        One that cannot be read, or whose checksums are wrong, is skipped with a logged
-        warning, and the next older one is tried.
+        A checkpoint that cannot be read, or whose checksums are wrong, is skipped with
+        a logged warning, and the next older one is tried.
 
         Args:
-          targets: the items to read; others are left alone. Either pytrees by name,
-            of arrays or `jax.ShapeDtypeStruct`s, that give structure, shapes and
-            dtypes of what is returned; or names only, to get nested dicts as stored.
-          step: read this step and no other.
+          targets: The items to read. Either pytrees by name, of arrays or
+            `jax.ShapeDtypeStruct`s, that define structure, shapes and dtypes of the
+            result; or only names, to get nested dicts as stored.
+          step: The step to read. None reads the newest.
 
         Returns:
-          The step, the items with NumPy leaves, and `meta`; or None if there is no
-          checkpoint at all and no `step` was asked for.
+          The step, the items with NumPy leaves, and ``meta``; or None if there is no
+          checkpoint at all and ``step`` is None.
 
         Raises:
-          ValueError: if there is no checkpoint of `step`; if none can be read; if one
-            can, but its items, their structure or shapes are not those of `targets`:
-            then the directory belongs to another configuration.
+          UserError: If there is no checkpoint of ``step``; if none can be read; or if
+            the items of one differ from ``targets`` in structure or shapes: then the
+            directory belongs to another configuration.
         """
         if not isinstance(targets, Mapping):
             targets = dict.fromkeys(targets)
         self._manager.wait_until_finished()
         steps = self.steps()
         if step is not None and step not in steps:
-            raise ValueError(
+            raise UserError(
                 f"There is no checkpoint of step {step} in {self._directory}, "
                 f"only of {steps}."
             )
@@ -229,14 +228,14 @@ class Checkpoints:
             items = {name: _fit(stored[name], targets[name]) for name in targets}
             return candidate, items, record["meta"]
         if failures:
-            raise ValueError(
+            raise UserError(
                 f"None of the checkpoints tried in {self._directory} can be read: "
                 + "; ".join(failures)
             )
         return None
 
     def _clear_the_way(self, step: int) -> None:
-        """Makes `step` the next one: no newer steps, no remains of a killed save."""
+        """Deletes newer steps and the remains of a killed save."""
         if self._current is None:
             later = [other for other in self.steps() if other >= step]
             if later:
@@ -284,7 +283,7 @@ class Checkpoints:
     def _read_items(
         self, step: int, names: Iterable[str], leaves: Mapping[str, Mapping]
     ) -> dict[str, dict[str, np.ndarray]]:
-        """Returns path -> array for those of the named items that are stored."""
+        """Reads the arrays, by path, of those named items that are stored."""
         flat = {name: {} for name in names if name in leaves}
         trees = {
             name: ocp.args.StandardRestore(_nest(_blank(leaves[name])))
@@ -313,7 +312,7 @@ class Checkpoints:
             elif target is not None:
                 problem = _first_difference(name, stored[name], _flatten(target))
             if problem:
-                raise ValueError(
+                raise UserError(
                     f"The checkpoint of step {step} in {self._directory} belongs to "
                     f"another configuration: {problem}. Use the configuration it was "
                     "made with, or another directory."
@@ -334,19 +333,20 @@ def restore_network(
     targets: Mapping[str, PyTree] | None = None,
     step: int | None = None,
 ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
-    """Reads the network of a training run: the averaged one, if the run has that.
+    """Reads the network of a training run: its average, if the run has one.
 
     Args:
-      directory: of the run's checkpoints.
-      targets: ``params`` and ``batch_stats``, as for `Checkpoints.restore`.
-      step: of the checkpoint; by default the newest that is whole.
+      directory: Directory of the checkpoints.
+      targets: ``params`` and ``batch_stats``, as for `Checkpoints.restore`. By default
+        they are read as stored.
+      step: The step to read. None reads the newest intact one.
 
     Returns:
-      The step, ``params`` and ``batch_stats``, and `meta`; None if there is no
-      checkpoint and no `step` was asked for.
+      The step, ``params`` and ``batch_stats``, and ``meta``; None if there is no
+      checkpoint and ``step`` is None.
 
     Raises:
-      ValueError: as `Checkpoints.restore`.
+      UserError: As `Checkpoints.restore`.
     """
     targets = dict(targets or dict.fromkeys(("params", "batch_stats")))
     with Checkpoints(directory) as checkpoints:
@@ -359,7 +359,7 @@ def restore_network(
 
 
 class _Preserve:
-    """Orbax' protocol for what to keep, around a function steps -> steps to keep."""
+    """Orbax's protocol for what to keep, around a function of the steps."""
 
     def __init__(self, steps_to_keep: Callable[[Sequence[int]], set[int | None]]):
         self._steps_to_keep = steps_to_keep
@@ -372,7 +372,7 @@ class _Preserve:
 
 
 def _is_no_orbax_chatter(record: logging.LogRecord) -> bool:
-    """Drops Orbax' progress reports, dozens a save, from the log all of absl shares."""
+    """Drops Orbax's progress reports, dozens a save, from absl's log."""
     return record.levelno >= logging.ERROR or "orbax" not in record.pathname
 
 
@@ -396,14 +396,14 @@ def _describe(leaf: np.ndarray) -> dict[str, Any]:
 
 
 def _blank(described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """What Orbax takes as the wish for NumPy arrays; their memory is never touched."""
+    """Tells Orbax to restore NumPy arrays. The memory of these is never touched."""
     return {
         path: np.empty(leaf["shape"], leaf["dtype"]) for path, leaf in described.items()
     }
 
 
 def _seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the record as JSON gives it back, with its checksum."""
+    """Returns the record as JSON reads it back, with its checksum."""
     try:
         text = json.dumps(record)
     except TypeError as error:

@@ -20,13 +20,13 @@ def fill_step(variables: Any, batch: Batch, *, model: PConvUNet) -> Metrics:
     """Fills the holes of a batch.
 
     Args:
-      variables: ``params`` and ``batch_stats``.
-      batch: see the module; it has masks.
-      model: the network.
+      variables: ``params`` and ``batch_stats`` of the network.
+      batch: ``image``, uint8 ``[N, H, W, C]``, and ``mask``, ``[N, H, W, 1]``.
+      model: The network.
 
     Returns:
-      ``output``, the network's pictures as they would be saved, uint8 ``[N, H, W, C]``,
-      for valid pixels too; and ``finite``, bool ``[N]``, whether all of it is.
+      ``output``, uint8 ``[N, H, W, C]``, the network's images, for valid pixels too;
+      and ``finite``, bool ``[N]``, whether all values of an image were finite.
     """
     images, mask = prepare_batch(batch)
     output, _ = model.apply(variables, images, mask)
@@ -37,14 +37,15 @@ def fill_step(variables: Any, batch: Batch, *, model: PConvUNet) -> Metrics:
 
 
 def score_step(batch: Batch) -> Metrics:
-    """Compares pictures with the truth, whatever filled their holes.
+    """Compares filled images with the truth.
 
     Args:
-      batch: see the module; it has masks, and ``output``, uint8 ``[N, H, W, 3]``.
+      batch: ``image``, the truth, and ``output``, uint8 ``[N, H, W, 3]``; and ``mask``,
+        ``[N, H, W, 1]``.
 
     Returns:
-      ``[N]`` numbers for each of `pconv_jax.metrics`: of the composite, which has the
-      truth's valid pixels; of the output itself, with ``output_`` before their names;
+      ``[N]`` numbers for each of `pconv_jax.metrics`: of the composite, which takes
+      valid pixels from the truth; of the output itself, with the prefix ``output_``;
       and the ``hole_ratio``.
     """
     truth, output, mask = batch["image"], batch["output"], batch["mask"]
@@ -65,11 +66,12 @@ def score_step(batch: Batch) -> Metrics:
 def prepare_batch(
     batch: Batch, *, draw_mask: DrawMask | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns images in [-1, 1] and masks, both float32.
+    """Converts a batch to images in [-1, 1] and masks, both float32.
 
     Args:
-      batch: see the module.
-      draw_mask: maps a key to a mask ``[H, W, 1]``, for batches without masks.
+      batch: ``image``, uint8 ``[N, H, W, C]``, and either ``mask``, ``[N, H, W, 1]``,
+        or ``seed``, uint32 ``[N]``.
+      draw_mask: Draws a mask ``[H, W, 1]`` from a key, for batches without masks.
     """
     images = batch["image"].astype(jnp.float32) / 127.5 - 1
     if "mask" in batch:

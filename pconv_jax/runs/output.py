@@ -1,8 +1,4 @@
-"""Where the numbers and pictures of a run go: JSON lines, TensorBoard, the terminal.
-
-Images of the network are float `[..., H, W, 3]` in [-1, 1], pictures to be written are
-uint8 `[H, W, 3]`; masks are 1 where valid and 0 in the hole.
-"""
+"""Output of training and evaluation: JSON, PNG, image grids, tables and log records."""
 
 import io
 import json
@@ -28,14 +24,14 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def write_png(path: pathlib.Path, image: np.ndarray) -> None:
-    """Writes a picture, complete or not at all.
+    """Writes an image as PNG, complete or not at all.
 
     Args:
-      path: of the file.
-      image: uint8 `[H, W, 3]`.
+      path: The file.
+      image: uint8 ``[H, W, 3]``.
 
     Raises:
-      ValueError: if `image` is of another shape or dtype.
+      ValueError: If the image has another shape or dtype.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
@@ -51,18 +47,19 @@ def write_png(path: pathlib.Path, image: np.ndarray) -> None:
 def picture_grid(
     columns: Mapping[str, ArrayLike], *, max_rows: int | None = 8
 ) -> np.ndarray:
-    """Lays examples out in rows and what was made of them in captioned columns.
+    """Lays out images in a grid: an example a row, a captioned column for each stage.
 
     Args:
-      columns: images float `[N, H, W, 3]` in [-1, 1], all of one shape, by caption,
-        from left to right. Values outside are clipped; NaN becomes black.
-      max_rows: how many of the N examples to show at most; None shows all.
+      columns: Images by caption, from left to right: float ``[N, H, W, 3]`` in [-1, 1],
+        all of one shape. Values outside are clipped; NaN becomes black.
+      max_rows: The largest number of examples to show. None shows all.
 
     Returns:
-      uint8 `[H', W', 3]`: white, with a strip of captions on top.
+      uint8 ``[H', W', 3]``: a white image with a strip of captions on top.
 
     Raises:
-      ValueError: if there is no column, or if shapes differ or are not `[N, H, W, 3]`.
+      ValueError: If there is no column, or if a shape differs or is not
+        ``[N, H, W, 3]``.
     """
     pictures = {name: np.asarray(x, np.float32) for name, x in columns.items()}
     shapes = {name: x.shape for name, x in pictures.items()}
@@ -98,7 +95,7 @@ def _as_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def _caption(text: str, width: int) -> np.ndarray:
-    """Returns black text on a white strip, as large as fits into `width`."""
+    """Draws black text on a white strip, as large as fits into `width`."""
     strip = Image.new("RGB", (width, _CAPTION_HEIGHT), "white")
     draw = ImageDraw.Draw(strip)
     sizes = range(13, 6, -1)
@@ -119,13 +116,13 @@ def format_table(
     """Formats rows as an aligned table, numbers to the right and words to the left.
 
     Args:
-      rows: cells by column; what a row lacks, or None, stays empty.
-      columns: the columns and their order; by default as they first appear in `rows`.
-      decimals: how many of them a float has; integers have none.
-      markdown: whether to write a Markdown table instead of plain text.
+      rows: Cells by column. A missing cell or None stays empty.
+      columns: The columns in order. By default they stand as they first appear.
+      decimals: Decimals of a float.
+      markdown: Whether to format a Markdown table instead of plain text.
 
     Returns:
-      Lines without a newline at the end.
+      Lines, without a newline at the end.
     """
     if columns is None:
         columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -1,8 +1,7 @@
-"""Devices and processes: the only module that knows of ``jax.pmap`` and of hosts.
+"""Devices and processes: the only module that uses ``jax.pmap`` and JAX's hosts.
 
-States are held once for each process, without a leading device axis, and a batch is
-divided among the devices within the call, so that no code outside of this module
-depends on how many there are.
+A process holds a state once, without a leading device axis, and a call divides its
+batch among the devices. So no code outside this module depends on their number.
 """
 
 import contextlib
@@ -18,6 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pconv_jax._errors import UserError
+
 AXIS = "batch"
 
 
@@ -29,16 +30,16 @@ def initialize(
 ) -> None:
     """Joins this process to a run on several hosts.
 
-    To be called once, before anything touches a device, by every process. On most
-    clusters the arguments are found by `jax.distributed.initialize`.
+    Every process calls this once, before anything touches a device. On most clusters
+    `jax.distributed.initialize` finds the arguments itself.
 
     Args:
-      coordinator_address: host and port of process number 0.
-      num_processes: how many there are.
-      process_id: the number of this one.
+      coordinator_address: Host and port of process number 0.
+      num_processes: Number of processes.
+      process_id: Index of this process.
 
     Raises:
-      ValueError: if the others cannot be found, or not be reached.
+      UserError: If the other processes cannot be found or reached.
     """
     try:
         jax.distributed.initialize(
@@ -47,14 +48,14 @@ def initialize(
             process_id=process_id,
         )
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"coordinator_address = {coordinator_address!r}, num_processes = "
             f"{num_processes}, process_id = {process_id}: {error}"
         ) from error
 
 
 def process_index() -> int:
-    """Returns this process's number among `process_count`."""
+    """Returns the index of this process among `process_count`."""
     return jax.process_index()
 
 
@@ -72,11 +73,11 @@ def check_batch_size(batch_size: int, *, parts: int = 1) -> None:
     """Checks that a batch can be divided among the devices.
 
     Args:
-      batch_size: of all devices together.
-      parts: that each device's share is divided into again.
+      batch_size: Size of the batch on all devices together.
+      parts: Number of parts that each device divides its share into. By default one.
 
     Raises:
-      ValueError: if it cannot; with the batch sizes next to it that would do.
+      UserError: If it cannot; the message suggests the nearest sizes that can.
     """
     devices = device_count()
     shares = devices * parts
@@ -84,7 +85,7 @@ def check_batch_size(batch_size: int, *, parts: int = 1) -> None:
         below, above = batch_size // shares * shares, -(-batch_size // shares) * shares
         sizes = " or ".join(str(n) for n in (below, above) if n > 0) or str(shares)
         each = f" of {parts} parts each" if parts > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"batch_size = {batch_size} cannot be divided among {devices} devices"
             f"{each}: use {sizes}, or fewer devices."
         )
@@ -92,8 +93,8 @@ def check_batch_size(batch_size: int, *, parts: int = 1) -> None:
 
 def replicate(tree: Any) -> Any:
     """Puts a tree of host or device arrays on every device of this process."""
-    # By way of the host: a copy to several devices may share its source's buffers, and
-    # donating it would then delete the source.
+    # Through the host: a copy to several devices may share the buffers of its source,
+    # and donating the copy would then delete the source.
     tree = jax.tree.map(np.asarray, tree)
     return jax.device_put(tree, _replicated())
 
@@ -103,9 +104,13 @@ def compile_train_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
     The state is donated: the one passed in is gone after the call.
 
+    Args:
+      step: The function of one device. ``axis_name`` is the axis that divides the
+        batch, or None on a single device.
+
     Returns:
       A function ``(state, batch, extra) -> (state, scalars)``. The batch is this
-      process's share, and the scalars are means over the batch of all processes.
+      process's share; the scalars are means over the batch of all processes.
     """
     if device_count() == 1:
         return jax.jit(step, donate_argnums=0)
@@ -122,13 +127,16 @@ def compile_train_step(step: Callable[..., Any]) -> Callable[..., Any]:
 def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles ``step(variables, batch)``, whose results have a leading batch axis.
 
-    Each device is given one example at a time. So what is computed for an example does
-    not depend on the others, nor on how many devices of a kind there are; on CPUs, not
-    in the last bit.
+    Each device computes one example at a time. So the result for an example depends
+    neither on the other examples nor on the number of devices; on CPUs, not even in
+    the last bit.
+
+    Args:
+      step: The function of one device.
 
     Returns:
-      A function of the same arguments, for this process's share of a batch, of any
-      size. Its results are NumPy arrays.
+      A function of the same arguments, for this process's share of a batch, which may
+      have any size. Its results are NumPy arrays.
     """
     local = jax.local_device_count()
     if local == 1:
@@ -142,7 +150,7 @@ def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
     def run_all(variables, batch):
         size = len(jax.tree.leaves(batch)[0])
-        # The last round is filled up with the last example.
+        # The last round repeats the last example.
         rounds = np.minimum(np.arange(size + -size % local), size - 1)
         results = []
         for number in rounds.reshape(-1, local):
@@ -154,7 +162,7 @@ def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def gather(tree: Any) -> Any:
-    """Returns the arrays of all processes, joined along the leading axis, in NumPy."""
+    """Joins the arrays of all processes along the leading axis, as NumPy arrays."""
     tree = jax.tree.map(np.asarray, tree)
     if process_count() == 1:
         return tree
@@ -162,27 +170,31 @@ def gather(tree: Any) -> Any:
 
 
 def own_share(array: np.ndarray) -> np.ndarray:
-    """Returns this process's part of an array that all processes hold.
+    """Cuts this process's part out of an array that all processes hold.
 
-    `gather` puts the parts together again.
+    `gather` joins the parts again.
     """
     return np.split(array, process_count())[process_index()]
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields a function that tells, once a step, whether the run is asked to stop.
+    """Listens for requests to stop.
 
-    A run is asked to by SIGTERM or Ctrl-C; a second Ctrl-C interrupts it at once. With
-    several processes it is by SIGTERM alone, and enough to ask one: all of them stop
-    after the same step.
+    SIGTERM or Ctrl-C asks the run to stop after the step at hand; a second Ctrl-C
+    interrupts it at once. With several processes only SIGTERM asks, and one of them is
+    enough: all stop after the same step.
+
+    Yields:
+      A function of the step that tells whether the run should stop. It must be called
+      after every step.
     """
     if process_count() > 1:
-        # JAX has taken SIGTERM over, to agree with the others on a step.
+        # JAX handles SIGTERM, to agree with the other processes on a step.
         yield multihost_utils.reached_preemption_sync_point
         return
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # Signals are none of this thread's business.
+        yield lambda step: False  # Only the main thread may handle signals.
         return
     asked = threading.Event()
 
@@ -204,5 +216,5 @@ def _divide(batch: Any) -> Any:
 
 
 def _replicated() -> NamedSharding:
-    # The axis must have pmap's name, or pmap compiles a second time.
+    # With another axis name than pmap's, pmap would compile a second time.
     return NamedSharding(Mesh(jax.local_devices(), (AXIS,)), PartitionSpec())

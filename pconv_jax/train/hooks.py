@@ -166,7 +166,7 @@ class Draw:
 
     def is_done(self, step: int) -> bool:
         """Checks whether the grid of a step is there."""
-        return self._writer.picture_path(step, "validation").exists()
+        return self._writer.image_path(step, "validation").exists()
 
     def __call__(self, state: TrainState) -> None:
         """Draws the grid of a state."""
@@ -175,7 +175,7 @@ class Draw:
         grid = runner.draw_pictures(
             self._model, state.variables, self._images, image_size=self._image_size
         )
-        self._writer.write_picture(int(state.step), "validation", grid)
+        self._writer.write_image(int(state.step), "validation", grid)
 
 
 class Validate:

@@ -1,4 +1,4 @@
-"""Where a training run logs: JSON lines, TensorBoard and the terminal."""
+"""Logs of a training run: JSON lines, TensorBoard and a progress bar."""
 
 import json
 import math
@@ -20,13 +20,19 @@ _LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class MetricWriter:
-    """Writes a run's metrics and pictures below `workdir`; a context manager.
+    """Writes the metrics and images of a run; a context manager.
 
-    * `metrics.jsonl`: one object a line with `step`, `time` (seconds since the epoch)
-      and the scalars. A scalar that is not finite is written as `null`, as JSON knows
+    The files in the run's directory are:
+
+    * ``metrics.jsonl``: one object a line, with ``step``, ``time`` (seconds since the
+      epoch) and the scalars. A scalar that is not finite is ``null``, because JSON has
       neither NaN nor infinity.
-    * `pictures/{name}_{step:07d}.png`
-    * `tensorboard/`: both, less the scalars that are not finite, within ten seconds.
+    * ``pictures/{name}_{step:07d}.png``.
+    * ``tensorboard/``: both, without the scalars that are not finite. Events appear
+      within ten seconds.
+
+    Attributes:
+      enabled: Whether anything is written.
     """
 
     def __init__(
@@ -36,14 +42,15 @@ class MetricWriter:
         first_step: int | None = None,
         enabled: bool = True,
     ):
-        """Opens the files of a new run, or goes on with those of an older one.
+        """Opens the files of a new run, or appends to those of an older one.
 
         Args:
-          workdir: the run's directory.
-          first_step: the first step that this run is going to write. What a killed run
-            has left of this step and later ones is dropped, so that no step is there
-            twice. None keeps everything.
-          enabled: if False (on all hosts but the first), nothing is ever written.
+          workdir: The run's directory.
+          first_step: The first step that will be written. Lines that a killed run left
+            of this step and of later ones are dropped, so that no step appears twice.
+            None keeps all lines.
+          enabled: Whether anything is written. In a run of several processes only the
+            first one writes.
         """
         self.enabled = enabled
         self._tensorboard = None
@@ -72,7 +79,7 @@ class MetricWriter:
         self.close()
 
     def close(self) -> None:
-        """Writes what is pending and closes the files."""
+        """Writes pending events and closes the files."""
         if self._tensorboard:
             self._file.close()
             self._tensorboard.close()
@@ -81,8 +88,8 @@ class MetricWriter:
         """Appends one line.
 
         Args:
-          step: the step that the scalars belong to.
-          scalars: numbers by name, such as `'train/loss'` or `'validation/psnr'`.
+          step: The step of the scalars.
+          scalars: Numbers by name, such as ``'train/loss'`` or ``'validation/psnr'``.
         """
         if not self._tensorboard:
             return
@@ -95,24 +102,24 @@ class MetricWriter:
         for name, value in finite.items():
             self._tensorboard.add_scalar(name, value, step)
 
-    def write_picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes a picture, complete or not at all.
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an image, complete or not at all.
 
         Args:
-          step: the step that it belongs to.
-          name: what it shows; a `/` makes a folder.
-          image: uint8 `[H, W, 3]`.
+          step: The step of the image.
+          name: Name of the image; a ``/`` makes a folder.
+          image: uint8 ``[H, W, 3]``.
 
         Raises:
-          ValueError: if `image` is of another shape or dtype.
+          ValueError: If the image has another shape or dtype.
         """
         if not self._tensorboard:
             return
-        write_png(self.picture_path(step, name), image)
+        write_png(self.image_path(step, name), image)
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
-    def picture_path(self, step: int, name: str) -> pathlib.Path:
-        """Returns the file that `write_picture` writes."""
+    def image_path(self, step: int, name: str) -> pathlib.Path:
+        """Returns the path of the file that `write_image` writes."""
         return self._pictures / f"{name}_{step:07d}.png"
 
 
@@ -144,10 +151,10 @@ def _lines_before(text: bytes, first_step: int | None) -> Iterator[bytes]:
 
 
 class Progress:
-    """How far a loop has come: a bar on a terminal, in a log file lines.
+    """Progress of a loop: a bar on a terminal, lines in a log file.
 
-    Bar, lines and messages go to the standard error. In a log file there is a line for
-    each `set_postfix` and none for `update`.
+    Bar, lines and messages go to the standard error. A log file gets a line for each
+    `set_postfix` and none for `update`.
     """
 
     def __init__(
@@ -161,10 +168,11 @@ class Progress:
         """Starts to measure the time.
 
         Args:
-          total: the steps of the whole run.
-          initial: those done before, by the run that this one resumes.
-          description: one word in front.
-          enabled: if False (on all hosts but the first), nothing is ever written.
+          total: Steps of the whole run.
+          initial: Steps that were done before, by the run that this one resumes.
+          description: A word in front of the bar.
+          enabled: Whether anything is written. In a run of several processes only the
+            first one writes.
         """
         self._lines = enabled and not sys.stderr.isatty()
         self._enabled = enabled
@@ -189,7 +197,7 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stops updating the bar and leaves it visible."""
         self._bar.close()
 
     def update(self, n: int = 1) -> None:

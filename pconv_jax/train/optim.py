@@ -14,14 +14,15 @@ import optax
 def make_optimizer(
     learning_rate: optax.ScalarOrSchedule, *, frozen: Collection[str] = ()
 ) -> optax.GradientTransformation:
-    """Returns Adam, which leaves some submodules' parameters as they are.
+    """Makes Adam with some submodules frozen.
 
     Args:
-      learning_rate: a number, or a function of the number of updates.
-      frozen: names of top-level submodules, such as `PConvUNet.encoder_norms`.
+      learning_rate: A number, or a function of the number of updates.
+      frozen: Names of top-level submodules whose parameters do not change, such as
+        `PConvUNet.encoder_norms`. By default none.
 
     Returns:
-      An optimizer. The structure of its state does not depend on ``frozen``.
+      The optimizer. The structure of its state does not depend on ``frozen``.
     """
 
     def is_frozen(params: Any) -> Any:

@@ -1,9 +1,9 @@
-"""One step of training and of evaluation, as pure functions.
+"""One step of training, as a pure function of the state and a batch.
 
 A batch is a dict of arrays, as `pconv_jax.data.pipeline` yields them: ``image``, uint8
 ``[N, H, W, 3]``; and either ``mask``, ``[N, H, W, 1]`` with 1 = valid, or ``seed``,
-uint32 ``[N]``, from which each example's mask is drawn on the device. Nothing depends
-on where in the batch, or on which device, an example is.
+uint32 ``[N]``, from which the mask of each example is drawn on the device. The result
+for an example depends neither on its place in the batch nor on its device.
 """
 
 import functools
@@ -20,20 +20,20 @@ from pconv_jax import losses
 from pconv_jax.runs.inference import Batch, DrawMask, Metrics, prepare_batch
 from pconv_jax.unet import PConvUNet
 
-# Maps a parameter tree and images to feature maps, e.g. vgg.vgg16_features.
+# Maps parameters and images to feature maps, e.g. vgg.vgg16_features.
 ApplyFeatures = Callable[[Any, jax.Array], Any]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What a step of training reads and returns.
+    """State of training, which a step reads and returns.
 
     Attributes:
-      step: number of updates done, int32.
-      params: the network's parameters.
-      batch_stats: its running statistics of batch normalization.
-      opt_state: the optimizer's state.
-      average: a moving average of ``params`` and ``batch_stats``; empty without one.
+      step: Number of updates so far, int32.
+      params: Parameters of the network.
+      batch_stats: Running statistics of its batch normalization.
+      opt_state: State of the optimizer.
+      average: Moving average of ``params`` and ``batch_stats``; empty without one.
     """
 
     step: jax.Array
@@ -44,7 +44,7 @@ class TrainState:
 
     @property
     def variables(self) -> Any:
-        """Of the network, for evaluation: averaged, if there is an average."""
+        """Variables of the network for evaluation: the average, if there is one."""
         return self.average or {
             "params": self.params,
             "batch_stats": self.batch_stats,
@@ -59,14 +59,14 @@ def create_state(
     image_size: int,
     average: bool = False,
 ) -> TrainState:
-    """Returns the state before the first step.
+    """Makes the state before the first step.
 
     Args:
-      key: of the initial weights.
-      model: the network.
-      optimizer: of its weights.
-      image_size: of the square images.
-      average: whether the state has a moving average.
+      key: PRNG key of the initial weights.
+      model: The network.
+      optimizer: The optimizer.
+      image_size: Side of the square images, in pixels.
+      average: Whether the state has a moving average. By default it has none.
     """
 
     @jax.jit
@@ -103,26 +103,30 @@ def train_step(
     """Makes one update.
 
     Args:
-      state: the state before.
-      batch: see the module; under ``jax.pmap`` this device's part of it.
-      feature_params: parameters of ``apply_features``.
-      model: the network.
-      optimizer: of `TrainState.opt_state`.
-      apply_features: the network of the perceptual and style terms; None leaves them
-        out.
-      loss_weights: weights of the loss terms.
-      draw_mask: for batches without masks.
-      freeze_encoder_norm: see `PConvUNet`.
-      accumulate: number of parts that the batch is computed in, one after the other,
-        to save memory. The gradient is the mean of theirs. Batch normalization sees a
-        part at a time, and updates its running statistics after each.
-      average_decay: of `TrainState.average`, if the state has one. In the first steps
-        it is smaller, so that the initial weights are soon forgotten.
-      axis_name: of the mapped axis over which a batch is divided, if it is.
+      state: The state before the update.
+      batch: The batch, see the module; under ``jax.pmap`` this device's part of it.
+      feature_params: Parameters of ``apply_features``.
+      model: The network.
+      optimizer: The optimizer that made `TrainState.opt_state`.
+      apply_features: The network of the perceptual and style terms. None leaves these
+        terms out.
+      loss_weights: Weights of the loss terms.
+      draw_mask: Draws the masks of a batch that has none.
+      freeze_encoder_norm: Whether the encoder normalizes by its running statistics, see
+        `PConvUNet`.
+      accumulate: Number of parts in which the batch is computed, one after the other,
+        to save memory. The gradients of the parts are averaged. Batch normalization
+        sees one part at a time and updates its running statistics after each.
+      average_decay: Decay of `TrainState.average`, if the state has one. It is smaller
+        in the first steps, so that the average soon forgets the initial weights.
+      axis_name: Name of the mapped axis that divides the batch. None: it is undivided.
 
     Returns:
-      The state after, and means over the whole batch: each loss term and ``total``,
-      ``gradient_norm`` and ``hole_ratio``.
+      The state after the update, and means over the whole batch: each loss term,
+      ``total``, ``gradient_norm`` and ``hole_ratio``.
+
+    Raises:
+      ValueError: If ``accumulate`` does not divide the batch.
     """
     model = model.clone(axis_name=axis_name)
     features_fn = apply_features and functools.partial(apply_features, feature_params)
@@ -153,8 +157,8 @@ def train_step(
         differentiate, state.batch_stats, batch, accumulate
     )
     if axis_name is not None:
-        # Gradients, not the loss, are averaged: the mean of a loss inside of pmap has a
-        # gradient of its own. The statistics agree already but for rounding.
+        # Inside pmap the gradients are averaged, not the loss: the mean of a loss over
+        # devices has another gradient. The statistics agree already, up to rounding.
         grads, batch_stats, scalars = lax.pmean(
             (grads, batch_stats, scalars), axis_name
         )
@@ -177,7 +181,7 @@ def train_step(
 
 
 def _over_parts(function, carry, batch, parts):
-    """Applies ``(carry, batch) -> (carry, y)`` to parts of a batch; y's mean."""
+    """Applies ``(carry, batch) -> (carry, y)`` to parts of a batch; averages y."""
     if parts == 1:
         return function(carry, batch)
     size = jax.tree.leaves(batch)[0].shape[0]

@@ -63,7 +63,7 @@ def test_tensorboard_has_the_same(tmp_path, caplog):
     picture = make_picture()
     with MetricWriter(tmp_path) as writer:
         writer.write_scalars(7, {"train/loss": 2.5, "train/bad": math.nan})
-        writer.write_picture(7, "samples", picture)
+        writer.write_image(7, "samples", picture)
     events = read_events(tmp_path)
     values = [(event.step, v) for event in events for v in event.summary.value]
     (step, scalar), (image_step, image) = values
@@ -77,8 +77,8 @@ def test_tensorboard_has_the_same(tmp_path, caplog):
 def test_pictures_are_read_back_as_they_were(tmp_path):
     picture = make_picture()
     with MetricWriter(tmp_path) as writer:
-        writer.write_picture(12, "validation/samples", picture[::-1])
-        writer.write_picture(12, "validation/samples", picture)
+        writer.write_image(12, "validation/samples", picture[::-1])
+        writer.write_image(12, "validation/samples", picture)
     (path,) = (path for path in (tmp_path / "pictures").rglob("*") if path.is_file())
     assert path == tmp_path / "pictures" / "validation" / "samples_0000012.png"
     with Image.open(path) as image:
@@ -91,7 +91,7 @@ def test_pictures_are_read_back_as_they_were(tmp_path):
 def test_only_uint8_pictures_are_written(tmp_path, image):
     with MetricWriter(tmp_path) as writer:
         with pytest.raises(ValueError, match=r"uint8 of shape \[H, W, 3\], got"):
-            writer.write_picture(1, "samples", image)
+            writer.write_image(1, "samples", image)
     assert not (tmp_path / "pictures").exists()
 
 
@@ -136,7 +136,7 @@ def test_a_torn_line_is_dropped_and_nothing_else(tmp_path, torn):
 def test_other_hosts_write_nothing(tmp_path):
     with MetricWriter(tmp_path / "run", enabled=False) as writer:
         writer.write_scalars(1, {"loss": 1.0})
-        writer.write_picture(1, "samples", make_picture())
+        writer.write_image(1, "samples", make_picture())
     assert not (tmp_path / "run").exists()
 
 
