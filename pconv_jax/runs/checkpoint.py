@@ -1,8 +1,8 @@
 """Checkpoints of a training run that survive kills, bit rot and a change of machine.
 
-Orbax writes them asynchronously, each step to a folder that appears when it is complete.
-This module adds a checksum of every leaf, a fallback to the next older step where the
-newest cannot be read, and an error where Orbax would drop a checkpoint in silence.
+Orbax writes them asynchronously, each step to a folder that appears when complete. This
+module adds a checksum of every leaf, a fallback to the next older step where the newest
+cannot be read, and an error where Orbax would drop a checkpoint in silence.
 
 A checkpoint holds named items (``params``, ``batch_stats``, ``opt_state``,
 ``average``), each a pytree of arrays that can be read without the others, and ``meta``,
