@@ -14,20 +14,21 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def to_uint8(images: ArrayT) -> ArrayT:
-    """Converts images from [-1, 1] to uint8 and clips values outside the range.
+    """Convert images from [-1, 1] to uint8; values outside the range are clipped.
 
     Args:
-      images: Float array of any shape, of NumPy or JAX. NaN is not allowed.
+      images: Float array of any shape, of NumPy or JAX, without NaN.
 
     Returns:
       A uint8 array of the same library and shape.
     """
-    xp = jnp if isinstance(images, jax.Array) else np
-    return xp.rint((xp.clip(images, -1, 1) + 1) * 127.5).astype(xp.uint8)
+    if isinstance(images, jax.Array):
+        return jnp.rint((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def central_square(image: np.ndarray) -> np.ndarray:
-    """Cuts the largest central square out of an image ``[H, W, ...]``, as a view."""
+    """Crop the largest central square of an image ``[H, W, ...]``, as a view."""
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

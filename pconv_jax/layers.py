@@ -1,8 +1,9 @@
 """Flax (Linen) layers of the partial convolution.
 
-Field names are those of `flax.linen.Conv`, and so are the parameters, ``kernel`` and
-``bias``: either layer can use the other's. In Flax a *field* called ``mask`` masks
-weights; here the mask is the second argument of the call, 1 = valid, 0 = hole.
+The field names are those of `flax.linen.Conv`, and so are the parameters, ``kernel``
+and ``bias``: either layer can use the parameters of the other. In Flax a *field* called
+``mask`` masks weights; here the mask is the second argument of the call, 1 = valid,
+0 = hole.
 """
 
 import functools
@@ -19,44 +20,14 @@ from jax.typing import ArrayLike
 from pconv_jax import ops
 
 
-class PartialConv(nn.Module):
-    """A convolution that sees valid inputs alone (Liu et al. 2018, section 3.1).
-
-    Returns a pair, the outputs and their mask, to be given to the next layer::
-
-      >>> import jax, jax.numpy as jnp
-      >>> from pconv_jax.layers import PartialConv
-      >>> images = jnp.ones((1, 32, 32, 3))
-      >>> mask = jnp.ones((1, 32, 32, 1)).at[:, 8:24, 8:24].set(0)
-      >>> layer = PartialConv(features=64, kernel_size=(7, 7), strides=2, padding=3)
-      >>> variables = layer.init(jax.random.key(0), images, mask)
-      >>> outputs, new_mask = layer.apply(variables, images, mask)
-      >>> outputs.shape, new_mask.shape
-      ((1, 16, 16, 64), (1, 16, 16, 1))
-
-    Attributes:
-      features: number of output channels.
-      kernel_size: shape of the kernel. As in Flax, a bare number is a 1-D kernel.
-      strides: step from window to window, one number or one for each spatial axis.
-      padding: ``'SAME'``, ``'VALID'``, ``'CIRCULAR'``, ``'REFLECT'``, a number, or one
-        of these or a ``(low, high)`` pair for each axis; see `ops.partial_conv`. With
-        strides, ``k // 2`` pads as the paper's code does, and ``'SAME'`` does not.
-      kernel_dilation: step from input to input within a window.
-      feature_group_count: number of groups of channels; the mask is counted in each.
-      use_bias: whether to add a bias to valid outputs.
-      dtype: of the computation; inferred from inputs and parameters if None. The mask
-        is counted in float32 whatever the dtype.
-      param_dtype: of the parameters.
-      precision: of the convolution, as in `jax.lax.conv_general_dilated`.
-      kernel_init: initializer of the kernel.
-      bias_init: initializer of the bias.
-    """
+class _PartialConvBase(nn.Module):
+    """The fields of both layers, and the convolution they share."""
 
     features: int
     kernel_size: int | Sequence[int]
-    strides: int | Sequence[int] = 1
+    strides: ops.IntOrSequence = 1
     padding: ops.PaddingLike = "SAME"
-    kernel_dilation: int | Sequence[int] = 1
+    kernel_dilation: ops.IntOrSequence = 1
     feature_group_count: int = 1
     use_bias: bool = True
     dtype: Dtype | None = None
@@ -66,24 +37,9 @@ class PartialConv(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(
-        self, inputs: ops.ArrayOrSequence, mask: ops.ArrayOrSequence | None = None
+    def _convolve(
+        self, inputs: ops.ArrayOrSequence, mask: ops.ArrayOrSequence | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Applies the layer.
-
-        Args:
-          inputs: ``[..., *spatial, C]`` with any number of batch axes, or a sequence of
-            such arrays that are concatenated along C in meaning; `ops.Upsampled` ones
-            are upsampled in meaning.
-          mask: ``[..., *spatial, 1]`` or ``[..., *spatial, C]``, 1 = valid, 0 = hole; a
-            sequence where ``inputs`` is one; None if only the padding is a hole.
-
-        Returns:
-          Outputs ``[..., *spatial', features]`` and their mask; see `ops.partial_conv`.
-
-        Raises:
-          ValueError: if shapes do not fit or a mask is not binary.
-        """
         kernel_size = self.kernel_size
         kernel_size = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
         arrays, structure = jax.tree.flatten(inputs)
@@ -97,7 +53,7 @@ class PartialConv(nn.Module):
         kernel = self.param(
             "kernel",
             self.kernel_init,
-            (*kernel_size, channels // self.feature_group_count, self.features),
+            (*kernel_size, channels // groups, self.features),
             self.param_dtype,
         )
         bias = None
@@ -108,7 +64,7 @@ class PartialConv(nn.Module):
         *arrays, kernel, bias = promote_dtype(*arrays, kernel, bias, dtype=self.dtype)
         batch = arrays[0].shape[: -(len(kernel_size) + 1)]
         merge = functools.partial(_merge_batch, batch=batch)
-        outputs, mask = ops.partial_conv(
+        outputs, new_mask = ops.partial_conv(
             jax.tree.map(merge, jax.tree.unflatten(structure, arrays)),
             jax.tree.map(merge, mask),
             kernel,
@@ -116,31 +72,88 @@ class PartialConv(nn.Module):
             strides=self.strides,
             padding=self.padding,
             kernel_dilation=self.kernel_dilation,
-            feature_group_count=self.feature_group_count,
+            feature_group_count=groups,
             precision=self.precision,
         )
         return (
             outputs.reshape(*batch, *outputs.shape[1:]),
-            mask.reshape(*batch, *mask.shape[1:]),
+            new_mask.reshape(*batch, *new_mask.shape[1:]),
         )
 
 
-class PartialPadConv(PartialConv):
+class PartialConv(_PartialConvBase):
+    """A convolution of the valid inputs only (Liu et al. 2018, section 3.1).
+
+    It returns the outputs and their mask, which the next layer takes::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from pconv_jax.layers import PartialConv
+      >>> images = jnp.ones((1, 32, 32, 3))
+      >>> mask = jnp.ones((1, 32, 32, 1)).at[:, 8:24, 8:24].set(0)
+      >>> layer = PartialConv(features=64, kernel_size=(7, 7), strides=2, padding=3)
+      >>> variables = layer.init(jax.random.key(0), images, mask)
+      >>> outputs, new_mask = layer.apply(variables, images, mask)
+      >>> outputs.shape, new_mask.shape
+      ((1, 16, 16, 64), (1, 16, 16, 1))
+
+    Attributes:
+      features: Number of output channels.
+      kernel_size: Shape of the kernel. As in Flax, an int is a 1-D kernel.
+      strides: Step between windows: one number, or one for each spatial axis. The
+        default is 1.
+      padding: ``'SAME'`` (the default), ``'VALID'``, ``'CIRCULAR'``, ``'REFLECT'``, a
+        number, or one of these or a ``(low, high)`` pair for each axis; see
+        `ops.partial_conv`. With strides, use ``k // 2`` to pad as the paper's code
+        does; ``'SAME'`` pads differently.
+      kernel_dilation: Step between inputs within a window. The default is 1.
+      feature_group_count: Number of groups of channels; the mask is counted in each.
+        The default is 1.
+      use_bias: Whether to add a bias to valid outputs. The default is True.
+      dtype: Dtype of the computation. None (the default) infers it from inputs and
+        parameters. The mask is always counted in float32.
+      param_dtype: Dtype of the parameters. The default is float32.
+      precision: Precision of the convolution, as in `jax.lax.conv_general_dilated`.
+      kernel_init: Initializer of the kernel. The default is LeCun normal.
+      bias_init: Initializer of the bias. The default is zeros.
+    """
+
+    def __call__(
+        self, inputs: ops.ArrayOrSequence, mask: ops.ArrayOrSequence | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Convolve the valid inputs and compute which outputs are valid.
+
+        Args:
+          inputs: ``[..., *spatial, C]`` with any number of batch axes, or a sequence of
+            such arrays, treated as concatenated along C. `ops.Upsampled` arrays are
+            treated as upsampled.
+          mask: ``[..., *spatial, 1]`` or ``[..., *spatial, C]``, 1 = valid, 0 = hole; a
+            sequence if ``inputs`` is one. None (the default) if only the padding is a
+            hole.
+
+        Returns:
+          Outputs ``[..., *spatial', features]`` and their mask; see `ops.partial_conv`.
+
+        Raises:
+          ValueError: If shapes do not fit or a mask is not binary.
+        """
+        return self._convolve(inputs, mask)
+
+
+class PartialPadConv(_PartialConvBase):
     """A drop-in for `flax.linen.Conv` with partial convolution based padding.
 
-    Zero padding is taken for what it is, a hole, so that outputs at the border are
-    scaled to the inputs that they really have (Liu et al., "Partial Convolution based
-    Padding", 2018, https://arxiv.org/abs/1811.11718). Fields and parameters are those
-    of `PartialConv`.
+    Zero padding counts as a hole, so outputs at the border are scaled to the inputs
+    that exist (Liu et al., "Partial Convolution based Padding", 2018,
+    https://arxiv.org/abs/1811.11718). Fields and parameters are those of `PartialConv`.
     """
 
     def __call__(self, inputs: ArrayLike) -> jax.Array:
-        """Returns the outputs alone, ``[..., *spatial', features]``."""
-        return super().__call__(inputs)[0]
+        """Convolve ``[..., *spatial, C]`` to ``[..., *spatial', features]``."""
+        return self._convolve(inputs, None)[0]
 
 
 def _merge_batch(x: ArrayLike, batch: tuple[int, ...]) -> jax.Array:
-    """Makes one of the batch axes; an array with others is left, to be refused."""
+    """Merge the batch axes into one; an array with others is left, to be refused."""
     x = jnp.asarray(x)
     if x.shape[: len(batch)] != batch:
         return x

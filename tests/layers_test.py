@@ -238,15 +238,15 @@ X, M = make_inputs(2, 8, 8, 4)
         ({}, (X, M[:1]), "mask must be of shape"),
         ({}, (X, M[..., 0]), "mask must be of shape"),
         ({}, (X, M * 0.5), "mask must be binary"),
-        ({}, (X, [M]), "mask must be a sequence .* and an array where it is not"),
-        ({}, (X, [M, M]), "mask must be a sequence .* and an array where it is not"),
+        ({}, (X, [M]), "mask must be a sequence .* and an array otherwise"),
+        ({}, (X, [M, M]), "mask must be a sequence .* and an array otherwise"),
         ({}, ([X, X], M), "mask must be a sequence as long as inputs"),
         ({}, ([X, X], [M]), "mask must be a sequence as long as inputs"),
-        ({}, ([X, X[:1]], None), "all sources alike but for C"),
+        ({}, ([X, X[:1]], None), "differ in C only"),
         # These have as many examples, but other batch axes.
         ({}, (X[:1], M[0]), "mask must be of shape"),
         ({}, (X[None], M[:, None]), "mask must be of shape"),
-        ({}, ([X[None], X[:, None]], None), "all sources alike but for C"),
+        ({}, ([X[None], X[:, None]], None), "differ in C only"),
     ],
 )
 def test_errors(fields, arguments, message):

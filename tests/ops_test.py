@@ -476,7 +476,7 @@ def test_a_source_is_upsampled_once():
 def test_mask_of_an_upsampled_source_is_upsampled():
     x, mask, kernel, _ = make_case()
     for masks in (mask, ops.upsample(mask)):
-        with pytest.raises(ValueError, match="mask must be Upsampled where its source"):
+        with pytest.raises(ValueError, match="mask must be Upsampled if and only if"):
             ops.partial_conv(ops.Upsampled(x), masks, kernel)
 
 
@@ -667,7 +667,7 @@ def test_a_mask_must_be_binary(value):
         lambda: ops.check_mask(grey, x),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="mask must be binary.*binarise it first"):
+        with pytest.raises(ValueError, match="mask must be binary.*binarize it first"):
             call()
 
 
@@ -697,10 +697,10 @@ X, M, K, B = make_case()
         ((X, M, K), dict(padding=1.5), "padding must be"),
         (((), (), K), {}, "inputs must be"),
         (((), None, K), {}, "inputs must be"),
-        (((X, X[:1]), (M, M[:1]), K), {}, "all sources alike but for C"),
+        (((X, X[:1]), (M, M[:1]), K), {}, "differ in C only"),
         (((X, X), M, K), {}, "mask must be a sequence as long as inputs"),
         (((X, X), (M,), K), {}, "mask must be a sequence as long as inputs"),
-        ((X, (M,), K), {}, "mask must be a sequence .* and an array where it is not"),
+        ((X, (M,), K), {}, "mask must be a sequence .* and an array otherwise"),
     ],
 )
 def test_errors_of_partial_conv(arguments, options, message):
@@ -724,7 +724,7 @@ def test_errors_of_update_mask(function, mask, size, message):
 
 
 def test_composite_wants_one_shape():
-    with pytest.raises(ValueError, match="output and target must have one shape"):
+    with pytest.raises(ValueError, match="output and target must have the same shape"):
         ops.composite(X, X[:1], M)
 
 
