@@ -1,4 +1,4 @@
-"""Files: to write them complete or not at all, and to find them."""
+"""Write files atomically, and find files in folders."""
 
 import contextlib
 import os
@@ -6,47 +6,84 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from pconv_jax._errors import RunError
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Makes a file appear complete or not at all, and the folders above it.
+    """Write a file that appears complete or not at all, even if the power fails.
+
+    Missing folders above it are made. A file that is already there stays until the new
+    one is complete.
 
     Args:
-      path: of the file. If there is one already, it stays until the new one is there,
-        or if that fails.
+      path: Path of the file.
 
     Yields:
       The path to write to, in the same folder.
+
+    Raises:
+      RunError: If the folder or the file cannot be written. Exceptions of the body are
+        raised unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Short, as a name may be as long as names can be; and not by `tempfile`, whose
-    # files nobody else may read.
+    # The name is short, since the file's own may have the maximum length. `tempfile` is
+    # not used because its files are readable by their owner only.
     partial = path.parent / f".{uuid.uuid4().hex}.partial"
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        partial.replace(path)
+        with _write_errors(path):
+            _sync(partial)
+            partial.replace(path)
+        # The rename is already done. Some file systems cannot sync a folder.
+        with contextlib.suppress(OSError):
+            _sync(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        # An error here, such as a file above the folder, would hide the one before it.
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, complete or not at all, and the folders above it."""
-    with atomic_path(path) as partial:
+    """Write a file as `atomic_path` does.
+
+    Raises:
+      RunError: If the file cannot be written.
+    """
+    with _write_errors(path), atomic_path(path) as partial:
         partial.write_bytes(data)
 
 
-def iter_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Finds the files of a folder and of all folders below it, linked ones too.
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}.") from error
 
-    Hidden files and folders (`.name`) are left out. A folder that links lead to again
-    is read once, where it is met first in alphabetical order: else one picture could be
-    many, of which some are trained on and others evaluated.
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def iter_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Find the files of a folder and of all folders below it, including linked ones.
+
+    Hidden files and folders (`.name`) are skipped. Each folder is read once, at its
+    first place in alphabetical order, even if links lead to it again. Otherwise one
+    image could count as several, some of them for training and others for evaluation.
 
     Args:
-      folder: where to look; it may be hidden itself.
+      folder: Folder to search. It may be hidden itself.
 
     Yields:
-      Paths that start with `folder`.
+      Paths that start with `folder`. Nothing if the folder does not exist.
     """
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -55,9 +92,10 @@ def iter_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(filter(_is_visible, folders))  # The order of the walk.
+        # os.walk visits the folders in the order of this list.
+        folders[:] = sorted(filter(_is_visible, folders))
         yield from (Path(place, name) for name in filter(_is_visible, names))
 
 
-def _is_visible(name):
+def _is_visible(name: str) -> bool:
     return not name.startswith(".")

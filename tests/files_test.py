@@ -1,6 +1,10 @@
+import errno
+import os
+from unittest import mock
+
 import pytest
 
-from pconv_jax import _files
+from pconv_jax import RunError, _files
 
 
 def test_a_file_is_replaced_and_the_folders_above_it_are_made(tmp_path):
@@ -18,9 +22,37 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         partial.write_bytes(b"half of it")
         raise OSError("disk full")
     assert path.read_bytes() == b"old"
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(RunError, match=f"cannot write {tmp_path}: .*[Dd]irectory"):
         _files.write_bytes(tmp_path, b"new")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_cannot_work_is_one_sentence_with_the_path(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"not a folder")
+    path = tmp_path / "file" / "a.txt"
+    with pytest.raises(RunError, match=f"cannot write {path}: (File|Not a)"):
+        _files.write_bytes(path, b"new")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=full))
+    path = tmp_path / "a.txt"
+    with pytest.raises(RunError, match=f"cannot write {path}: No space left on device"):
+        _files.write_bytes(path, b"new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def record(descriptor):
+        synced.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    _files.write_bytes(tmp_path / "a.txt", b"new")
+    partial, folder = synced
+    assert partial.endswith(".partial")
+    assert folder == str(tmp_path)
 
 
 def test_all_files_of_an_ordinary_tree_are_visible(tmp_path):

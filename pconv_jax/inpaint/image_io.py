@@ -20,6 +20,7 @@ import tifffile
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from pconv_jax import _files
+from pconv_jax._errors import RunError
 
 MAX_PIXELS = 100_000_000
 """How many pixels a picture may have, unless one says otherwise."""
@@ -106,8 +107,8 @@ def write(path: str | os.PathLike[str], picture: Picture) -> None:
     check_suffix(path)
     try:
         _files.write_bytes(path, _encode(path.suffix.lower(), *picture))
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}.") from error
+    except RunError as error:
+        raise ValueError(str(error)) from error
 
 
 def check_suffix(path: str | os.PathLike[str]) -> None:

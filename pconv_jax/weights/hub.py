@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from pconv_jax import _files
+from pconv_jax._errors import RunError
 from pconv_jax.weights.formats.arrays import check_hash
 
 
@@ -52,7 +53,7 @@ def find_published(*files: Published) -> list[Path]:
     for i, file in enumerate(missing):
         try:
             _download(file.url, cache / file.name)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RunError) as error:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()  # It holds the connection.
             todo = ", and ".join(

@@ -18,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors import safe_open
 
+from pconv_jax._errors import RunError
 from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 from pconv_jax.vgg import Params, VGG16Features, VGG19Features
 from pconv_jax.weights.formats.arrays import (
@@ -227,7 +228,7 @@ def load_vgg_params(source: str | Path = "imagenet") -> Params:
     params = _to_params(arrays, VGG16_URL)
     try:
         write_cache(path, traverse_util.flatten_dict(params, sep="/"))
-    except OSError as error:
+    except (OSError, RunError) as error:
         logging.warning("The VGG16 is not kept for the next time: %s", error)
     return params
 
