@@ -1,15 +1,16 @@
-"""The loss of the paper, term by term.
+"""The terms of the paper's loss, and their weighted sum.
 
 Contract of this module: images are ``[N, H, W, C]`` in [-1, 1], masks ``[N, H, W, 1]``
-with 1 = valid and 0 = hole. Every loss returns one number an example, ``[N]`` in
-float32, and is normalized by N_I = C H W, the number of *all* values of the image, as
-in version 2 of the paper. So the mean over a batch does not depend on how many devices
-share it.
+with 1 = valid and 0 = hole. Every loss returns one number per example, ``[N]`` in
+float32. The pixel losses are divided by N_I = C H W, the number of *all* values of the
+image, as in version 2 of the paper. So the mean over a batch does not depend on the
+number of devices that share it.
 
-Reference: Liu et al. 2018, section 3.3, equations 3 to 7. `log_mse` is not the paper's.
+Reference: Liu et al. 2018, section 3.3, equations 3 to 7. `log_mse` is not in the
+paper.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,10 @@ FeaturesFn = Callable[[jax.Array], Sequence[jax.Array]]
 
 
 class LossWeights(NamedTuple):
-    """Weights of the terms in the total: equation 7 of the paper, and `log_mse`."""
+    """Weights of the terms in the total.
+
+    The defaults are those of equation 7 of the paper; `log_mse` is left out.
+    """
 
     valid: float = 1.0
     hole: float = 6.0
@@ -46,22 +50,22 @@ def inpainting_loss(
     features_fn: FeaturesFn | None,
     weights: LossWeights = PAPER_WEIGHTS,
 ) -> dict[str, jax.Array]:
-    """Returns every term of the loss, and the weighted ``total`` (equation 7).
+    """Compute every term of the loss, and the weighted ``total`` (equation 7).
 
     Args:
       output: I_out, ``[N, H, W, C]`` in [-1, 1].
       target: I_gt, of the same shape.
       mask: ``[N, H, W, 1]``, 1 = valid, 0 = hole.
-      features_fn: the network of the perceptual and style terms, e.g.
+      features_fn: Network of the perceptual and style terms, e.g.
         ``functools.partial(vgg16_features, params)``. None leaves these terms out.
-      weights: of the terms in the total.
+      weights: Weights of the terms in the total. The defaults are the paper's.
 
     Returns:
-      ``total`` and one entry for each field of `LossWeights`, each ``[N]``; ``log_mse``
-      only if it has a weight.
+      ``total`` and one entry for each field of `LossWeights`, each ``[N]``. There is
+      ``log_mse`` only if its weight is not 0.
 
     Raises:
-      ValueError: if shapes do not fit.
+      ValueError: If shapes do not fit.
     """
     output, target, mask = _check(output, target, mask)
     comp = ops.composite(output, target, mask)
@@ -80,18 +84,20 @@ def inpainting_loss(
         )
         terms["style_out"] = style(out_features, gt_features)
         terms["style_comp"] = style(comp_features, gt_features)
-    total = sum(getattr(weights, name) * term for name, term in terms.items())
+    total = jnp.asarray(
+        sum(getattr(weights, name) * term for name, term in terms.items())
+    )
     return {"total": total, **terms}
 
 
 def hole(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
-    """Returns L_hole = |(1 - M) (I_out - I_gt)|_1 / N_I (equation 3), ``[N]``."""
+    """Compute L_hole = |(1 - M) (I_out - I_gt)|_1 / N_I (equation 3), ``[N]``."""
     output, target, mask = _check(output, target, mask)
     return _mean(jnp.where(mask > 0.5, 0, jnp.abs(output - target)))
 
 
 def valid(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
-    """Returns L_valid = |M (I_out - I_gt)|_1 / N_I (equation 3), ``[N]``."""
+    """Compute L_valid = |M (I_out - I_gt)|_1 / N_I (equation 3), ``[N]``."""
     output, target, mask = _check(output, target, mask)
     return _mean(jnp.where(mask > 0.5, jnp.abs(output - target), 0))
 
@@ -99,56 +105,64 @@ def valid(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
 def perceptual(
     features: Sequence[ArrayLike], target_features: Sequence[ArrayLike]
 ) -> jax.Array:
-    """Returns one of the two sums of L_perceptual (equation 4), ``[N]``.
+    """Compute one of the two sums of L_perceptual (equation 4), ``[N]``.
 
-    That is sum_p |P_p(I) - P_p(I_gt)|_1 / N_p, with N_p the size of the p-th map; the
-    paper adds those of I_out and I_comp.
+    The sum is sum_p |P_p(I) - P_p(I_gt)|_1 / N_p, where N_p is the size of the p-th
+    map. The paper adds the sums of I_out and of I_comp.
 
     Args:
-      features: the maps P_p(I), each ``[N, h, w, c]``.
-      target_features: the maps P_p(I_gt), of the same shapes.
+      features: The maps P_p(I), each ``[N, h, w, c]``.
+      target_features: The maps P_p(I_gt), of the same shapes.
 
     Raises:
-      ValueError: if shapes do not fit.
+      ValueError: If shapes do not fit.
     """
-    return sum(
-        _mean(jnp.abs(_wide(a) - _wide(b)))
-        for a, b in _pairs(features, target_features)
+    return jnp.asarray(
+        sum(
+            _mean(jnp.abs(_wide(a) - _wide(b)))
+            for a, b in _pairs(features, target_features)
+        )
     )
 
 
 def style(
     features: Sequence[ArrayLike], target_features: Sequence[ArrayLike]
 ) -> jax.Array:
-    """Returns L_style of an image (equations 5 and 6), ``[N]``.
+    """Compute L_style of an image (equations 5 and 6), ``[N]``.
 
-    That is sum_p 1/C_p^2 |K_p (G_p(I) - G_p(I_gt))|_1 with the Gram matrices G = P^T P,
-    summed over positions, and K_p = 1 / (C_p H_p W_p).
+    The loss is sum_p 1/C_p^2 |K_p (G_p(I) - G_p(I_gt))|_1, where G = P^T P is the Gram
+    matrix, summed over positions, and K_p = 1 / (C_p H_p W_p).
 
     Args:
-      features: the maps P_p(I), each ``[N, h, w, c]``.
-      target_features: the maps P_p(I_gt), of the same shapes.
+      features: The maps P_p(I), each ``[N, h, w, c]``.
+      target_features: The maps P_p(I_gt), of the same shapes.
 
     Raises:
-      ValueError: if shapes do not fit.
+      ValueError: If shapes do not fit.
     """
-    return sum(
-        _mean(jnp.abs(gram(a) - gram(b))) for a, b in _pairs(features, target_features)
+    return jnp.asarray(
+        sum(
+            _mean(jnp.abs(gram(a) - gram(b)))
+            for a, b in _pairs(features, target_features)
+        )
     )
 
 
 def gram(features: ArrayLike) -> jax.Array:
-    """Returns the scaled Gram matrix K P^T P, ``[N, c, c]`` in float32.
+    """Compute the scaled Gram matrix K P^T P, ``[N, c, c]`` in float32.
 
     Args:
-      features: P, ``[N, h, w, c]``; K is 1 / (c h w).
+      features: The map P, ``[N, h, w, c]``. The scale K is 1 / (c h w).
+
+    Raises:
+      ValueError: If the features do not have four axes.
     """
     features = jnp.asarray(features)
     if features.ndim != 4:
         raise ValueError(f"features must be [N, h, w, c], got {features.shape}.")
     height, width, channels = features.shape[1:]
-    # Summed in float32 at least, at full precision: tf32 would do for the features, but
-    # the loss is a difference of these sums.
+    # The loss is a difference of these sums, so they have full precision in float32 or
+    # wider. TF32 is enough for the features, not for the sums.
     wide = jnp.promote_types(features.dtype, jnp.float32)
     product = jnp.einsum(
         "nhwc,nhwd->ncd",
@@ -161,27 +175,28 @@ def gram(features: ArrayLike) -> jax.Array:
 
 
 def total_variation(comp: ArrayLike, mask: ArrayLike) -> jax.Array:
-    """Returns L_tv, the smoothing penalty in and around the hole, ``[N]``.
+    """Compute L_tv, the smoothing penalty in and around the hole, ``[N]``.
 
-    The sum of |I_comp(p) - I_comp(q)| / N_I over horizontal and vertical neighbours p
-    and q that lie *both* in R, the hole dilated by one pixel.
+    The penalty is the sum of |I_comp(p) - I_comp(q)| / N_I over horizontal and vertical
+    neighbors p and q that *both* lie in R, the hole dilated by one pixel.
 
     Args:
       comp: I_comp, ``[N, H, W, C]``.
       mask: ``[N, H, W, 1]``, 1 = valid, 0 = hole.
 
     Raises:
-      ValueError: if shapes do not fit.
+      ValueError: If shapes do not fit.
     """
     comp, mask = jnp.asarray(comp), jnp.asarray(mask)
     if comp.ndim != 4:
         raise ValueError(f"comp must be [N, H, W, C], got {comp.shape}.")
     _check(comp, comp, mask)
-    # A window around a pixel holds a hole where a window of *holes* covers it.
+    # Updating the inverted mask dilates the hole: a pixel is in the region if the hole
+    # reaches into the window around it.
     region = ops.update_mask(mask <= 0.5, (3, 3))
     size = comp[0].size
     wide = jnp.promote_types(comp.dtype, jnp.float32)
-    total = 0
+    total = jnp.zeros((), wide)
     for axis in (1, 2):
         length = comp.shape[axis]
         a, b = (lax.slice_in_dim(comp, i, length - 1 + i, axis=axis) for i in (0, 1))
@@ -194,34 +209,37 @@ def total_variation(comp: ArrayLike, mask: ArrayLike) -> jax.Array:
 
 
 def log_mse(comp: ArrayLike, target: ArrayLike, *, epsilon: float = 1e-5) -> jax.Array:
-    """Returns ln(|I_comp - I_gt|_2^2 / N_I + epsilon), ``[N]``.
+    """Compute ln(|I_comp - I_gt|_2^2 / N_I + epsilon), ``[N]``.
 
-    But for a constant and epsilon that is -0.23 times the PSNR of the composite. So
-    what counts is by what factor an error shrinks, and a small hole counts as much as a
-    large one, which has most of the other terms' gradient. Not in the paper.
+    Up to a constant and epsilon, this is -0.23 times the PSNR of the composite. It
+    rewards the factor by which an error shrinks, so small holes count as much as large
+    ones, which dominate the gradient of the other terms. It is not in the paper.
 
     Args:
       comp: I_comp, ``[N, H, W, C]``.
       target: I_gt, of the same shape.
-      epsilon: what counts as no error; 1e-5 is a PSNR of 56 dB.
+      epsilon: Mean squared error that counts as none. The default, 1e-5, is a PSNR of
+        56 dB.
 
     Raises:
-      ValueError: if shapes do not fit.
+      ValueError: If shapes do not fit.
     """
     comp, target = jnp.asarray(comp), jnp.asarray(target)
     if comp.ndim != 4 or comp.shape != target.shape:
         raise ValueError(
-            "comp and target must be [N, H, W, C] of one shape, got "
+            "comp and target must be [N, H, W, C] of the same shape, got "
             f"{comp.shape} and {target.shape}."
         )
     return jnp.log(_mean((_wide(comp) - _wide(target)) ** 2) + epsilon)
 
 
-def _check(output, target, mask) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _check(
+    output: ArrayLike, target: ArrayLike, mask: ArrayLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     output, target, mask = map(jnp.asarray, (output, target, mask))
     if output.ndim != 4 or output.shape != target.shape:
         raise ValueError(
-            "output and target must be [N, H, W, C] of one shape, got "
+            "output and target must be [N, H, W, C] of the same shape, got "
             f"{output.shape} and {target.shape}."
         )
     if mask.shape != (*output.shape[:-1], 1):
@@ -231,21 +249,26 @@ def _check(output, target, mask) -> tuple[jax.Array, jax.Array, jax.Array]:
     return output, target, mask
 
 
-def _pairs(features, target_features):
-    shapes, target_shapes = ([x.shape for x in f] for f in (features, target_features))
+def _pairs(
+    features: Sequence[ArrayLike], target_features: Sequence[ArrayLike]
+) -> Iterator[tuple[ArrayLike, ArrayLike]]:
+    shapes, target_shapes = (
+        [jnp.shape(x) for x in f] for f in (features, target_features)
+    )
     if shapes != target_shapes:
         raise ValueError(
-            "features must be of target_features' shapes, got "
+            "features must be arrays of the same shapes as target_features, got "
             f"{shapes} and {target_shapes}."
         )
     return zip(features, target_features)
 
 
 def _wide(x: ArrayLike) -> jax.Array:
-    """Returns float32, or wider: features may be bfloat16, their differences not."""
+    """Convert to float32 or wider, so that differences are not bfloat16."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _mean(x: jax.Array) -> jax.Array:
+    """Average each example."""
     return _wide(x).mean(axis=tuple(range(1, x.ndim)))

@@ -1,4 +1,4 @@
-"""The inpainting UNet of the paper, as a table of stages.
+"""The inpainting UNet of the paper, defined by a table of stages.
 
 Images are ``[N, H, W, C]`` in [-1, 1]; masks ``[N, H, W, 1]``, 1 = valid, 0 = hole.
 
@@ -8,15 +8,17 @@ Reference: Liu et al. 2018, section 3.2 and table 5 of the supplement.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import typing as flax_typing
 from flax.typing import Dtype, PrecisionLike
 from jax.typing import ArrayLike
 
 from pconv_jax import layers, ops
+from pconv_jax._errors import UserError
 from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -24,12 +26,14 @@ class Stage(NamedTuple):
     """One layer of the UNet: a convolution, then normalization and activation.
 
     Attributes:
-      features: number of output channels.
-      kernel_size: side of the square kernel.
-      batch_norm: whether batch normalization follows; the convolution then has no bias.
-      negative_slope: of the leaky ReLU; 0 is a ReLU, None no activation.
-      padding: None for ``kernel_size // 2`` zeros (holes) on each side, else as in
-        `ops.partial_conv`.
+      features: Number of output channels.
+      kernel_size: Side of the square kernel.
+      batch_norm: Whether batch normalization follows; if it does, the convolution has
+        no bias. The default is True.
+      negative_slope: Slope of the leaky ReLU below 0. The default, 0, is a ReLU; None
+        is no activation.
+      padding: Padding as in `ops.partial_conv`. None (the default) pads
+        ``kernel_size // 2`` zeros, which count as holes, on each side.
     """
 
     features: int
@@ -40,18 +44,19 @@ class Stage(NamedTuple):
 
 
 class Normalization(NamedTuple):
-    """What a network is given instead of images: ``(images - mean) / std``.
+    """Normalization of the images that a network sees: ``(images - mean) / std``.
 
     Attributes:
-      mean: of each channel, or one number for all.
-      std: of each channel, or one number for all.
+      mean: Mean of each channel, or one number for all channels.
+      std: Standard deviation of each channel, or one number for all channels.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-# ImageNet's, for images in [-1, 1]. Rounded, since releases store and compare it.
+# ImageNet's, for images in [-1, 1]. Rounded, since weights files store it and loaders
+# compare it.
 IMAGENET = Normalization(
     mean=tuple(round(2 * mean - 1, 6) for mean in IMAGENET_MEAN),
     std=tuple(round(2 * std, 6) for std in IMAGENET_STD),
@@ -61,16 +66,20 @@ IMAGENET = Normalization(
 def paper_stages(
     *, depth: int = 8, width: int = 64, out_features: int = 3
 ) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
-    """Returns the encoder's and the decoder's stages: PConv1..8 and PConv9..16.
+    """Make the stages of the encoder (PConv1..8) and of the decoder (PConv9..16).
 
     Args:
-      depth: number of encoder stages, and of decoder stages. The paper has 8 for 512
-        pixels; 7 are common for 256.
-      width: features of the first stage. They double up to eight times as many.
-      out_features: channels of the network's output.
+      depth: Number of encoder stages and of decoder stages. The default, 8, is the
+        paper's for 512 pixels; 7 is common for 256.
+      width: Features of the first stage, 64 by default. Each of the next three stages
+        doubles them; later ones keep eight times the width.
+      out_features: Channels of the network's output, 3 by default.
+
+    Returns:
+      The encoder's and the decoder's stages.
 
     Raises:
-      ValueError: if the depth or the width is not positive.
+      ValueError: If the depth or the width is not positive.
     """
     if depth < 1 or width < 1:
         raise ValueError(f"depth and width must be positive, got {depth} and {width}.")
@@ -86,7 +95,7 @@ def paper_stages(
 
 
 def suggest_sizes(size: int, multiple: int) -> str:
-    """Returns the multiples next to a size, for an error message: ``'256 or 320'``."""
+    """List the multiples next to a size for an error message, as in '256 or 320'."""
     below = size // multiple * multiple
     above = -(-size // multiple) * multiple or multiple
     return " or ".join(str(n) for n in sorted({below, above}) if n)
@@ -95,10 +104,11 @@ def suggest_sizes(size: int, multiple: int) -> str:
 class PConvUNet(nn.Module):
     """UNet of partial convolutions (Liu et al. 2018, section 3.2).
 
-    Every encoder stage halves the size. Every decoder stage doubles it by repeating
-    pixels, of features and mask alike, and takes the encoder's input of the same size
-    along; for the last one that is the image itself, with its hole. Submodules are
-    ``pconv1``, ``pconv2``, ..., with ``bn1``, ``bn2``, ... where there are any::
+    Every encoder stage halves the size. Every decoder stage doubles it by repeating the
+    pixels of features and mask, and concatenates the input of the encoder stage of the
+    same size; for the last decoder stage, that is the image with its hole. Submodules
+    are called ``pconv1``, ``pconv2``, ... and, where a stage has batch normalization,
+    ``bn1``, ``bn2``, ...::
 
       >>> import jax, jax.numpy as jnp
       >>> from pconv_jax.unet import PConvUNet
@@ -110,22 +120,25 @@ class PConvUNet(nn.Module):
       ((1, 32, 32, 3), (1, 32, 32, 1))
 
     Attributes:
-      depth: number of encoder stages; sizes must be multiples of ``2**depth``.
-      width: features of the first stage.
-      out_features: channels of the output.
-      conv: ``'partial'``, or ``'standard'`` for the same network of ordinary
-        convolutions that the paper compares with: the mask is appended to the channels
-        of its input, and its whole output counts as valid.
-      stages: an encoder's and a decoder's stages, instead of `paper_stages`.
-      normalization: done to the images inside, and undone to the output, for networks
-        that were trained on images of another range.
-      sigmoid_head: whether a 1x1 convolution, ``head``, and a sigmoid follow, as they
-        do in MathiasGruber/PConv-Keras.
-      dtype: of the computation, e.g. bfloat16. Mask counts and the statistics of batch
-        normalization are float32 all the same, and so is the output.
-      param_dtype: of the parameters.
-      precision: of the convolutions.
-      axis_name: of the mapped axis over which batch statistics are averaged.
+      depth: Number of encoder stages, 8 by default; heights and widths must be
+        multiples of ``2**depth``.
+      width: Features of the first stage, 64 by default.
+      out_features: Channels of the output, 3 by default.
+      conv: ``'partial'`` (the default), or ``'standard'`` for the same network of
+        ordinary convolutions, the paper's baseline. It takes the mask as a further
+        input channel, and its whole output counts as valid.
+      stages: The encoder's and the decoder's stages. None (the default) for
+        `paper_stages`.
+      normalization: Normalization of the images inside the network, undone in the
+        output; for networks trained on images of another range. None by default.
+      sigmoid_head: Whether a 1x1 convolution, ``head``, and a sigmoid follow, as in
+        MathiasGruber/PConv-Keras. The default is False.
+      dtype: Dtype of the computation, e.g. bfloat16. None (the default) infers it. Mask
+        counts, the statistics of batch normalization and the output are always float32.
+      param_dtype: Dtype of the parameters. The default is float32.
+      precision: Precision of the convolutions.
+      axis_name: Name of the mapped axis over which batch statistics are averaged. None
+        (the default) does not average.
     """
 
     depth: int = 8
@@ -141,7 +154,7 @@ class PConvUNet(nn.Module):
     axis_name: str | None = None
 
     def __post_init__(self) -> None:
-        # Functions are compiled for a network once, and found again by its hash.
+        # Tuples are hashable: jax.jit caches functions by the hash of the network.
         self.stages = _to_tuples(self.stages)
         self.normalization = _to_tuples(self.normalization)
         super().__post_init__()
@@ -163,7 +176,7 @@ class PConvUNet(nn.Module):
 
     @property
     def encoder_norms(self) -> tuple[str, ...]:
-        """Names of the encoder's normalizations, which the second phase freezes."""
+        """Names of the encoder's batch normalizations, frozen in the second phase."""
         return tuple(
             f"bn{i}" for i, stage in enumerate(self.encoder, 1) if stage.batch_norm
         )
@@ -177,31 +190,34 @@ class PConvUNet(nn.Module):
         train: bool = False,
         freeze_encoder_norm: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
-        """Fills holes.
+        """Fill holes.
 
         Args:
-          images: ``[N, H, W, C]``, usually in [-1, 1]. What a hole holds is ignored.
-          mask: ``[N, H, W, 1]`` or, unless convolutions are ``'standard'``,
+          images: ``[N, H, W, C]``, usually in [-1, 1]. Values in the hole are ignored.
+          mask: ``[N, H, W, 1]`` or, unless ``conv`` is ``'standard'``,
             ``[N, H, W, C]``; 1 = valid, 0 = hole.
-          train: whether to normalize by the statistics of the batch, and update the
-            running ones (collection ``batch_stats``), rather than use the latter.
-          freeze_encoder_norm: use the running statistics in the encoder even in
-            training, as the second phase of the paper does: holes distort the
-            statistics of the batch there.
+          train: Whether to normalize by the statistics of the batch and update the
+            running statistics (collection ``batch_stats``). The default, False, uses
+            the running statistics.
+          freeze_encoder_norm: Whether the encoder uses the running statistics even in
+            training, as in the second phase of the paper, because holes distort the
+            statistics of the batch. The default is False.
 
         Returns:
           The output ``[N, H, W, out_features]`` in float32, for valid pixels too (see
-          `ops.composite`), and its mask ``[N, H, W, 1]``: 0, and the output 0, where a
-          hole was too wide to be closed.
+          `ops.composite`), and its mask ``[N, H, W, 1]``. Where a hole was too wide to
+          be closed, both are 0.
 
         Raises:
-          ValueError: if shapes do not fit the depth or a mask is not binary.
+          ValueError: If shapes do not fit the depth or a mask is not binary.
         """
         images, mask = jnp.asarray(images), jnp.asarray(mask)
         self._check(images, mask, train and not freeze_encoder_norm)
+        mean_and_std = None
         if self.normalization:
             wide = jnp.promote_types(images.dtype, jnp.float32)  # Not x64's default.
             mean, std = (jnp.asarray(x, wide) for x in self.normalization)
+            mean_and_std = mean, std
             images = (images - mean) / std
         if self.conv == "standard":
             images = jnp.where(mask > 0.5, images, 0)
@@ -216,8 +232,8 @@ class PConvUNet(nn.Module):
             h = self._norm_and_activation(f"bn{i}", stage, h, running)
         for i, stage in enumerate(self.decoder, len(self.encoder) + 1):
             skip, skip_mask = skips.pop()
-            sources, masks = (ops.Upsampled(h), skip), (ops.Upsampled(m), skip_mask)
-            h, m = self._conv(f"pconv{i}", stage, sources, masks)
+            inputs, masks = (ops.Upsampled(h), skip), (ops.Upsampled(m), skip_mask)
+            h, m = self._conv(f"pconv{i}", stage, inputs, masks)
             h = self._norm_and_activation(f"bn{i}", stage, h, not train)
         if self.sigmoid_head:
             head = nn.Conv(
@@ -225,24 +241,34 @@ class PConvUNet(nn.Module):
             )
             h = jnp.where(m > 0, nn.sigmoid(head(h)), 0)
         h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
-        if self.normalization:
+        if mean_and_std is not None:
+            mean, std = mean_and_std
             h = jnp.where(m > 0, h * std + mean, 0)
         return h, m
 
-    def _stages(self):
+    def _stages(self) -> tuple[Sequence[Stage], Sequence[Stage]]:
         if self.stages is not None:
             return self.stages
         return paper_stages(
             depth=self.depth, width=self.width, out_features=self.out_features
         )
 
-    def _conv(self, name, stage, inputs, mask, strides=1):
+    def _conv(
+        self,
+        name: str,
+        stage: Stage,
+        inputs: ops.ArrayOrSequence,
+        mask: ops.ArrayOrSequence,
+        strides: int = 1,
+    ) -> tuple[jax.Array, jax.Array]:
         pad = stage.kernel_size // 2 if stage.padding is None else stage.padding
-        fields = dict(
+        layer = layers.PartialConv if self.conv == "partial" else nn.Conv
+        conv = layer(
             features=stage.features,
             kernel_size=(stage.kernel_size,) * 2,
             strides=strides,
-            padding=pad,
+            # nn.Conv knows fewer paddings, and refuses the others itself.
+            padding=cast(flax_typing.PaddingLike, pad),
             use_bias=not stage.batch_norm,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -250,15 +276,19 @@ class PConvUNet(nn.Module):
             kernel_init=nn.initializers.he_normal(),
             name=name,
         )
-        if self.conv == "partial":
-            return layers.PartialConv(**fields)(inputs, mask)
+        if isinstance(conv, layers.PartialConv):
+            return conv(inputs, mask)
         if isinstance(inputs, tuple):
-            up, skip = inputs
-            inputs = jnp.concatenate([ops.upsample(up.x), skip], axis=-1)
-        h = nn.Conv(**fields)(inputs)
+            arrays = (
+                ops.upsample(x.x) if isinstance(x, ops.Upsampled) else x for x in inputs
+            )
+            inputs = jnp.concatenate(list(arrays), axis=-1)
+        h = conv(inputs)
         return h, jnp.ones((*h.shape[:-1], 1), jnp.float32)
 
-    def _norm_and_activation(self, name, stage, h, use_running_average):
+    def _norm_and_activation(
+        self, name: str, stage: Stage, h: jax.Array, use_running_average: bool
+    ) -> jax.Array:
         if stage.batch_norm:
             h = nn.BatchNorm(
                 use_running_average=use_running_average,
@@ -273,7 +303,7 @@ class PConvUNet(nn.Module):
             return h
         return jax.nn.leaky_relu(h, stage.negative_slope)
 
-    def _check(self, images, mask, train):
+    def _check(self, images: jax.Array, mask: jax.Array, batch_statistics: bool):
         if self.conv not in ("partial", "standard"):
             raise ValueError(
                 f"conv must be 'partial' or 'standard', got {self.conv!r}."
@@ -288,9 +318,9 @@ class PConvUNet(nn.Module):
         ops.check_mask(mask, images)
         if self.conv == "standard" and mask.shape[-1] != 1:
             raise ValueError(
-                "mask must be [N, H, W, 1] for standard convolutions, which are given "
-                f"it as a channel, got {mask.shape}; mask.min(-1, keepdims=True) is "
-                "valid where all channels are."
+                "mask must be [N, H, W, 1] for standard convolutions, which take it as "
+                f"a channel, got {mask.shape}; mask.min(-1, keepdims=True) is valid "
+                "where all channels are."
             )
         height, width = images.shape[1:3]
         step = self.size_multiple
@@ -302,33 +332,34 @@ class PConvUNet(nn.Module):
                 f"{suggest_sizes(width, step)}; or set a smaller depth."
             )
         values = images.shape[0] * (height // step) * (width // step)
-        if train and self.encoder[-1].batch_norm and values == 1 and not self.axis_name:
+        normalized = batch_statistics and self.encoder[-1].batch_norm
+        if normalized and values == 1 and not self.axis_name:
             raise ValueError(
-                "training needs more than one value a channel to normalize by, and the "
-                f"innermost stage has 1 x 1 pixels of a batch of 1 for {height} x "
+                "training needs more than one value per channel to normalize by, but "
+                f"the innermost stage has 1 x 1 pixels of a batch of 1 for {height} x "
                 f"{width} images at depth {len(self.encoder)}: use a larger batch or "
                 "image, or a smaller depth."
             )
 
 
 def _to_tuples(value: Any) -> Any:
-    """Turns lists to tuples, within tuples too."""
+    """Turn lists into tuples, within tuples too."""
     if not isinstance(value, list | tuple):
         return value
     items = map(_to_tuples, value)
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
-def make_network(
-    stages: tuple[Sequence[Stage], Sequence[Stage]], **fields: Any
+def unet_from_stages(
+    encoder: Sequence[Stage], decoder: Sequence[Stage], **fields: Any
 ) -> PConvUNet:
-    """Returns a network of given stages, with the depth and the width that these have.
+    """Make a network of given stages, with the depth and width that they have.
 
     Args:
-      stages: the encoder's and the decoder's.
-      **fields: the others of `PConvUNet`.
+      encoder: Stages of the encoder.
+      decoder: Stages of the decoder.
+      **fields: Other fields of `PConvUNet`.
     """
-    encoder, decoder = stages
     return PConvUNet(
         depth=len(encoder),
         width=encoder[0].features,
@@ -338,16 +369,16 @@ def make_network(
     )
 
 
-def fill_depth(model: PConvUNet, mask: jax.typing.ArrayLike) -> jax.Array:
-    """Returns at which layer of a network's encoder each pixel becomes valid.
+def fill_depth(model: PConvUNet, mask: ArrayLike) -> jax.Array:
+    """Compute at which encoder stage of a network each pixel becomes valid.
 
     Args:
-      model: the network.
-      mask: ``[N, H, W, 1]``, 1 = valid, 0 = hole; H and W fit the network's depth.
+      model: The network.
+      mask: ``[N, H, W, 1]``, 1 = valid, 0 = hole. H and W must fit the depth.
 
     Returns:
-      uint8 ``[N, H, W]``: 0 where it was valid, and one more than there are layers
-      where it does not become so.
+      uint8 ``[N, H, W]``: 0 for valid pixels, the number of the stage for pixels of the
+      hole, and the number of stages plus 1 if no stage makes the pixel valid.
     """
     mask = jnp.asarray(mask)
     depth = jnp.where(mask > 0, 0, len(model.encoder) + 1)
@@ -362,10 +393,13 @@ def fill_depth(model: PConvUNet, mask: jax.typing.ArrayLike) -> jax.Array:
     return depth[..., 0].astype(jnp.uint8)
 
 
-def model_config(model: PConvUNet) -> dict[str, Any]:
-    """Returns what makes a network what it is, JSON-able. Two networks are compared so.
+# A network is stored with its weights as JSON: its configuration.
 
-    What only says how it is computed, such as the dtype, is left out.
+
+def model_config(model: PConvUNet) -> dict[str, Any]:
+    """Describe the function a network computes, as values that JSON can hold.
+
+    Fields that affect only how it is computed, such as the dtype, are left out.
     """
     return {
         "conv": model.conv,
@@ -378,37 +412,44 @@ def model_config(model: PConvUNet) -> dict[str, Any]:
     }
 
 
-def model_differences(config: Mapping[str, Any] | None, model: PConvUNet) -> list[str]:
-    """Returns in what a network differs from the one that a `model_config` is of.
-
-    Args:
-      config: as JSON gives it back, too. None is of any network.
-      model: the network.
-    """
-    ours = json.loads(json.dumps(model_config(model)))
-    theirs = ours if config is None else json.loads(json.dumps(config))
-    return [name for name in ours if theirs.get(name) != ours[name]]
-
-
 def model_from_config(config: Mapping[str, Any], source: str | Path) -> PConvUNet:
-    """Returns the network that `model_config` is of.
+    """Make a network from its configuration.
 
     Args:
-      config: of a network.
-      source: where it came from, for the error.
+      config: Configuration from `model_config`, also after a round trip through JSON.
+      source: The file it was read from, for the error message.
+
+    Returns:
+      The network.
 
     Raises:
-      ValueError: if it makes no sense.
+      UserError: If it is not the configuration of a network.
     """
     try:
         fields = dict(config)
-        stages = tuple(
+        encoder, decoder = (
             tuple(Stage(**stage) for stage in side) for side in fields.pop("stages")
         )
         if fields["normalization"]:
             fields["normalization"] = Normalization(**fields["normalization"])
-        return make_network(stages, **fields)
+        return unet_from_stages(encoder, decoder, **fields)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{source} has the configuration of no network that is known here: {error}."
         ) from error
+
+
+def model_differences(config: Mapping[str, Any] | None, model: PConvUNet) -> list[str]:
+    """List the fields of a configuration in which a network differs from it.
+
+    Args:
+      config: Configuration from `model_config`, also after a round trip through JSON.
+        None is equal to that of any network.
+      model: The network.
+
+    Returns:
+      Names of fields; empty if there is no difference.
+    """
+    ours = json.loads(json.dumps(model_config(model)))
+    theirs = ours if config is None else json.loads(json.dumps(config))
+    return [name for name in ours if theirs.get(name) != ours[name]]

@@ -1,16 +1,16 @@
 """VGG features for the perceptual and style losses.
 
-Only the first three blocks are built, up to ``pool3``. Images are ``[N, H, W, 3]`` RGB
-in [-1, 1]; normalization to what the networks were trained on happens inside, so that
-weights, which lie in the ordinary parameter tree ``{'conv1_1': {'kernel', 'bias'},
-...}``, are those of torchvision, transposed.
+The networks end after their third block, at ``pool3``. Images are ``[N, H, W, 3]`` RGB
+in [-1, 1]. The networks normalize them by ImageNet's statistics, so the weights are
+those of torchvision, transposed. They form an ordinary parameter tree,
+``{'conv1_1': {'kernel', 'bias'}, ...}``.
 
 Reference: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale
 Image Recognition", 2015, https://arxiv.org/abs/1409.1556.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -23,13 +23,23 @@ from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 Params = Mapping[str, Any]
 
 
+class FeatureFn(Protocol):
+    """A function such as `vgg16_features`."""
+
+    def __call__(
+        self, params: Params, images: ArrayLike, *, dtype: Dtype | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Compute feature maps of images."""
+        ...
+
+
 class VGGFeatures(nn.Module):
     """The first blocks of a VGG network: 3x3 convolutions, ReLU, 2x2 max pooling.
 
     Attributes:
-      convs: number of convolutions in each block; block b has ``64 * 2**(b - 1)``
+      convs: Number of convolutions in each block; block b has ``64 * 2**(b - 1)``
         features.
-      dtype: of the computation, e.g. bfloat16.
+      dtype: Dtype of the computation, e.g. bfloat16. None (the default) infers it.
     """
 
     convs: Sequence[int]
@@ -37,16 +47,16 @@ class VGGFeatures(nn.Module):
 
     @nn.compact
     def __call__(self, images: ArrayLike) -> tuple[jax.Array, ...]:
-        """Returns the output of each block's pooling, ``pool1``, ``pool2``, ...
+        """Compute the output of each block's pooling, ``pool1``, ``pool2``, ...
 
         Args:
           images: ``[N, H, W, 3]`` RGB in [-1, 1].
 
         Returns:
-          One map a block, ``[N, H // 2**b, W // 2**b, 64 * 2**(b - 1)]``.
+          One map for each block b, ``[N, H // 2**b, W // 2**b, 64 * 2**(b - 1)]``.
 
         Raises:
-          ValueError: if the images are not RGB, or too small for the last map.
+          ValueError: If the images are not RGB, or too small for the last map.
         """
         smallest = 2 ** len(self.convs)
         shape = jnp.shape(images)
@@ -69,14 +79,15 @@ class VGGFeatures(nn.Module):
                     name=f"conv{block}_{conv}",
                 )(x)
                 if conv == convs:
-                    x = _max_pool(x)  # Before the ReLU, which then has less to do.
+                    # Before the ReLU, which then has fewer values to process.
+                    x = _max_pool(x)
                 x = nn.relu(x)
             pools.append(x)
         return tuple(pools)
 
 
 class VGG16Features(VGGFeatures):
-    """VGG16 up to ``pool3``, as the paper has it."""
+    """VGG16 up to ``pool3``, the network of the paper."""
 
     convs: Sequence[int] = (2, 2, 3)
 
@@ -89,18 +100,20 @@ class VGG19Features(VGGFeatures):
 
 @jax.custom_jvp
 def _max_pool(x: jax.Array) -> jax.Array:
-    """Pools 2 x 2 pixels; an odd last row or column is left out.
+    """Pool 2 x 2 pixels and drop an odd last row or column.
 
-    As a reduction of one axis the gradient is elementwise, which on CPUs is several
-    times faster than that of `nn.max_pool`, and takes half of the memory.
+    The pixels of a window lie on axes of their own, so the gradient is elementwise. On
+    CPUs this is several times faster than that of `nn.max_pool`, with half the memory.
     """
     return _squares(x).max((2, 4))
 
 
 @_max_pool.defjvp
-def _max_pool_jvp(primals, tangents):
-    # The same gradient as that of max, which would keep which pixels are the largest as
-    # floats. As booleans they take a quarter of the memory.
+def _max_pool_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    # The gradient of max, but with the positions of the largest pixels kept as booleans
+    # instead of floats, in a quarter of the memory.
     (x,), (dx,) = primals, tangents
     y = _max_pool(x)
     largest = _squares(x) == y[:, :, None, :, None]
@@ -109,6 +122,7 @@ def _max_pool_jvp(primals, tangents):
 
 
 def _squares(x: jax.Array) -> jax.Array:
+    """Reshape ``[N, H, W, C]`` to windows, ``[N, H // 2, 2, W // 2, 2, C]``."""
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels)
@@ -117,26 +131,28 @@ def _squares(x: jax.Array) -> jax.Array:
 def vgg16_features(
     params: Params, images: ArrayLike, *, dtype: Dtype | None = None
 ) -> tuple[jax.Array, ...]:
-    """Returns ``pool1``, ``pool2`` and ``pool3`` of a VGG16; see `VGGFeatures`."""
-    return VGG16Features(dtype=dtype).apply({"params": params}, images)
+    """Compute ``pool1``, ``pool2`` and ``pool3`` of a VGG16; see `VGGFeatures`."""
+    pools = VGG16Features(dtype=dtype).apply({"params": params}, images)
+    return cast(tuple[jax.Array, ...], pools)  # apply has no precise type.
 
 
 def vgg19_features(
     params: Params, images: ArrayLike, *, dtype: Dtype | None = None
 ) -> tuple[jax.Array, ...]:
-    """Returns ``pool1``, ``pool2`` and ``pool3`` of a VGG19; see `VGGFeatures`."""
-    return VGG19Features(dtype=dtype).apply({"params": params}, images)
+    """Compute ``pool1``, ``pool2`` and ``pool3`` of a VGG19; see `VGGFeatures`."""
+    pools = VGG19Features(dtype=dtype).apply({"params": params}, images)
+    return cast(tuple[jax.Array, ...], pools)  # apply has no precise type.
 
 
-def feature_fn_for(params: Params) -> Callable[..., tuple[jax.Array, ...]]:
-    """Returns the function that the parameters are of: VGG16's or VGG19's."""
+def feature_fn_for(params: Params) -> FeatureFn:
+    """Choose `vgg16_features` or `vgg19_features`, by the names of the parameters."""
     return vgg19_features if "conv3_4" in params else vgg16_features
 
 
 def random_params(key: jax.Array) -> Params:
-    """Returns a VGG16 of random (He) weights.
+    """Draw random (He) weights of a VGG16.
 
-    Its features make the loss well defined where nothing better is to be had, but they
-    are no substitute for trained ones.
+    Their features make the loss well defined if no trained weights are available, but
+    they are no substitute for trained weights.
     """
     return VGG16Features().init(key, jnp.zeros((1, 8, 8, 3)))["params"]

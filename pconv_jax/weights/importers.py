@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from pconv_jax.unet import IMAGENET, Normalization, PConvUNet, Stage, make_network
+from pconv_jax.unet import (
+    IMAGENET,
+    Normalization,
+    PConvUNet,
+    Stage,
+    unet_from_stages,
+)
 from pconv_jax.weights.formats.arrays import read_arrays, to_tree
 
 # Flax's, by which the networks here normalize.
@@ -195,8 +201,9 @@ def _convert(
         if path.endswith("/kernel") and kernel.ndim == 4 and project.layout == "OIHW":
             found[path] = kernel.transpose(2, 3, 1, 0)
     stages = [_stage(project, names.depth, i, found) for i in _numbers(names.depth)]
-    model = make_network(
-        (tuple(stages[: names.depth]), tuple(stages[names.depth :])),
+    model = unet_from_stages(
+        tuple(stages[: names.depth]),
+        tuple(stages[names.depth :]),
         normalization=project.normalization,
         sigmoid_head=project.sigmoid_head,
     )
