@@ -1,21 +1,23 @@
-"""Irregular hole masks: drawn on the device, or read from a folder.
+"""Irregular hole masks, drawn on the device, and their hole ratios.
 
-Masks are binary and have one plane, `[..., H, W, 1]`: 1 = valid, 0 = hole.
+Masks are binary and have one plane, ``[..., H, W, 1]``: 1 = valid, 0 = hole.
 
-Liu et al. 2018 (section 3.2) take their holes from occlusions between video frames
-and group them by hole-to-image area, with and without holes at the border.
-`random_mask` draws holes of that kind inside jit, of exactly the area asked for;
-`MaskFolder` reads mask pictures, such as those that the authors published.
+Liu et al. 2018 (section 3.2) take their holes from occlusions between video frames and
+group them by hole-to-image area, with and without holes at the border. `random_mask`
+draws similar holes inside jit, with exactly the requested area.
+`pconv_jax.data.mask_folder.MaskFolder` reads mask images, such as those that the
+authors published.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 HOLE_BINS: tuple[tuple[float, float], ...] = (
@@ -26,32 +28,32 @@ HOLE_BINS: tuple[tuple[float, float], ...] = (
     (0.4, 0.5),
     (0.5, 0.6),
 )
-"""Hole ratios by which Liu et al. group masks, each `(low, high]`."""
+"""The hole ratios, each ``(low, high]``, by which Liu et al. group masks."""
 
 
 def hole_ratio(mask: ArrayLike) -> jax.Array:
-    """Fraction of the pixels that are hole.
+    """Compute the fraction of the pixels that are in the hole.
 
     Args:
-      mask: `[..., H, W, 1]`, 1 = valid, 0 = hole.
+      mask: ``[..., H, W, 1]``, 1 = valid, 0 = hole.
 
     Returns:
-      Float32 `[...]` in [0, 1].
+      Float32 ``[...]`` in [0, 1].
     """
     return 1 - jnp.mean(jnp.asarray(mask, jnp.float32), axis=(-3, -2, -1))
 
 
 def hole_bin(ratio: ArrayLike) -> jax.Array:
-    """Index into `HOLE_BINS` of a hole ratio, -1 outside all of them.
+    """Find the bin of a hole ratio.
 
-    Upper ends belong to their bin. A ratio within 1e-6 of an end (a pixel in a million)
-    counts as equal to it, so that float32 rounding does not change the bin.
+    Upper ends belong to their bin. A ratio within 1e-6 of an end (one pixel in a
+    million) counts as equal to it, so that float32 rounding does not change the bin.
 
     Args:
-      ratio: Hole ratios `[...]`.
+      ratio: Hole ratios ``[...]``.
 
     Returns:
-      Int32 `[...]`.
+      Int32 ``[...]``: the index into `HOLE_BINS`, or -1 outside all bins.
     """
     low, high = jnp.asarray(HOLE_BINS).T + 1e-6
     ratio = jnp.asarray(ratio)[..., None]
@@ -60,28 +62,29 @@ def hole_bin(ratio: ArrayLike) -> jax.Array:
 
 
 def touches_border(mask: ArrayLike) -> jax.Array:
-    """Whether any of the outermost pixels is hole.
+    """Test whether the hole contains any of the outermost pixels.
 
     Args:
-      mask: `[..., H, W, 1]`, 1 = valid, 0 = hole.
+      mask: ``[..., H, W, 1]``, 1 = valid, 0 = hole.
 
     Returns:
-      Bool `[...]`.
+      Bool ``[...]``.
     """
     hole = jnp.asarray(mask)[..., 0] == 0
     return jnp.any(hole & _rim(hole.shape[-2:], 1, 1), axis=(-2, -1))
 
 
 def near_border(mask: ArrayLike) -> jax.Array:
-    """Whether any pixel of the outermost 50/512 of a side is hole.
+    """Test whether the hole reaches into the outermost 50/512 of any side.
 
-    This divides the published masks into those with and without holes at the border.
+    This criterion divides the published masks into those with and without holes at the
+    border.
 
     Args:
-      mask: `[..., H, W, 1]`, 1 = valid, 0 = hole.
+      mask: ``[..., H, W, 1]``, 1 = valid, 0 = hole.
 
     Returns:
-      Bool `[...]`.
+      Bool ``[...]``.
     """
     hole = jnp.asarray(mask)[..., 0] == 0
     return jnp.any(hole & _quiet_rim(hole.shape[-2:]), axis=(-2, -1))
@@ -95,30 +98,32 @@ def random_mask(
     kind: str = "mixed",
     border: bool | None = None,
 ) -> jax.Array:
-    """Draws an irregular mask whose hole has exactly the area asked for.
+    """Draw an irregular mask whose hole has exactly the requested area.
 
-    Pure; `shape`, `kind` and `border` are static under jit. For a batch, vmap it over
-    keys: `jax.vmap(lambda k: random_mask(k, (256, 256)))(jax.random.split(key, 8))`.
+    The function is pure; ``shape``, ``kind`` and ``border`` are static under jit. For a
+    batch, vmap it over keys:
+    ``jax.vmap(lambda k: random_mask(k, (256, 256)))(jax.random.split(key, 8))``.
 
     Args:
       key: PRNG key.
-      shape: `(H, W)`, each at least 8.
-      hole_ratio: Fraction of the pixels that are hole, in (0, 1); it is met to the
-        pixel, rounded down, but to no less than one. Or a range `(low, high]`, such as
-        one of `HOLE_BINS`, from which the number of pixels is drawn uniformly. If no
-        whole number lies in it, as in (0.01, 0.012) of 8 x 8 pixels, its upper end is
-        met as a single fraction would be. If traced, it is float32, whose rounding can
-        add a pixel where there are a million.
-      kind: 'strokes' (lines of several pens), 'blobs' (smooth noise), 'rectangles',
-        'mixed' (all of them, each with a random share of the area), or 'ragged' (the
-        same with frayed rims and single valid pixels, as masks have that programs
-        found or lossy files hold).
-      border: True = some hole touches the border; False = the outermost 50/512 of each
-        side (whole pixels, at least one) is valid; None = one or the other, by a coin,
-        as far as the area leaves room for both.
+      shape: ``(H, W)``, each at least 8.
+      hole_ratio: Either the fraction of the pixels that are in the hole, in (0, 1); the
+        hole has exactly this area, rounded down to a whole pixel, but at least one. Or
+        a range ``(low, high]``, such as one of `HOLE_BINS`, from which the number of
+        pixels is drawn uniformly; if the range contains no whole number, as does
+        (0.01, 0.012) of 8 x 8 pixels, its upper end is used as a single fraction. The
+        default is (0.01, 0.6). A traced value is float32, whose rounding can add a
+        pixel in a million.
+      kind: ``'strokes'`` (lines of several pens), ``'blobs'`` (smooth noise),
+        ``'rectangles'``, ``'mixed'`` (the default: all three, each with a random share
+        of the area), or ``'ragged'`` (the same with frayed rims and single valid
+        pixels, like masks found by programs or stored in lossy files).
+      border: If True, the hole touches the border. If False, the outermost 50/512 of
+        each side (whole pixels, at least one) are valid. If None (the default), chosen
+        at random where the hole area allows both.
 
     Returns:
-      Float32 `[H, W, 1]`, 1 = valid, 0 = hole.
+      Float32 ``[H, W, 1]``, 1 = valid, 0 = hole.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -135,7 +140,7 @@ def random_mask(
     if border not in (True, False, None):
         raise ValueError(f"border must be True, False or None, got {border!r}")
     bounds = hole_ratio if isinstance(hole_ratio, tuple | list) else (hole_ratio,) * 2
-    if not any(isinstance(bound, jax.core.Tracer) for bound in bounds):
+    if not any(isinstance(bound, Tracer) for bound in bounds):
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < 1:
             raise ValueError(
                 "hole_ratio must be a number in (0, 1), or a range (low, high) with "
@@ -151,29 +156,40 @@ def random_mask(
     return _random_mask(key, first, last, shape=shape, kind=kind, border=border)
 
 
-def _whole_pixels(ratio, pixels):
-    """How many of the pixels a ratio is, rounded down.
+def _whole_pixels(
+    ratio: float | jax.Array, pixels: int
+) -> jax.Array | np.ndarray | np.int32:
+    """Convert a ratio of the pixels to a number of pixels, rounded down.
 
-    No binary number is 0.53, so 0.53 * 100 may come out below 53. What misses a whole
-    number by no more than such rounding counts as equal to it.
+    0.53 has no exact binary representation, so 0.53 * 100 may be slightly less than 53.
+    A product that misses a whole number by no more than such rounding counts as equal
+    to it.
     """
     if isinstance(ratio, float):
         return np.int32(math.floor(ratio * pixels + 1e-6))
-    # In float32, the ratio and the product are rounded, by half an eps at most each.
-    xp = jnp if isinstance(ratio, jax.core.Tracer) else np
+    # In float32, the ratio and the product are each rounded by at most half an eps.
+    xp = jnp if isinstance(ratio, Tracer) else np
     product = xp.float32(ratio) * pixels
     product += np.finfo(np.float32).eps * product
     return xp.floor(product).astype(xp.int32)
 
 
 # Holes are grown rather than painted. Each kind draws a positive field over the pixels:
-# the size to which its shapes have to grow before they cover the pixel. The hole is
-# where the field is smallest, so that every area can be had and is met to the pixel.
-# Lengths are in units of sqrt(H * W): the same key looks alike at every size.
+# the size to which its shapes must grow before they cover the pixel. The hole consists
+# of the pixels where the field is smallest, so any area is met to the pixel.
+# Lengths are in units of sqrt(H * W), so the same key looks similar at every size.
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "kind", "border"))
-def _random_mask(key, first, last, *, shape, kind, border):
+def _random_mask(
+    key: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    shape: tuple[int, int],
+    kind: str,
+    border: bool | None,
+) -> jax.Array:
     key, field_key = jax.random.split(key)
     area, coin = jax.random.uniform(key, (2,))
     rim = _quiet_rim(shape)
@@ -189,32 +205,37 @@ def _random_mask(key, first, last, *, shape, kind, border):
     y = (jnp.arange(shape[0])[:, None] + 0.5) * scale
     x = (jnp.arange(shape[1])[None, :] + 0.5) * scale
 
-    def draw(key, kind):
+    def draw(key: jax.Array, kind: str) -> jax.Array:
         field = jnp.maximum(_FIELDS[kind](key, y, x), 1e-6)
         return jnp.where(quiet & rim, jnp.inf, field)
 
     if kind in ("mixed", "ragged"):
         share_key, *keys = jax.random.split(field_key, 1 + len(_FIELDS))
-        # Strokes are what most of the published masks look like.
+        # Strokes dominate, since most of the published masks look like strokes.
         logits = jnp.array([4.0, 0, 0]) + 2 * jax.random.normal(share_key, (3,))
         shares = jax.nn.softmax(logits)
-        shares = jnp.where(shares < 0.05, 0, shares)  # less would be mere specks
+        # Smaller shares would be mere specks.
+        shares = jnp.where(shares < 0.05, 0, shares)
         field = jnp.inf
         for key, name, share in zip(keys, _FIELDS, shares, strict=True):
             one = draw(key, name)
-            # At 1 this kind alone covers its share of the area; without one, never.
+            # Scaled such that, at 1, this kind alone covers its share of the area. A
+            # share of 0 is never covered.
             unit = _kth_smallest(one, jnp.ceil(share * count))
             field = jnp.minimum(field, one / unit)
     else:
         field = draw(field_key, kind)
+    field = jnp.asarray(field)
     if kind == "ragged":
         field *= _fray(jax.random.fold_in(field_key, 1), y, x)
     field = jnp.where(quiet, field, _pull_to_border(field, y, x))
     return 1 - _smallest(field, count).astype(jnp.float32)[..., None]
 
 
-def _strokes(key, y, x, *, pens=28, steps=10):
-    """Pens that start one after the other and walk with turns and gaps."""
+def _strokes(
+    key: jax.Array, y: jax.Array, x: jax.Array, *, pens: int = 28, steps: int = 10
+) -> jax.Array:
+    """Draw pens that start one after the other and walk with turns and gaps."""
     drawing, pen, step, width, start, gaps, roughness = _normals(
         key,
         (4,),
@@ -225,7 +246,7 @@ def _strokes(key, y, x, *, pens=28, steps=10):
         (pens, 1 + steps),
         _grid(y, x, 24),
     )
-    # Fast pens in quick succession draw long thin lines, slow ones short thick ones.
+    # Fast pens in quick succession draw long thin lines; slow pens, short thick ones.
     walk, delay = jnp.exp(drawing[0] - 5.5), jnp.exp(drawing[1] - 6.7)
     heading, spread = jnp.pi * drawing[2], jnp.exp(0.7 * drawing[3])
     length = jnp.exp(0.6 * pen[0] + 0.3 * step[0] - 2.3)
@@ -246,11 +267,11 @@ def _strokes(key, y, x, *, pens=28, steps=10):
         birth,
     )
 
-    def add(field, segment):
+    def add(field: jax.Array, segment: Sequence[jax.Array]) -> tuple[jax.Array, None]:
         start, move, thinness, thinning, birth = segment
         dy, dx = y - start[0], x - start[1]
         along = jnp.clip((dy * move[0] + dx * move[1]) / (move @ move), 0, 1)
-        # The 4-norm: lines with the blunt ends that a dilation by a square gives.
+        # The 4-norm draws lines with blunt ends, like a dilation by a square.
         distance = jnp.sqrt((dy - along * move[0]) ** 4 + (dx - along * move[1]) ** 4)
         distance *= (thinness + along * thinning) ** 2
         return jnp.minimum(field, distance + (birth + along * walk) ** 2), None
@@ -260,113 +281,123 @@ def _strokes(key, y, x, *, pens=28, steps=10):
     return jnp.sqrt(field) * jnp.exp(0.08 * _enlarge(roughness, y, x))
 
 
-def _blobs(key, y, x):
-    """Smooth noise of four octaves, now of one scale, now of many."""
+def _blobs(key: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """Draw smooth noise of four octaves, with random weights."""
     grids = [_grid(y, x, 2 * 2**octave) for octave in range(4)]
     amplitude, *octaves = _normals(key, (4,), *grids)
     amplitude = jnp.exp(0.5 * amplitude) * 0.5 ** jnp.arange(4)
     octaves = [_enlarge(octave, y, x) for octave in octaves]
-    field = sum(a * octave for a, octave in zip(amplitude, octaves, strict=True))
+    field = jnp.asarray(
+        sum(a * octave for a, octave in zip(amplitude, octaves, strict=True))
+    )
     return field - field.min()
 
 
-def _rectangles(key, y, x, *, number=16):
-    """Rectangles, more or less upright, that start one after the other."""
-    delay, centre, size, sides, angle = _normals(
+def _rectangles(
+    key: jax.Array, y: jax.Array, x: jax.Array, *, number: int = 16
+) -> jax.Array:
+    """Draw nearly upright rectangles that start one after the other."""
+    delay, center, size, sides, angle = _normals(
         key, (), (number, 2), (number, 1), (number, 2), (number,)
     )
     delay, angle = jnp.exp(delay - 5), 0.1 * angle
-    centre = _uniform(centre) * _extent(y, x)
+    center = _uniform(center) * _extent(y, x)
     sides = jnp.exp(0.4 * size + 0.4 * sides)
 
-    def add(field, rectangle):
-        centre, sides, angle, birth = rectangle
-        dy, dx = y - centre[0], x - centre[1]
+    def add(field: jax.Array, rectangle: Sequence[jax.Array]) -> tuple[jax.Array, None]:
+        center, sides, angle, birth = rectangle
+        dy, dx = y - center[0], x - center[1]
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         across = jnp.abs(dy * cos - dx * sin) / sides[0]
         along = jnp.abs(dy * sin + dx * cos) / sides[1]
         return jnp.minimum(field, jnp.maximum(across, along) ** 2 + birth**2), None
 
-    rectangles = (centre, sides, angle, delay * jnp.arange(number))
+    rectangles = (center, sides, angle, delay * jnp.arange(number))
     field, _ = lax.scan(add, jnp.full((y.size, x.size), jnp.inf), rectangles)
     return jnp.sqrt(field)
 
 
-def _fray(key, y, x):
-    """Noise of four octaves down to a pixel or two, now next to none, now much."""
+def _fray(key: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """Draw noise of four octaves, down to a pixel or two, with random strength."""
     grids = [_grid(y, x, 24 * 2**octave) for octave in range(4)]
     amount, *octaves = _normals(key, (), *grids)
     noise = sum(_enlarge(octave, y, x) for octave in octaves)
     return jnp.exp(jnp.exp(1.5 * amount - 3.5) * jnp.maximum(noise, 0) ** 2)
 
 
-_FIELDS = {"strokes": _strokes, "blobs": _blobs, "rectangles": _rectangles}
+_FIELDS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    "strokes": _strokes,
+    "blobs": _blobs,
+    "rectangles": _rectangles,
+}
 
 KINDS: tuple[str, ...] = (*_FIELDS, "mixed", "ragged")
-"""Kinds of hole that `random_mask` draws."""
+"""The kinds of hole that `random_mask` draws."""
 
 
-def _normals(key, *shapes):
-    """Normal numbers of several shapes in one draw: each costs time to compile."""
+def _normals(key: jax.Array, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    """Draw normal numbers of several shapes at once, since each draw is compiled."""
     sizes = [math.prod(shape) for shape in shapes]
     numbers = jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
     return [part.reshape(shape) for part, shape in zip(numbers, shapes, strict=True)]
 
 
-def _uniform(normal):
+def _uniform(normal: jax.Array) -> jax.Array:
+    """Convert normal numbers to uniform numbers in [0, 1]."""
     return jax.scipy.special.ndtr(normal)
 
 
-def _extent(y, x):
+def _extent(y: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.stack([y[-1, 0], x[0, -1]])
 
 
-def _grid(y, x, cells):
-    """Shape of a coarse grid with `cells` cells per sqrt(H * W)."""
+def _grid(y: jax.Array, x: jax.Array, cells: int) -> tuple[int, ...]:
+    """Compute the shape of a coarse grid with `cells` cells per sqrt(H * W)."""
     scale = cells * (y.size * x.size) ** -0.5
     return tuple(1 + max(1, round(n * scale)) for n in (y.size, x.size))
 
 
-def _enlarge(grid, y, x):
+def _enlarge(grid: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     return jax.image.resize(grid, (y.size, x.size), "cubic")
 
 
-def _pull_to_border(field, y, x):
-    """Lowers the field around its least pixel on the border, and there to zero."""
+def _pull_to_border(field: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """Lower the field around its smallest pixel on the border, which becomes zero."""
     least = jnp.argmin(jnp.where(_rim(field.shape, 1, 1), field, jnp.inf))
     row, column = jnp.unravel_index(least, field.shape)
     return field * jnp.minimum(1, jnp.hypot(y - y[row], x - x[:, column]) / 0.1)
 
 
-def _kth_smallest(field, k):
-    """The k-th smallest value of a positive field, or 0 for k = 0.
+def _kth_smallest(field: jax.Array, k: ArrayLike) -> jax.Array:
+    """Find the k-th smallest value of a positive field, or 0 for k = 0.
 
-    Positive floats are ordered as their bits are, so the bits can be found one by one,
-    which is fifteen times as fast as a sort.
+    Positive floats have the same order as their bits, so the bits can be found one by
+    one, fifteen times as fast as by sorting.
     """
     bits = lax.bitcast_convert_type(field, jnp.int32)
 
-    def add_bit(i, found):
+    def add_bit(i: jax.Array, found: jax.Array) -> jax.Array:
         trial = found | (1 << (30 - i))
         return jnp.where(jnp.sum(bits < trial) < k, trial, found)
 
     return lax.bitcast_convert_type(lax.fori_loop(0, 31, add_bit, 0), jnp.float32)
 
 
-def _smallest(field, k):
-    """Marks the k smallest values; among equals, those that come first."""
+def _smallest(field: jax.Array, k: jax.Array) -> jax.Array:
+    """Mark the k smallest values; among equal values, the first ones."""
     cut = _kth_smallest(field, k)
     below, tied = field < cut, field == cut
     place = jnp.cumsum(tied.ravel()).reshape(tied.shape)
     return below | (tied & (place <= k - jnp.sum(below)))
 
 
-def _rim(shape, rows, columns):
+def _rim(shape: tuple[int, ...], rows: int, columns: int) -> np.ndarray:
+    """Mark the outermost rows and columns of an image."""
     rim = np.ones(shape, bool)
     rim[rows:-rows, columns:-columns] = False
     return rim
 
 
-def _quiet_rim(shape):
-    """The rim that has no hole in half of the published masks: 50 of 512 pixels."""
+def _quiet_rim(shape: tuple[int, ...]) -> np.ndarray:
+    """Mark the rim, 50 of 512 pixels, without holes in half of the published masks."""
     return _rim(shape, *(max(1, n * 50 // 512) for n in shape))
