@@ -1,4 +1,4 @@
-"""What every source of images has in common, and how an image is decoded."""
+"""The interface of image sources, and the decoder of images."""
 
 import abc
 from typing import NamedTuple
@@ -6,60 +6,82 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from pconv_jax._errors import UserError
 
-class UnreadableImageError(ValueError):
-    """A picture cannot be read: empty, truncated, not a picture, or no permission."""
+
+class UnreadableImageError(UserError):
+    """An image that cannot be read: empty, truncated, no image, or no permission."""
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-    """Decodes a picture of any kind to 8-bit RGB, upright.
+    """Decode an image of any kind to 8-bit RGB, upright.
 
-    Grey, palette and CMYK pictures become RGB, 16 bits become 8, EXIF orientation is
-    applied and transparency dropped. Needs OpenCV 4.13: older ones return the readable
-    part of a truncated JPEG, or ignore the orientation of a WebP.
+    Gray, palette and CMYK images become RGB, 16 bits become 8, the EXIF orientation is
+    applied, and transparency is dropped. OpenCV 4.13 is required: older versions return
+    the readable part of a truncated JPEG, or ignore the orientation of a WebP.
 
     Args:
-      data: The file's bytes: JPEG, PNG, WebP, BMP or TIFF.
-      name: What to call the picture in an error.
+      data: Bytes of the file: JPEG, PNG, WebP, BMP or TIFF.
+      name: Name of the image for the error message.
 
     Returns:
-      Uint8 `[H, W, 3]`.
+      uint8 ``[H, W, 3]``.
 
     Raises:
-      UnreadableImageError: If the bytes are not one whole picture.
+      UnreadableImageError: If the bytes are not one complete image.
     """
+    return _decode(data, name, cv2.IMREAD_COLOR_RGB)
+
+
+def decode_gray(data: bytes, name: str) -> np.ndarray:
+    """Decode an image of any kind to 8-bit gray, upright.
+
+    Args:
+      data: Bytes of the file, as for `decode_image`.
+      name: Name of the image for the error message.
+
+    Returns:
+      uint8 ``[H, W]``.
+
+    Raises:
+      UnreadableImageError: If the bytes are not one complete image.
+    """
+    return _decode(data, name, cv2.IMREAD_GRAYSCALE)
+
+
+def _decode(data: bytes, name: str, mode: int) -> np.ndarray:
     image = None
-    # Asked first because libpng prints to stderr when a file ends early.
-    cut = data.startswith(b"\x89PNG") and data.rfind(b"IEND") < 0
-    if data and not cut:
+    # Checked here because libpng prints to stderr if a file ends early.
+    truncated = data.startswith(b"\x89PNG") and data.rfind(b"IEND") < 0
+    if data and not truncated:
         try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-        except cv2.error:  # such as more pixels than OpenCV allows
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
+        except cv2.error:  # Such as more pixels than OpenCV allows.
             pass
     if image is None:
-        reason = "truncated or not a picture" if data else "it is empty"
+        reason = "truncated or not an image" if data else "it is empty"
         raise UnreadableImageError(f"cannot read {name}: {reason}")
     return image
 
 
 class ImageSource(abc.ABC):
-    """Random-access collection of pictures, picklable for worker processes.
+    """A random-access collection of images that can be pickled for worker processes.
 
-    `source[i]` is picture i, uint8 `[H, W, 3]` RGB; it raises `UnreadableImageError`,
-    which names the picture, if there is no reading it.
+    ``source[i]`` is image i, uint8 ``[H, W, 3]`` in RGB. If the image cannot be read,
+    it raises `UnreadableImageError`, which names the image.
     """
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Number of pictures, readable or not."""
+        """Number of images, readable or not."""
 
     @abc.abstractmethod
     def read(self, index: int) -> bytes:
-        """Encoded bytes of a picture."""
+        """Read the encoded bytes of an image."""
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """Name of a picture, for people."""
+        """Name of an image, for messages."""
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
@@ -71,7 +93,7 @@ class ImageSource(abc.ABC):
 
 
 class Span(NamedTuple):
-    """Part of a file. Nothing stays open, so that it can be pickled and forked."""
+    """A part of a file. No file stays open, so a span can be pickled and forked."""
 
     path: str
     offset: int
@@ -79,7 +101,7 @@ class Span(NamedTuple):
 
 
 def read_span(span: Span) -> bytes:
-    """Reads part of a file."""
+    """Read a part of a file; it is shorter than the span where the file ends early."""
     with open(span.path, "rb") as file:
         file.seek(span.offset)
         return file.read(span.size)

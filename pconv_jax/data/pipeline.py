@@ -10,6 +10,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
+from pconv_jax._errors import RunError, UserError
 from pconv_jax.data.base import ImageSource
 from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.data.transforms import (
@@ -21,11 +22,11 @@ from pconv_jax.data.transforms import (
 
 
 class TrainBatches(Iterator[dict[str, np.ndarray]]):
-    """Endless training batches; made by `train_batches`.
+    """Endless training batches, made by `train_batches`.
 
     Attributes:
-      unreadable: Names of the pictures that could not be read so far. Each was logged
-        once and another took its place. On several hosts, each knows its own share.
+      unreadable: Names of the images that could not be read so far. Each was logged
+        once and replaced by another. On several hosts, each host lists its own share.
     """
 
     def __init__(self, source: ImageSource, dataset: grain.IterDataset):
@@ -33,7 +34,8 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         self._source = source
         self._unreadable: set[int] = set()
         self._enlarged = False
-        # Closed and dropped before the interpreter goes, or workers make noise then.
+        # Closed and dropped before the interpreter exits; otherwise workers print
+        # errors.
         self._batches = [iter(dataset)]
         self._close = weakref.finalize(self, _close_all, self._batches)
 
@@ -41,23 +43,26 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         if not self._batches:
             raise ValueError("these batches are closed; call train_batches again")
         try:
-            # Copied out of the memory that is shared with the worker, if there is one:
-            # on CPU, JAX would hold on to it.
+            # Copied out of the memory that a worker may share with this process: on
+            # CPU, JAX would hold on to it.
             batch = {k: np.array(v) for k, v in next(self._batches[0]).items()}
         except RuntimeError as error:
-            error.add_note(
-                "If a worker process ended: was there enough memory, in a container "
-                "also in /dev/shm? Is the script under `if __name__ == '__main__'`?"
-            )
-            raise
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise RunError(
+                f"{error} Was there enough memory, in a container also in /dev/shm? Is "
+                "the script under `if __name__ == '__main__'`?"
+            ) from error
         self._report(batch.pop("wanted"), batch.pop("used"), batch.pop("enlarged"))
         return batch
 
     def close(self) -> None:
-        """Stops threads and worker processes. No batch can be had afterwards."""
+        """Stop threads and worker processes. There are no more batches afterwards."""
         self._close()
 
-    def _report(self, wanted: np.ndarray, used: np.ndarray, enlarged: np.ndarray):
+    def _report(
+        self, wanted: np.ndarray, used: np.ndarray, enlarged: np.ndarray
+    ) -> None:
         size = len(self._source)
         for first, last in zip(wanted.tolist(), used.tolist(), strict=True):
             for index in range(first, first + (last - first) % size):
@@ -65,18 +70,18 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         if enlarged.any() and not self._enlarged:
             self._enlarged = True
             logging.warning(
-                "%s is enlarged: its crop is smaller than image_size. Others may be "
-                "too; this is said once.",
+                "%s is enlarged: its crop is smaller than image_size. This is logged "
+                "once; other images may be enlarged too.",
                 self._source.name(int(used[enlarged.argmax()])),
             )
 
-    def _skip(self, index: int):
+    def _skip(self, index: int) -> None:
         if index in self._unreadable:
             return
         self._unreadable.add(index)
         self.unreadable.append(self._source.name(index))
         logging.warning(
-            "%s cannot be read and is skipped (%d of %d pictures so far)",
+            "%s cannot be read and is skipped (%d of %d images so far)",
             self.unreadable[-1],
             len(self.unreadable),
             len(self._source),
@@ -99,61 +104,67 @@ def train_batches(
     flip: bool = True,
     mask_folder: MaskFolder | None = None,
 ) -> TrainBatches:
-    """Endless batches of random crops, reshuffled every epoch.
+    """Iterate over endless batches of random crops, reshuffled every epoch.
 
-    A picture that cannot be read is replaced by the next one that can, named once in
-    the log, and counted in `TrainBatches.unreadable`.
+    An image that cannot be read is replaced by the next readable one, named once in the
+    log, and listed in `TrainBatches.unreadable`.
 
-    Sets OpenCV to one thread, since pictures are already worked on in parallel.
+    This sets OpenCV to one thread and silences its log for the whole process, since
+    images are already processed in parallel and unreadable ones reported.
 
     Args:
-      source: The pictures.
-      batch_size: Global number of pictures in a batch, over all processes.
-      image_size: Side S of the crops, in pixels.
-      seed: Of everything random here, in [0, 2**32).
-      start_step: Number of batches to leave out, to resume.
-      process_index: Which process of a multi-host run this is.
-      process_count: Number of processes; each gets its share of every batch.
-      workers: Worker processes. With 0, threads of this process read ahead, one a core
-        and up to eight, which is faster until Python itself is the limit. Workers take
-        seconds to start, and the script needs its `if __name__ == '__main__'`.
-      scale: Range of the side of the crop, a square, over the picture's short side.
-      flip: Whether to mirror half of the crops, left to right.
-      mask_folder: Masks to draw from. If None, there is no 'mask' in the batches.
+      source: The images.
+      batch_size: Global number of images in a batch, over all processes.
+      image_size: Side S of the crops in pixels.
+      seed: Seed of all randomness here, in [0, 2**32).
+      start_step: Number of batches to skip, to resume. The default is 0.
+      process_index: Index of this process in a multi-host run. The default is 0.
+      process_count: Number of processes; each gets its share of every batch. The
+        default is 1.
+      workers: Number of worker processes. With 0, the default, threads of this process
+        read ahead, one for each core and up to eight, which is faster until Python
+        itself is the limit. Workers take seconds to start, and the script needs
+        `if __name__ == '__main__'`.
+      scale: Range of the side of the square crop, relative to the short side of the
+        image. The default is (0.5, 1.0).
+      flip: Whether to mirror half of the crops, left to right. The default is True.
+      mask_folder: Masks to draw from. With None, the default, batches have no 'mask'.
 
     Returns:
-      Iterator, to be closed, of dicts with 'image', uint8 `[B, S, S, 3]`; 'seed',
-      uint32 `[B]`, a random number for each record; and with a `mask_folder` 'mask',
-      uint8 `[B, S, S, 1]`, 1 = valid. B is `batch_size // process_count`.
+      An iterator, to be closed, over dicts with 'image', uint8 ``[B, S, S, 3]``;
+      'seed', uint32 ``[B]``, a random number for each record; and, with a
+      `mask_folder`, 'mask', uint8 ``[B, S, S, 1]``, 1 = valid. B is
+      ``batch_size // process_count``.
 
     Raises:
-      ValueError: If an argument is out of range; while iterating, if over 5 % of the
-        pictures cannot be read.
-      RuntimeError: While iterating, if a worker process dies.
+      UserError: If an argument is out of range; while iterating, if more than 5 % of
+        the images cannot be read.
+      RunError: While iterating, if a worker process dies.
     """
     _check_positive(
         batch_size=batch_size, image_size=image_size, process_count=process_count
     )
     if batch_size % process_count:
-        raise ValueError(
+        raise UserError(
             f"batch_size is global and must be a multiple of process_count "
             f"(={process_count}), got {batch_size}"
         )
     if not 0 <= process_index < process_count:
-        raise ValueError(
+        raise UserError(
             f"process_index must be in [0, {process_count}), got {process_index}"
         )
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+        raise UserError(f"seed must be in [0, 2**32), got {seed}")
     if start_step < 0 or workers < 0:
-        raise ValueError(
+        raise UserError(
             f"start_step and workers must not be negative, got {start_step}, {workers}"
         )
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"scale must be 0 < low <= high <= 1, got {scale}")
+    low, high = scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"scale must be 0 < low <= high <= 1, got {scale}")
 
     _set_up_opencv()
-    transform = TrainTransform(source, image_size, tuple(scale), flip, mask_folder)
+    transform = TrainTransform(source, image_size, (low, high), flip, mask_folder)
     records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     # Sliced last: the randomness of a record must not depend on who makes it.
     records = records.random_map(transform)
@@ -161,7 +172,10 @@ def train_batches(
     batches = records.batch(batch_size // process_count)
     if not workers:
         return TrainBatches(source, batches.to_iter_dataset(_READ_OPTIONS))
-    if not flags.FLAGS.is_parsed():  # outside of absl.app; grain asks its own flags
+    # mp_prefetch reads absl flags of Grain's own, which is an error before flags are
+    # parsed. Outside of absl.app.run, as in a notebook, nobody parses them; this gives
+    # them their defaults.
+    if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     dataset = batches.to_iter_dataset(grain.ReadOptions(1, 2)).mp_prefetch(
         grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
@@ -177,27 +191,29 @@ def eval_batches(
     image_size: int,
     num_examples: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every picture once, the same on every call.
+    """Iterate over every image once, the same on every call.
 
-    Example j is picture `j % len(source)`: its central square the first time round,
-    fixed but different squares of it after that. A picture that cannot be read is
-    replaced by the next one that can, and named in the log.
+    Example j is image ``j % len(source)``: its central square in the first round, and
+    fixed but different squares in later rounds. An image that cannot be read is
+    replaced by the next readable one and named in the log.
+
+    This sets OpenCV to one thread and silences its log, as `train_batches` does.
 
     Args:
-      source: The pictures.
+      source: The images.
       batch_size: Number of examples in a batch.
-      image_size: Side S of the squares, in pixels.
-      num_examples: Number of examples, even more than there are pictures. None = one
-        for each picture.
+      image_size: Side S of the squares in pixels.
+      num_examples: Number of examples, which may exceed the number of images. None, the
+        default, is one example for each image.
 
     Returns:
-      Iterator of dicts with 'image', uint8 `[B, S, S, 3]`; 'index', int32 `[B]`, the
-      number of the example; and 'weight', float32 `[B]`, 1, or 0 for what fills up the
-      last batch.
+      An iterator over dicts with 'image', uint8 ``[B, S, S, 3]``; 'index', int32
+      ``[B]``, the number of the example; and 'weight', float32 ``[B]``, which is 1, or
+      0 for examples that fill up the last batch.
 
     Raises:
-      ValueError: If an argument is out of range; while iterating, if over 5 % of the
-        pictures cannot be read.
+      UserError: If an argument is out of range; while iterating, if more than 5 % of
+        the images cannot be read.
     """
     num_examples = len(source) if num_examples is None else num_examples
     _check_positive(
@@ -210,9 +226,10 @@ def eval_batches(
     return iter(batches.to_iter_dataset(_READ_OPTIONS))
 
 
-# Decoding leaves the GIL, so as many threads as cores are fastest: 1560 crops of 256 px
-# a second on two cores, 840 with one thread, 1080 with two worker processes. The buffer
-# counts whole batches; grain's default of 500 would fill the memory.
+# Decoding releases the GIL, so as many threads as cores are fastest: on two cores, 1560
+# crops of 256 pixels per second, against 840 with one thread and 1080 with two worker
+# processes. The buffer counts whole batches; grain's default of 500 would fill the
+# memory.
 _THREADS = min(os.cpu_count() or 1, 8)
 _READ_OPTIONS = grain.ReadOptions(_THREADS, prefetch_buffer_size=_THREADS + 2)
 
@@ -223,7 +240,11 @@ def _close_all(iterators: list[grain.DatasetIterator]) -> None:
 
 
 def _set_up_opencv(*_: int) -> None:
-    """One thread, and no lines on stderr about files that are reported anyway."""
+    """Set OpenCV to one thread and silence its log, for the whole process.
+
+    Its threads would compete with the threads and workers here, and its log repeats
+    which files cannot be read.
+    """
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
@@ -231,4 +252,4 @@ def _set_up_opencv(*_: int) -> None:
 def _check_positive(**arguments: int) -> None:
     for name, value in arguments.items():
         if value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
+            raise UserError(f"{name} must be positive, got {value}")

@@ -1,57 +1,55 @@
-"""Photos, and masks from a folder, to batches of NumPy arrays.
+"""Sources of images: folders, tar files, and the photos that scikit-image carries.
 
-A `Source` is a random-access collection of encoded pictures: a folder, tar files, a
-TFDS data set, or the few photos that scikit-image carries. `train_batches` and
-`eval_batches` turn one into uint8 batches `[B, S, S, 3]`, RGB.
-
-The training pipeline is a pure function of the global record index. Which picture is
-record n, and every random number drawn for it, depend on n and the seed alone; not on
-the number of threads, worker processes or hosts. To resume, only the step is needed.
-
-Masks are uint8 `[B, S, S, 1]`, 1 = valid, 0 = hole.
+`open_source` opens any of them, or a TFDS data set, for training or validation.
 """
 
 import glob
 import hashlib
 import importlib.resources
+import importlib.util
 import os
 import pathlib
 import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from pconv_jax import _files
+from pconv_jax._errors import UserError
 from pconv_jax.data.base import ImageSource, Span, read_span
-from pconv_jax.data.tfrecord import TFDSSource
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
+PathLike = str | os.PathLike[str]
+PathOrPaths = PathLike | Sequence[PathLike]
+
 
 class FolderSource(ImageSource):
-    """Pictures of a folder and of all folders below it, in the order of their keys.
+    """The images of a folder and of all folders below it, in the order of their keys.
 
-    Hidden files and folders (`.name`) are left out. Links to folders are followed, and
+    Hidden files and folders (`.name`) are skipped. Links to folders are followed, and
     each folder is read once.
+
+    Args:
+      path: The folder.
 
     Attributes:
       keys: Paths relative to the folder, with '/'.
 
     Raises:
-      ValueError: If there is no such folder, or no picture in it.
+      UserError: If there is no such folder or no image in it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: PathLike):
         self._root = pathlib.Path(path).expanduser()
-        if not self._root.is_dir():
-            raise ValueError(f"path must be a folder of pictures, got {str(path)!r}")
+        if not os.path.isdir(self._root):
+            raise UserError(f"path must be a folder of images, got {str(path)!r}")
         keys = (
             file.relative_to(self._root).as_posix()
             for file in _files.iter_files(self._root)
         )
-        self.keys = sorted(filter(_is_picture, keys))
+        self.keys = sorted(filter(_is_image, keys))
         _check_not_empty(self.keys, path)
 
     def __len__(self) -> int:
@@ -67,22 +65,20 @@ class FolderSource(ImageSource):
 
 
 class TarSource(ImageSource):
-    """Pictures of uncompressed tar files, read in place, in the order of their keys.
+    """The images of uncompressed tar files, read in place, in the order of their keys.
 
     Args:
-      paths: A tar file or several; wildcards are expanded.
+      paths: One tar file or a sequence of them; wildcards are expanded.
 
     Attributes:
       keys: Paths inside the tar files.
 
     Raises:
-      ValueError: If a file is missing, not an uncompressed tar file or cut short, or
-        if there is no picture in any of them.
+      UserError: If a file is missing, truncated or no uncompressed tar file, or if none
+        of the files contains an image.
     """
 
-    def __init__(
-        self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-    ):
+    def __init__(self, paths: PathOrPaths):
         if isinstance(paths, str | os.PathLike):
             paths = [paths]
         index = sorted(
@@ -105,13 +101,13 @@ class TarSource(ImageSource):
 
 
 class BundledSource(ImageSource):
-    """The few photos that scikit-image carries: enough to try things out.
+    """A few photos that scikit-image carries, to try things out.
 
     Args:
       split: 'train' (three photos) or 'validation' (two others).
 
     Raises:
-      ValueError: If `split` is something else.
+      UserError: If `split` is something else, or scikit-image is not installed.
     """
 
     _FILES = {
@@ -121,6 +117,11 @@ class BundledSource(ImageSource):
 
     def __init__(self, split: str):
         self._files = self._FILES[_check_split(split)]
+        if importlib.util.find_spec("skimage") is None:
+            raise UserError(
+                "the bundled photos are those of scikit-image, which is not installed: "
+                "pip install 'pconv-jax[train]'"
+            )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -136,7 +137,7 @@ class BundledSource(ImageSource):
 
 
 class _Subset(ImageSource):
-    """Some of the pictures of a source."""
+    """Some of the images of a source."""
 
     def __init__(self, source: ImageSource, indices: Sequence[int]):
         self._source = source
@@ -152,16 +153,19 @@ class _Subset(ImageSource):
         return self._source.name(self._indices[index])
 
 
-def open_images(path: str | os.PathLike[str]) -> ImageSource:
-    """Opens all images of a folder or of a tar file.
+def open_images(path: PathLike) -> ImageSource:
+    """Open all images of a folder or of a tar file.
 
     Args:
       path: The folder or the tar file.
 
+    Returns:
+      The source, never empty.
+
     Raises:
-      ValueError: If there is no image, see `FolderSource` and `TarSource`.
+      UserError: If there is no image; see `FolderSource` and `TarSource`.
     """
-    is_folder = pathlib.Path(path).expanduser().is_dir()
+    is_folder = os.path.isdir(os.path.expanduser(path))
     return FolderSource(path) if is_folder else TarSource(path)
 
 
@@ -169,88 +173,113 @@ def open_source(
     kind: str,
     *,
     split: str,
-    path: str | os.PathLike[str] | Sequence[str] | None = None,
-    validation_path: str | os.PathLike[str] | Sequence[str] | None = None,
+    path: PathOrPaths | None = None,
+    validation_path: PathOrPaths | None = None,
     name: str | None = None,
-    data_dir: str | os.PathLike[str] | None = None,
+    data_dir: PathLike | None = None,
     feature: str | None = None,
     train_split: str = "train",
     validation_split: str = "validation",
     validation_fraction: float = 0.05,
 ) -> ImageSource:
-    """Opens the training or the validation pictures of a source.
+    """Open the training or the validation images of a source.
 
-    A folder or tar files without a `validation_path` are divided by a hash of each
-    picture's key, so a picture stays on its side when others are added. If chance gives
-    one side nothing, it gets the picture whose hash is nearest to its side.
+    Without a `validation_path`, a folder or tar files are split by a hash of each
+    image's key, so an image keeps its side when others are added. If one side would be
+    empty, it gets the image whose hash is closest to it.
 
     Args:
       kind: 'bundled', 'folder', 'tar' or 'tfds'.
       split: 'train' or 'validation'.
-      path: The folder, or the tar file(s).
-      validation_path: The same for validation; if None, part of `path` is held out.
+      path: The folder; or one tar file or a sequence of them.
+      validation_path: The same for validation. None (the default) holds out a part of
+        `path`.
       name: Name of the TFDS data set.
-      data_dir: Where the TFDS data sets are; `~/tensorflow_datasets` if None.
-      feature: Which feature of the TFDS data set is the picture, see `TFDSSource`.
-      train_split: Split of the TFDS data set to train on.
-      validation_split: Split of the TFDS data set to validate on.
-      validation_fraction: Fraction of the pictures held out, in (0, 1).
+      data_dir: Folder of the TFDS data sets. None (the default) is
+        `~/tensorflow_datasets`.
+      feature: Image feature of the TFDS data set; see `TFDSSource` for the default.
+      train_split: Split of the TFDS data set to train on, 'train' by default.
+      validation_split: Split of the TFDS data set to validate on, 'validation' by
+        default.
+      validation_fraction: Fraction of the images held out, in (0, 1). The default is
+        0.05.
 
     Returns:
       The source, never empty.
 
     Raises:
-      ValueError: If an argument is missing or wrong, see the sources.
+      UserError: If an argument is missing or wrong; see the sources.
     """
     _check_split(split)
     if kind == "bundled":
         return BundledSource(split)
     if kind == "tfds":
         if not name:
-            raise ValueError("name is needed for kind 'tfds', such as 'celeb_a_hq/256'")
+            raise UserError("name is needed for kind 'tfds', such as 'celeb_a_hq/256'")
         tfds_split = train_split if split == "train" else validation_split
-        return TFDSSource(name, tfds_split, data_dir, feature=feature)
+        return _open_tfds(name, tfds_split, data_dir, feature)
     if kind not in ("folder", "tar"):
-        raise ValueError(
+        raise UserError(
             f"kind must be 'bundled', 'folder', 'tar' or 'tfds', got {kind!r}"
         )
     if not path:
-        raise ValueError(f"path is needed for kind {kind!r}")
-    open_ = FolderSource if kind == "folder" else TarSource
+        raise UserError(f"path is needed for kind {kind!r}")
     if validation_path:
-        return open_(path if split == "train" else validation_path)
-    source = open_(path)
+        return _open_keyed(kind, path if split == "train" else validation_path)
+    source = _open_keyed(kind, path)
     held_out = _held_out(source.keys, validation_fraction)
     indices = np.flatnonzero(held_out == (split == "validation"))
     if not len(indices):
-        raise ValueError(
-            f"path has only one picture, {source.name(0)}, which is trained on; give "
-            "a validation_path"
+        raise UserError(
+            f"path has only one image, {source.name(0)}, which is trained on; give a "
+            "validation_path"
         )
-    return _Subset(source, indices)
+    return _Subset(source, indices.tolist())
+
+
+def _open_keyed(kind: str, path: PathOrPaths) -> FolderSource | TarSource:
+    if kind == "tar":
+        return TarSource(path)
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"path must be one folder for kind 'folder', got {path!r}")
+    return FolderSource(path)
+
+
+def _open_tfds(
+    name: str, split: str, data_dir: PathLike | None, feature: str | None
+) -> ImageSource:
+    try:
+        from pconv_jax.data.tfrecord import TFDSSource  # Slow to import.
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow_datasets":
+            raise
+        raise UserError(
+            "kind 'tfds' needs TensorFlow Datasets: pip install 'pconv-jax[train]'"
+        ) from error
+    return TFDSSource(name, split, data_dir, feature=feature)
 
 
 def _check_split(split: str) -> str:
     if split not in ("train", "validation"):
-        raise ValueError(f"split must be 'train' or 'validation', got {split!r}")
+        raise UserError(f"split must be 'train' or 'validation', got {split!r}")
     return split
 
 
-def _check_not_empty(pictures: Sequence[Any], path: Any) -> None:
-    if not pictures:
-        raise ValueError(f"no picture ({', '.join(_SUFFIXES)}) in path {str(path)!r}")
+def _check_not_empty(images: Sequence[object], path: object) -> None:
+    if not images:
+        raise UserError(f"no image ({', '.join(_SUFFIXES)}) in path {str(path)!r}")
 
 
-def _is_picture(key: str) -> bool:
-    # A hidden file is no photo: macOS puts a "._photo.jpg" beside each photo in a tar.
+def _is_image(key: str) -> bool:
+    # Hidden files are no images: macOS adds a "._photo.jpg" for each photo to a tar.
     hidden = any(part.startswith(".") for part in key.split("/"))
     return not hidden and key.lower().endswith(_SUFFIXES)
 
 
 def _held_out(keys: Sequence[str], fraction: float) -> np.ndarray:
-    """Which keys are for validation: bool `[len(keys)]`, at least one and not all."""
+    """Choose the keys for validation: bool ``[len(keys)]``, at least one, not all."""
     if not 0 < fraction < 1:
-        raise ValueError(f"validation_fraction must be in (0, 1), got {fraction}")
+        raise UserError(f"validation_fraction must be in (0, 1), got {fraction}")
     digests = (hashlib.blake2b(os.fsencode(key), digest_size=8) for key in keys)
     hashes = np.array([int.from_bytes(d.digest(), "big") / 2**64 for d in digests])
     held_out = hashes < fraction
@@ -261,23 +290,23 @@ def _held_out(keys: Sequence[str], fraction: float) -> np.ndarray:
     return held_out
 
 
-def _glob(path: str | os.PathLike[str]) -> list[str]:
+def _glob(path: PathLike) -> list[str]:
     path = os.path.expanduser(path)
     paths = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if not paths:
-        raise ValueError(f"path must be a tar file or several, there is no {path!r}")
+        raise UserError(f"path must be one or several tar files; there is no {path!r}")
     return paths
 
 
 def _members(path: str) -> Iterator[tuple[str, Span]]:
-    """Keys and places of the pictures of a tar file."""
+    """Yield the keys and places of the images of a tar file."""
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key = posixpath.normpath(member.name)
-                if member.isreg() and _is_picture(key):
+                if member.isreg() and _is_image(key):
                     yield key, Span(path, member.offset_data, member.size)
     except (OSError, tarfile.TarError) as error:
-        raise ValueError(
+        raise UserError(
             f"path must be an uncompressed, whole tar file, got {path!r}: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""From an encoded picture to an example: crop, resize, flip, mask."""
+"""From an encoded image to an example: crop, resize, flip, mask."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,16 +9,25 @@ import grain
 import numpy as np
 from absl import logging
 
+from pconv_jax._errors import UserError
 from pconv_jax._images import central_square
 from pconv_jax.data.base import ImageSource, UnreadableImageError
 from pconv_jax.data.mask_folder import MaskFolder
 
-_MAX_UNREADABLE = 0.05  # fraction of a source
+_MAX_UNREADABLE = 0.05  # As a fraction of a source.
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform(grain.transforms.RandomMap):
-    """From a picture's index to a training record."""
+    """Turn the index of an image into a training record.
+
+    Attributes:
+      source: The images.
+      image_size: Side of the crops in pixels.
+      scale: Range of the side of the crop relative to the short side of the image.
+      flip: Whether to mirror half of the crops.
+      mask_folder: Masks to draw from; None for records without masks.
+    """
 
     source: ImageSource
     image_size: int
@@ -26,7 +35,10 @@ class TrainTransform(grain.transforms.RandomMap):
     flip: bool
     mask_folder: MaskFolder | None
 
-    def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
+    # Grain declares no return type, and pyright infers None.
+    def random_map(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, element: int, rng: np.random.Generator
+    ) -> dict[str, Any]:
         """See base class."""
         seed = rng.integers(2**32, dtype=np.uint32)
         used, image = _readable(self.source, element)
@@ -37,7 +49,7 @@ class TrainTransform(grain.transforms.RandomMap):
         record = {
             "image": image,
             "seed": seed,
-            # For TrainBatches, which takes them out.
+            # These three are for TrainBatches, which removes them.
             "wanted": element,
             "used": used,
             "enlarged": len(square) < self.image_size,
@@ -48,7 +60,7 @@ class TrainTransform(grain.transforms.RandomMap):
 
 
 def _readable(source: ImageSource, wanted: int) -> tuple[int, np.ndarray]:
-    """The picture, or the next one that can be read, and its index."""
+    """Read an image or, if it is unreadable, the next readable one; with its index."""
     skipped = []
     while len(skipped) <= max_unreadable(source):
         index = (wanted + len(skipped)) % len(source)
@@ -62,7 +74,7 @@ def _readable(source: ImageSource, wanted: int) -> tuple[int, np.ndarray]:
 def eval_example(
     source: ImageSource, image_size: int, num_examples: int, number: int
 ) -> dict[str, Any]:
-    """Returns evaluation example `number`; see `pipeline.eval_batches`."""
+    """Make evaluation example `number`; see `pipeline.eval_batches`."""
     turn, wanted = divmod(number, len(source))
     index, image = _readable(source, wanted)
     if index != wanted:
@@ -90,19 +102,19 @@ def _random_square(
 
 
 def _resize(square: np.ndarray, size: int) -> np.ndarray:
-    # INTER_AREA averages when it shrinks, hence no aliasing.
+    # INTER_AREA averages when it shrinks, which avoids aliasing.
     method = cv2.INTER_AREA if len(square) > size else cv2.INTER_CUBIC
     return cv2.resize(square, (size, size), interpolation=method)
 
 
 def max_unreadable(source: ImageSource) -> int:
-    """Returns how many unreadable images a source may have."""
+    """Compute how many unreadable images a source may have."""
     return int(_MAX_UNREADABLE * len(source))
 
 
-def too_many_unreadable(source: ImageSource, names: Sequence[str]) -> ValueError:
-    """Returns the error for a source with too many unreadable images."""
-    return ValueError(
-        f"{len(names)} of the {len(source)} pictures of source cannot be read, over "
+def too_many_unreadable(source: ImageSource, names: Sequence[str]) -> UserError:
+    """Make the error for a source with too many unreadable images."""
+    return UserError(
+        f"{len(names)} of the {len(source)} images of source cannot be read, over "
         f"{_MAX_UNREADABLE:.0%}; remove or repair them: {', '.join(names[:10])}"
     )

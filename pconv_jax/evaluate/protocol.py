@@ -243,7 +243,7 @@ def _draw(key, index, hole_bin, low, high, size, border):
 def _classify(folder: MaskFolder):
     """Returns the files of each class, and a digest of all of them."""
     files = {c: [] for c in MASK_CLASSES}
-    digest = hashlib.blake2b(folder.hole.encode(), digest_size=16)
+    digest = hashlib.blake2b(folder.hole_color.encode(), digest_size=16)
     for number in range(len(folder)):
         mask = central_square(folder[number])
         digest.update(hashlib.blake2b(np.packbits(mask).tobytes()).digest())

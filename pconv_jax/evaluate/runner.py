@@ -220,7 +220,7 @@ def evaluate_run(
         image_size=settings.image_size if image_size is None else image_size,
         examples=settings.evaluation_examples if examples is None else examples,
         seed=seed,
-        mask_folder=MaskFolder(mask_folder, hole=hole) if mask_folder else None,
+        mask_folder=MaskFolder(mask_folder, hole_color=hole) if mask_folder else None,
     )
     name = network_name(trained.model)
     network = Network(name, trained.model, trained.variables)

@@ -152,7 +152,7 @@ def test_masks_of_a_folder_fall_into_their_classes(tmp_path):
     assert small.masks(np.arange(1), 3, True).shape == (1, SIZE, SIZE, 1)
     with pytest.raises(ValueError, match="none of the 2 masks .* are their holes"):
         write_mask_folder(tmp_path / "other", [(0, False)])
-        folder = MaskFolder(tmp_path / "other", hole="black")
+        folder = MaskFolder(tmp_path / "other", hole_color="black")
         make_protocol(mask_folder=folder)
 
 

@@ -1,4 +1,4 @@
-"""Images, and files of them."""
+"""Images and image files."""
 
 import io
 import tarfile
@@ -17,15 +17,23 @@ def encode(image, file_format="PNG", **options):
 
 
 def photo(height=40, width=60, seed=0):
-    """A smooth colour picture, so that JPEG keeps it nearly as it is."""
+    """A smooth color image, which JPEG changes little."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def write_tar(path, pictures, mode="w"):
+def write_tar(path, files, mode="w"):
     with tarfile.open(path, mode) as tar:
-        for key, content in pictures.items():
+        for key, content in files.items():
             member = tarfile.TarInfo(key)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
+
+
+def write_folder(folder, files):
+    for key, content in files.items():
+        path = folder / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder

@@ -1,0 +1,118 @@
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from pconv_jax.data import pipeline
+from pconv_jax.data.base import UnreadableImageError, decode_gray, decode_image
+from tests.helpers.images import encode, photo
+
+
+def encode_16_bits(image, suffix):
+    return cv2.imencode(suffix, image[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
+
+
+def images_of_every_kind():
+    rgb = photo()
+    image = Image.fromarray(rgb)
+    gray = np.asarray(image.convert("L"))
+    alpha = np.tile(np.linspace(0, 255, 60).astype(np.uint8), (40, 1))
+    palette = image.quantize(16)
+    gray_rgb = np.dstack([gray] * 3)
+    bits = image.convert("1")
+    return {
+        "png": (encode(rgb), rgb, 0),
+        "bmp": (encode(rgb, "BMP"), rgb, 0),
+        "tiff": (encode(rgb, "TIFF"), rgb, 0),
+        "webp": (encode(rgb, "WEBP", lossless=True), rgb, 0),
+        "jpeg": (encode(rgb, "JPEG", quality=95), rgb, 12),
+        "progressive": (encode(rgb, "JPEG", quality=95, progressive=True), rgb, 12),
+        "gray png": (encode(gray), gray_rgb, 0),
+        "gray jpeg": (encode(gray, "JPEG", quality=95), gray_rgb, 4),
+        "gray and alpha": (encode(np.dstack([gray, alpha])), gray_rgb, 0),
+        "rgba": (encode(np.dstack([rgb, alpha])), rgb, 0),
+        "1 bit": (encode(bits), np.asarray(bits.convert("RGB")), 0),
+        "palette": (encode(palette), np.asarray(palette.convert("RGB")), 0),
+        "palette and alpha": (
+            encode(palette, transparency=3),
+            np.asarray(palette.convert("RGB")),
+            0,
+        ),
+        "16 bits png": (encode_16_bits(rgb, ".png"), rgb, 0),
+        "16 bits tiff": (encode_16_bits(rgb, ".tif"), rgb, 0),
+        "16 bits gray": (encode_16_bits(gray_rgb, ".png"), gray_rgb, 0),
+        "cmyk": (encode(image.convert("CMYK"), "JPEG", quality=95), rgb, 16),
+    }
+
+
+@pytest.mark.parametrize("kind", images_of_every_kind())
+def test_decodes_every_kind_to_rgb(kind):
+    content, expected, tolerance = images_of_every_kind()[kind]
+    actual = decode_image(content, kind)
+    assert actual.dtype == np.uint8 and actual.shape == (40, 60, 3)
+    difference = np.abs(actual.astype(int) - expected)
+    assert difference.max() <= tolerance
+    assert difference.mean() <= tolerance / 4
+
+
+def test_decodes_to_gray():
+    gray = photo()[..., 0]
+    actual = decode_gray(encode(gray), "x")
+    assert actual.dtype == np.uint8
+    np.testing.assert_array_equal(actual, gray)
+    assert decode_gray(encode(photo(), "JPEG"), "x").shape == (40, 60)
+    for content in (b"", b"no image", encode(gray)[:99]):
+        with pytest.raises(UnreadableImageError, match="cannot read x: "):
+            decode_gray(content, "x")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_applies_exif_orientation(file_format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(photo(), file_format, quality=95, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    actual = decode_image(content, "x").astype(int)
+    assert actual.shape == (*upright.size[::-1], 3)
+    assert np.abs(actual - np.asarray(upright)).max() <= 6
+
+
+@pytest.mark.parametrize("part", [0.01, 0.3, 0.9, 0.99])
+@pytest.mark.parametrize("kind", ["JPEG", "progressive", "PNG", "WEBP", "BMP", "TIFF"])
+def test_truncated_image_is_unreadable(kind, part, capfd):
+    options = {"progressive": True} if kind == "progressive" else {}
+    # So large that libpng would print a line.
+    content = encode(photo(400, 600), kind.replace("progressive", "JPEG"), **options)
+    decode_image(content, "whole")
+    pipeline._set_up_opencv()
+    with pytest.raises(UnreadableImageError, match="cannot read a/b.jpg: trunc"):
+        decode_image(content[: int(part * len(content))], "a/b.jpg")
+    if kind not in ("BMP", "TIFF"):
+        assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_image_whose_end_was_never_written_is_unreadable(kind):
+    content = encode(photo(), kind)
+    half = len(content) // 2
+    with pytest.raises(UnreadableImageError):
+        decode_image(content[:half] + bytes(half), "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "it is empty"), (b"hello" * 99, "not an image"), (bytes(999), "not an im")],
+)
+def test_what_is_no_image_is_unreadable(content, reason):
+    with pytest.raises(UnreadableImageError, match=f"read x.jpg: .*{reason}"):
+        decode_image(content, "x.jpg")
+
+
+def test_trailing_bytes_do_no_harm():
+    content = encode(photo(), "JPEG")
+    np.testing.assert_array_equal(
+        decode_image(content + b"trailer", "x"), decode_image(content, "x")
+    )
