@@ -1,6 +1,8 @@
-"""How alike images are: l1, PSNR, SSIM; `lpips`; and of sets of images, `inception`.
+"""Metrics of image quality.
 
-The metrics with networks are modules of their own, to be imported by name.
+This package exports the metrics of pairs of images: `l1`, `l1_hole`, `psnr`, `ssim`.
+Metrics with networks are in modules of their own: `lpips` compares pairs of images, and
+`inception` compares sets of images.
 """
 
 from pconv_jax.metrics.image import l1 as l1

@@ -1,8 +1,8 @@
 """Fréchet Inception Distance and Inception Score, and the network of both.
 
-The network is the Inception v3 of 2015 that published numbers are of, in the form of
-pytorch-fid: 1008 classes, average pooling that leaves padding out, and max pooling in
-the last block. It differs from torchvision's.
+The network is the Inception v3 of 2015, with which published numbers are computed, in
+the form of pytorch-fid: 1008 classes, average pooling that excludes padding, and max
+pooling in the last block. It differs from torchvision's.
 
 References: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision",
 2015, https://arxiv.org/abs/1512.00567; Heusel et al., "GANs Trained by a Two Time-Scale
@@ -14,7 +14,7 @@ GANs", 2016, https://arxiv.org/abs/1606.03498.
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import flax.linen as nn
 import jax
@@ -23,13 +23,15 @@ import numpy as np
 from jax.typing import ArrayLike
 
 Params = Mapping[str, Any]
-_SIZE = 299
+
+IMAGE_SIZE = 299
+"""Side of the images that the network was trained on, in pixels."""
 
 _logger = logging.getLogger(__name__)
 
 
 class _Conv(NamedTuple):
-    """Convolution without bias, batch normalization, ReLU."""
+    """A convolution without bias, batch normalization, and ReLU."""
 
     name: str
     features: int
@@ -39,7 +41,7 @@ class _Conv(NamedTuple):
 
 
 class _Pool(NamedTuple):
-    """Pooling over 3x3."""
+    """A pooling over 3x3 pixels."""
 
     function: Callable[..., jax.Array]
     stride: int = 1
@@ -51,10 +53,11 @@ _MAX = _Pool(nn.max_pool)
 _HALVE = _Pool(nn.max_pool, 2, "VALID")
 
 
-# A list of layers is a sequence; a tuple of lists is branches, to be concatenated.
+# A list is a sequence of layers. A tuple holds branches, whose outputs are joined.
+_Layers: TypeAlias = "list[_Conv | _Pool | tuple[_Layers, ...]]"
 
 
-def _mixed_5(pooled):
+def _mixed_5(pooled: int) -> _Layers:
     return [
         (
             [_Conv("branch1x1", 64, 1)],
@@ -69,7 +72,7 @@ def _mixed_5(pooled):
     ]
 
 
-def _mixed_6(inner):
+def _mixed_6(inner: int) -> _Layers:
     return [
         (
             [_Conv("branch1x1", 192, 1)],
@@ -90,7 +93,7 @@ def _mixed_6(inner):
     ]
 
 
-def _mixed_7(pool):
+def _mixed_7(pool: _Pool) -> _Layers:
     return [
         (
             [_Conv("branch1x1", 320, 1)],
@@ -114,7 +117,7 @@ def _mixed_7(pool):
     ]
 
 
-_BLOCKS = {
+_BLOCKS: dict[str, _Layers] = {
     "": [
         _Conv("Conv2d_1a_3x3", 32, 3, 2, "VALID"),
         _Conv("Conv2d_2a_3x3", 32, 3, 1, "VALID"),
@@ -160,14 +163,15 @@ _BLOCKS = {
 
 
 class InceptionV3(nn.Module):
-    """The network. Names of parameters are those of pytorch-fid's file."""
+    """The network. The names of its parameters are those of pytorch-fid's file."""
 
     @nn.compact
     def __call__(self, images: ArrayLike) -> tuple[jax.Array, jax.Array]:
-        """Returns features ``[N, 2048]`` and logits ``[N, 1008]``.
+        """Compute features ``[N, 2048]`` and logits ``[N, 1008]``.
 
         Args:
-          images: ``[N, 299, 299, 3]`` in [-1, 1]; other sizes from 75 pixels will do.
+          images: ``[N, 299, 299, 3]`` in [-1, 1]; other sizes of at least 75 pixels
+            work too.
         """
         x = jnp.asarray(images)
         for prefix, layers in _BLOCKS.items():
@@ -183,7 +187,7 @@ class _ConvUnit(nn.Module):
     conv: _Conv
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         _, features, size, stride, padding = self.conv
         x = nn.Conv(
             features,
@@ -198,8 +202,8 @@ class _ConvUnit(nn.Module):
         return nn.relu(x)
 
 
-def _run(layers, x, prefix):
-    """Applies layers, within a compact method."""
+def _run(layers: _Layers, x: jax.Array, prefix: str) -> jax.Array:
+    """Apply layers; to be called within a compact method."""
     for layer in layers:
         match layer:
             case _Conv():
@@ -215,22 +219,22 @@ def _run(layers, x, prefix):
 def features_and_logits(
     params: Params, images: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what Fréchet Inception Distance and Inception Score are made of.
+    """Compute the inputs of the Fréchet Inception Distance and the Inception Score.
 
-    Images are resized to 299 x 299 as pytorch-fid does: bilinear, pixels' centres
-    aligned, without a filter against aliasing.
+    Images are resized to 299 x 299 as by pytorch-fid: bilinear, with pixel centers
+    aligned and without antialiasing.
 
     Args:
-      params: of `load_inception_params`.
+      params: Parameters from `load_inception_params`.
       images: ``[N, H, W, 3]`` RGB, uint8, or float in [0, 1].
 
     Returns:
-      Float32 features ``[N, 2048]``, the mean of the last block's; and logits
-      ``[N, 1008]`` without the last layer's bias, which the code of Salimans et al.
-      leaves out.
+      Float32 features ``[N, 2048]``, the mean of the last block over positions; and
+      logits ``[N, 1008]`` without the bias of the last layer, as in the code of
+      Salimans et al.
 
     Raises:
-      ValueError: If the images are not such.
+      ValueError: If the shape or the dtype of the images is wrong.
     """
     images = jnp.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
@@ -239,33 +243,36 @@ def features_and_logits(
         images = images.astype(jnp.float32) / 255
     elif not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be uint8 or float, got {images.dtype}")
-    shape = (len(images), _SIZE, _SIZE, 3)
+    shape = (len(images), IMAGE_SIZE, IMAGE_SIZE, 3)
     images = jax.image.resize(
         images.astype(jnp.float32), shape, "bilinear", antialias=False
     )
-    return InceptionV3().apply(params, 2 * images - 1)
+    outputs = InceptionV3().apply(params, 2 * images - 1)
+    return cast(tuple[jax.Array, jax.Array], outputs)  # apply has no precise type.
 
 
 def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
-    """Returns the Fréchet distance of Gaussians fitted to two sets of features.
+    """Compute the Fréchet distance of Gaussians fitted to two sets of features.
 
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), with means m and covariances C;
-    of Inception's features it is the FID. With C_a = X^T X of the centred features X,
-    the eigenvalues of C_a C_b are those of X C_b X^T, and zeros. This is symmetric: the
-    sum of their roots is the trace, and no root of a matrix is needed.
+    The distance is |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), with means m and
+    covariances C. For Inception features it is the FID. If C_a = X^T X for the centered
+    features X, then C_a C_b has the eigenvalues of X C_b X^T, and zeros. This matrix is
+    symmetric, so the trace is the sum of the roots of its eigenvalues, and no matrix
+    root is needed.
 
-    Fewer samples give larger values, of the same distribution even: compare only values
-    of as many. Where they are fewer than the features there is a warning in the log.
+    Fewer samples give larger values, even for equal distributions, so compare only
+    values of equal numbers of samples. If there are fewer samples than features, a
+    warning is logged.
 
     Args:
       features_a: ``[n_a, D]``, at least 2 samples.
-      features_b: ``[n_b, D]``.
+      features_b: ``[n_b, D]``, at least 2 samples.
 
     Returns:
       The distance, computed in float64.
 
     Raises:
-      ValueError: If the features are not such, or not finite.
+      ValueError: If the shapes are wrong or the features are not finite.
     """
     a, b = (
         _as_rows(x, name)
@@ -279,59 +286,62 @@ def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
     samples = min(len(a), len(b))
     if samples < a.shape[1]:
         _logger.warning(
-            "A Fréchet distance of %d samples of %d features lies far above that of "
-            "many; compare it only with those of as many samples.",
+            "The Fréchet distance of %d samples of %d features is far larger than that "
+            "of many samples; compare it only with values of as many samples.",
             samples,
             a.shape[1],
         )
     offset = a.mean(axis=0) - b.mean(axis=0)
     a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b))
     if len(a) > a.shape[1]:
-        a = np.linalg.qr(a, mode="r")  # Of which X^T X is the same.
+        a = np.linalg.qr(a, mode="r")  # Has the same X^T X.
     squares = np.linalg.eigvalsh(a @ (b.T @ b) @ a.T)
     cross = np.sqrt(squares.clip(0)).sum()
     distance = offset @ offset + np.sum(a * a) + np.sum(b * b) - 2 * cross
-    return max(float(distance), 0.0)  # Rounding can make nothing less than that.
+    return max(float(distance), 0.0)  # Rounding can make it negative.
 
 
 def inception_score(logits: ArrayLike, *, splits: int = 10) -> tuple[float, float]:
-    """Returns the mean and the standard deviation over splits of the Inception Score.
+    """Compute the Inception Score: its mean and standard deviation over splits.
 
-    Of each split, in the order that the samples come in, exp(mean KL(p(y|x) || p(y))).
+    The score of a split is exp(mean KL(p(y|x) || p(y))). Splits are consecutive
+    samples.
 
     Args:
       logits: ``[N, classes]``, see `features_and_logits`.
-      splits: number of equal parts, 10 in the paper, which has 50,000 samples.
+      splits: Number of equal parts. The default, 10, is the paper's, for 50,000
+        samples.
 
     Returns:
-      Mean, from 1 to the number of classes, and (population) standard deviation,
-      computed in float64.
+      The mean, from 1 to the number of classes, and the (population) standard
+      deviation, computed in float64.
 
     Raises:
-      ValueError: If the logits are not such or not finite, or fewer than splits.
+      ValueError: If the shape is wrong, the logits are not finite, or there are fewer
+        samples than splits.
     """
-    logits = _as_rows(logits, "logits")
-    if not 1 <= splits <= len(logits):
+    rows = _as_rows(logits, "logits")
+    if not 1 <= splits <= len(rows):
         raise ValueError(
-            f"splits must be between 1 and the number of samples, {len(logits)}, got "
+            f"splits must be between 1 and the number of samples, {len(rows)}, got "
             f"{splits}"
         )
-    log_p = logits - logits.max(axis=1, keepdims=True)
+    log_p = rows - rows.max(axis=1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
     scores = []
-    ends = [i * len(logits) // splits for i in range(1, splits)]
+    ends = [i * len(rows) // splits for i in range(1, splits)]
     for part in np.split(log_p, ends):
         p = np.exp(part)
-        # A class that no sample has any of: 0 log 0 = 0.
+        # The maximum gives 0 log 0 = 0 for classes that no sample has.
         marginal = np.log(np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny))
         scores.append(np.exp(np.mean(np.sum(p * (part - marginal), axis=1))))
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def _as_rows(x, name):
-    x = np.asarray(x, np.float64)
-    if x.ndim != 2 or len(x) < 2:
-        raise ValueError(f"{name} must be [samples >= 2, D], got shape {x.shape}")
-    if not np.isfinite(x).all():
+def _as_rows(x: ArrayLike, name: str) -> np.ndarray:
+    rows = np.asarray(x, np.float64)
+    if rows.ndim != 2 or len(rows) < 2:
+        raise ValueError(f"{name} must be [samples >= 2, D], got shape {rows.shape}")
+    if not np.isfinite(rows).all():
         raise ValueError(f"{name} must be finite")
-    return x
+    return rows

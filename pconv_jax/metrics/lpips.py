@@ -1,16 +1,17 @@
 """LPIPS, the learned perceptual distance of two images, version 0.1.
 
-Features of a network trained on ImageNet, AlexNet (``'alex'``, the usual one to
-evaluate with) or VGG16 (``'vgg'``), at five depths: each is scaled to unit length at
-every position, and the squared differences are weighted by what people said of pairs
-of images, and averaged over positions.
+The distance compares features of a network trained on ImageNet, at five depths. The
+network is AlexNet (``'alex'``, the usual one for evaluation) or VGG16 (``'vgg'``).
+Features are scaled to unit length at every position. Their squared differences are
+weighted, with weights fitted to human judgments of pairs of images, and averaged over
+positions.
 
 Reference: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a
 Perceptual Metric", 2018, https://arxiv.org/abs/1801.03924, equation 1.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,7 @@ class _Conv(NamedTuple):
 
 
 class _Stage(NamedTuple):
-    """Max pooling (of stride 2) if any, convolutions with ReLU, and a feature map."""
+    """Optional max pooling of stride 2, then convolutions with ReLU: a feature map."""
 
     pool: int | None
     convs: tuple[_Conv, ...]
@@ -41,7 +42,7 @@ class _Stage(NamedTuple):
 
 class _Network(NamedTuple):
     stages: tuple[_Stage, ...]
-    smallest: int  # Image that leaves a pixel at every depth.
+    smallest: int  # Side of the smallest image with a pixel at every depth.
 
 
 NETWORKS = {
@@ -78,14 +79,14 @@ class LPIPS(nn.Module):
     """The network of the distance.
 
     Attributes:
-      net: ``'alex'`` or ``'vgg'``.
+      net: ``'alex'`` (the default) or ``'vgg'``.
     """
 
     net: str = "alex"
 
     @nn.compact
     def __call__(self, a: ArrayLike, b: ArrayLike) -> jax.Array:
-        """Returns the distances ``[N]`` of images ``[N, H, W, 3]`` in [0, 1]."""
+        """Compute the distances ``[N]`` of images ``[N, H, W, 3]`` in [0, 1]."""
         network = NETWORKS[self.net]
         a, b = check_pair(a, b)
         if a.shape[-1] != 3 or min(a.shape[1:3]) < network.smallest:
@@ -93,7 +94,7 @@ class LPIPS(nn.Module):
                 f"a and b must be RGB images of at least {network.smallest} x "
                 f"{network.smallest} pixels, got shape {a.shape}"
             )
-        # The original's shift and scale of [-1, 1] are these of [0, 1].
+        # Equals the shift and scale of the original, which takes images in [-1, 1].
         x = (jnp.concatenate([a, b]) - jnp.array(IMAGENET_MEAN)) / jnp.array(
             IMAGENET_STD
         )
@@ -111,57 +112,61 @@ class LPIPS(nn.Module):
                     name=conv.name,
                 )(x)
                 x = nn.relu(x)
-            of_a, of_b = jnp.split(_to_unit_length(x), 2)
+            a_features, b_features = jnp.split(_to_unit_length(x), 2)
             weights = self.param(f"lin{depth}", nn.initializers.ones, x.shape[-1:])
-            difference = jnp.sum(weights * jnp.square(of_a - of_b), axis=-1)
+            squares = jnp.square(a_features - b_features)
+            difference = jnp.sum(weights * squares, axis=-1)
             distance += jnp.mean(difference, axis=(1, 2))
         return distance
 
 
 def distance(params: Params, a: ArrayLike, b: ArrayLike) -> jax.Array:
-    """Returns the LPIPS distance of each pair of images.
+    """Compute the LPIPS distance of each pair of images.
 
     Args:
-      params: of `load_lpips_params`.
+      params: Parameters from `load_lpips_params`.
       a: Images ``[N, H, W, 3]``, RGB in [0, 1], at least 31 pixels high and wide, or 16
         with VGG16.
       b: Images of the same shape.
 
     Returns:
-      Float32 ``[N]`` of at least 0, 0 for equal images.
+      Float32 ``[N]``, nonnegative; 0 for equal images.
 
     Raises:
-      ValueError: If the shapes are not equal, not of RGB images, or too small.
+      ValueError: If the shapes are not equal, not those of RGB images, or too small.
     """
     net = "vgg" if "conv1_1" in params else "alex"
-    return LPIPS(net).apply({"params": params}, a, b)
+    return cast(jax.Array, LPIPS(net).apply({"params": params}, a, b))
 
 
 def vgg_distance(params: Params, a: ArrayLike, b: ArrayLike) -> jax.Array:
-    """Returns a distance like LPIPS that needs no learned heads.
+    """Compute a distance like LPIPS without learned weights of the features.
 
-    The features are those of the training loss, ``pool1`` to ``pool3``, and differences
-    in all of them count alike.
+    The features are those of the training loss, ``pool1`` to ``pool3``, all with equal
+    weights.
 
     Args:
-      params: of a VGG16 or VGG19, see `load_vgg_params`.
+      params: Parameters of a VGG16 or VGG19; see `load_vgg_params`.
       a: Images ``[N, H, W, 3]``, RGB in [0, 1], at least 8 pixels high and wide.
       b: Images of the same shape.
 
     Returns:
-      Float32 ``[N]`` from 0, for equal images, to 6.
+      Float32 ``[N]`` in [0, 6]; 0 for equal images.
 
     Raises:
-      ValueError: If the shapes are not equal, not of RGB images, or too small.
+      ValueError: If the shapes are not equal, not those of RGB images, or too small.
     """
     a, b = check_pair(a, b)
-    with jax.default_matmul_precision("highest"):  # The same numbers on any device.
+    with jax.default_matmul_precision("highest"):  # Equal numbers on all devices.
         pools = feature_fn_for(params)(params, 2 * jnp.concatenate([a, b]) - 1)
     pairs = [jnp.split(_to_unit_length(x), 2) for x in pools]
-    return sum(jnp.square(x - y).sum(axis=-1).mean(axis=(1, 2)) for x, y in pairs)
+    return jnp.asarray(
+        sum(jnp.square(x - y).sum(axis=-1).mean(axis=(1, 2)) for x, y in pairs)
+    )
 
 
-def _to_unit_length(x):
-    # A root's gradient at 0 is no number; the original's 1e-10 comes after it.
+def _to_unit_length(x: jax.Array) -> jax.Array:
+    # The gradient of a root is infinite at 0, and the 1e-10 of the original is added
+    # after the root.
     squares = jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-30)
     return x / (jnp.sqrt(squares) + 1e-10)

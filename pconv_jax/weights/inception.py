@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from pconv_jax.metrics.inception import _SIZE, InceptionV3, Params
+from pconv_jax.metrics.inception import IMAGE_SIZE, InceptionV3, Params
 from pconv_jax.weights import hub
 from pconv_jax.weights.formats.arrays import from_torch, read_arrays, to_tree
 
@@ -32,7 +32,7 @@ def load_inception_params() -> Params:
     """
     (path,) = hub.find_published(_PUBLISHED)
     arrays = read_arrays(path)
-    image = jnp.zeros((1, _SIZE, _SIZE, 3))
+    image = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
     shapes = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)
     names = {
         name: _torch_name(name) for name in traverse_util.flatten_dict(shapes, sep="/")

@@ -89,9 +89,7 @@ def test_tar_equals_folder(tmp_path):
     folder = sources.FolderSource(write_folder(tmp_path / "photos", images))
     keys = list(images)
     write_tar(tmp_path / "1.tar", {f"./{k}": images[k] for k in keys[:4]})
-    write_tar(
-        tmp_path / "2.tar", {k: images[k] for k in keys[4:]} | {"x/._1.png": b""}
-    )
+    write_tar(tmp_path / "2.tar", {k: images[k] for k in keys[4:]} | {"x/._1.png": b""})
     for paths in (
         tmp_path / "*.tar",
         [str(tmp_path / "2.tar"), str(tmp_path / "1.tar")],
