@@ -1,4 +1,4 @@
-"""Rules that hold for the package as a whole: its imports and its signatures."""
+"""Rules for the whole package: its imports and its signatures."""
 
 import ast
 import pathlib
@@ -17,7 +17,7 @@ MODULES = {
 }
 
 
-# Names that only one module knows.
+# Names that only one module may use.
 OWNERS = {
     "orbax": "runs.checkpoint",
     "tensorflow_datasets": "data.tfrecord",
@@ -32,7 +32,7 @@ OWNERS = {
 
 
 def imports(tree):
-    """Yields the dotted name of all that is imported, anywhere in a module."""
+    """Yield the dotted names of all imports anywhere in a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -42,7 +42,7 @@ def imports(tree):
 
 
 def names(tree):
-    """Yields all dotted names, imported or used, with each of their parts."""
+    """Yield all dotted names, imported or used, and their parts."""
     used = (ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute))
     for name in (*imports(tree), *used):
         parts = name.split(".")
@@ -51,7 +51,7 @@ def names(tree):
 
 
 def functions(tree):
-    """Yields public functions, and public methods of public classes."""
+    """Yield public functions, and public methods of public classes."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield from functions(node)
@@ -98,7 +98,7 @@ for module in {modules}:
     importlib.import_module("pconv_jax." + module)
 loaded = set({heavy}) & set(sys.modules)
 assert not loaded, loaded
-# JAX refuses this once devices are there.
+# JAX refuses this once devices are initialized.
 import jax
 jax.config.update("jax_num_cpu_devices", 3)
 assert len(jax.devices("cpu")) == 3
@@ -107,7 +107,7 @@ assert len(jax.devices("cpu")) == 3
 
 
 @pytest.mark.parametrize("name", OWNERS)
-def test_one_module_alone_knows(name):
+def test_only_one_module_uses(name):
     knowing = {module for module, tree in MODULES.items() if name in names(tree)}
     assert knowing <= {OWNERS[name]}
 
@@ -121,8 +121,8 @@ def test_signatures(module):
         arguments = [a for a in arguments if a.arg not in ("self", "cls")]
         every = [*arguments, *function.args.kwonlyargs]
         types = {a.arg: a.annotation and ast.unparse(a.annotation) for a in every}
-        # Options are keyword-only. All else that may be left out is an array, where
-        # arrays came from, or the one argument there is.
+        # Options are keyword-only. Other optional arguments are arrays, the source of
+        # arrays, or the only argument.
         for name in (a.arg for a in optional if len(arguments) > 1):
             if "Array" not in types[name] and name != "source":
                 faults.append(f"{function.name}: {name} must be keyword-only")

@@ -10,7 +10,7 @@ from pconv_jax import _conv
 
 
 def make_case(spatial, size, *, channels=4, features=6):
-    """Returns random inputs and a random kernel."""
+    """Make random inputs and a random kernel."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, *spatial, channels), np.float32)
     return x, rng.standard_normal((*size, channels, features), np.float32)
@@ -25,7 +25,7 @@ def convolve(x, kernel, *, window):
 
 
 def reference(x, kernel, *, window):
-    """The same by one call of XLA's convolution."""
+    """Compute the convolution with one call of XLA."""
     axes = "DHW"[-len(window.size) :]
     return jax.lax.conv_general_dilated(
         _conv._continue(x, window),
@@ -38,7 +38,7 @@ def reference(x, kernel, *, window):
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Compares trees, each array in terms of its largest value."""
+    """Compare trees, each array relative to its largest value."""
     chex.assert_trees_all_equal_shapes(actual, expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
@@ -100,7 +100,7 @@ def test_gradients(monkeypatch, spatial, size, options, most_copied):
             return jnp.sin(y).sum(), y
 
         gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-        # Of the outputs, and of the gradients, which are the loss's second ones.
+        # Of the outputs, and of the gradients, i.e. second derivatives of the loss.
         return jax.jvp(gradient, primals, tangents)
 
     assert_close(
@@ -140,7 +140,7 @@ def test_no_gradient_is_a_convolution_of_a_sparse_map_or_of_a_large_kernel():
             text.count(s) for s in ("stablehlo.convolution", "te = [2, 2]", "while(")
         ]
 
-    # The convolution itself, and one for each phase, of which there are four.
+    # The convolution itself, and one for each of the four phases.
     assert counts(lower(convolve)) == [5, 0, 1]
     assert counts(lower(reference)) == [3, 2, 0]
 
@@ -174,5 +174,5 @@ def test_strips_are_summed_in_float32(monkeypatch):
 
     gradient = jax.jit(jax.grad(total))(jnp.ones((1, 1, 1, 1), x.dtype))
     assert gradient.dtype == x.dtype
-    # 400 numbers, of four summed, each rounded by 1/512 at most; then once more.
+    # Sums of four numbers, each rounded by at most 1/512, then rounded once more.
     np.testing.assert_allclose(gradient, np.float64(x).sum(), rtol=1 / 256)

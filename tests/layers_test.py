@@ -13,14 +13,14 @@ from pconv_jax.layers import PartialConv, PartialPadConv
 
 
 def make_inputs(*shape, planes=1, seed=0):
-    """Returns random inputs and a mask of them."""
+    """Make random inputs and a mask."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(shape).astype(np.float32)
     return x, rng.random((*shape[:-1], planes)) > 0.5
 
 
 def init(layer, *arguments):
-    """Returns variables, with a bias that is not zero."""
+    """Initialize variables, with a nonzero bias."""
     variables = layer.init(jax.random.key(0), *arguments)
     if "bias" in variables["params"]:
         bias = variables["params"]["bias"]
@@ -35,14 +35,14 @@ def test_fields_are_those_of_conv_in_its_order():
     ours, theirs = fields(PartialConv), fields(nn.Conv)
     assert list(ours) == [name for name in theirs if name in ours]
     assert set(theirs) - set(ours) == {
-        "mask",  # Masks weights. Ours is an argument of the call.
+        "mask",  # Masks weights. Our mask is an argument of the call.
         "input_dilation",
         "promote_dtype",
         "conv_general_dilated",
         "conv_general_dilated_cls",
     }
     for name, field in ours.items():
-        if name not in ("kernel_init", "bias_init"):  # New functions at every call.
+        if name not in ("kernel_init", "bias_init"):  # Each call makes new functions.
             assert field.default == theirs[name].default, name
     assert fields(PartialPadConv).keys() == ours.keys()
 
@@ -62,7 +62,7 @@ def test_fields_are_those_of_conv_in_its_order():
 )
 def test_parameters_are_those_of_conv(spatial, fields):
     x, _ = make_inputs(2, *spatial, 4)
-    # In the interior, i.e. without padding, or with one that adds no holes.
+    # In the interior, i.e. without padding, or with padding that adds no holes.
     fields = dict(features=6) | fields
     fields.setdefault("padding", "VALID")
     layer, conv = PartialConv(**fields), nn.Conv(**fields)
@@ -93,7 +93,7 @@ def test_any_number_of_batch_axes(batch, masked):
 
 
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
-def test_sources_are_concatenated_in_meaning(batch):
+def test_sequences_equal_their_concatenation(batch):
     x, mask = make_inputs(*batch, 6, 5, 3, planes=3)
     layer = PartialConv(4, (3, 3), padding=1)
     sources, masks = (x[..., :2], x[..., 2:]), (mask[..., :2], mask[..., 2:])
@@ -155,7 +155,7 @@ def test_padding_layer_is_partial_conv_without_a_mask_and_drops_in_for_conv():
         (None, np.float32, np.uint8, np.float32),
     ],
 )
-def test_types_are_those_of_conv(dtype, param_dtype, x_dtype, expected):
+def test_dtypes_are_those_of_conv(dtype, param_dtype, x_dtype, expected):
     fields = dict(features=2, kernel_size=(3, 3), dtype=dtype, param_dtype=param_dtype)
     x = np.ones((1, 4, 4, 3), x_dtype)
     mask = np.ones((1, 4, 4, 1), np.uint8)
@@ -208,7 +208,7 @@ def test_hole_contents_change_nothing():
         chex.assert_trees_all_equal(actual, expected)
 
 
-def test_in_nnx_by_the_bridge():
+def test_nnx_bridge():
     x, mask = make_inputs(1, 6, 6, 3)
     linen = PartialConv(4, (3, 3))
     layer = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)).lazy_init(x, mask)
@@ -243,7 +243,7 @@ X, M = make_inputs(2, 8, 8, 4)
         ({}, ([X, X], M), "mask must be a sequence as long as inputs"),
         ({}, ([X, X], [M]), "mask must be a sequence as long as inputs"),
         ({}, ([X, X[:1]], None), "differ in C only"),
-        # These have as many examples, but other batch axes.
+        # These have the same number of examples but different batch axes.
         ({}, (X[:1], M[0]), "mask must be of shape"),
         ({}, (X[None], M[:, None]), "mask must be of shape"),
         ({}, ([X[None], X[:, None]], None), "differ in C only"),

@@ -17,14 +17,14 @@ TERMS = [name for name, weight in losses.PAPER_WEIGHTS._asdict().items() if weig
 
 
 def make_case(seed=0, shape=(2, 8, 9, 3)):
-    """Returns an output, a target and a mask."""
+    """Make an output, a target and a mask."""
     rng = np.random.default_rng(seed)
     output, target = rng.uniform(-1, 1, (2, *shape)).astype(np.float32)
     return output, target, (rng.random((*shape[:-1], 1)) > 0.3).astype(np.float32)
 
 
 def features_fn(images):
-    """Stands in for a VGG: two smooth maps."""
+    """Compute two smooth maps; a stand-in for a VGG."""
     half = images[:, ::2, ::2]
     return jnp.sin(images), jnp.concatenate([jnp.cos(half), half**2], axis=-1)
 
@@ -33,7 +33,7 @@ def features_fn(images):
 
 
 def golden_vgg16(seed):
-    """Returns the VGG16 of recipe weights that the arrays were made with."""
+    """Load the VGG16 with the recipe weights of the golden arrays."""
     params, index, channels = {}, 0, 3
     for block, convs in enumerate((2, 2, 3), 1):
         for conv in range(1, convs + 1):
@@ -107,13 +107,13 @@ def test_gram_is_the_scaled_product_of_channels():
 
 
 def test_gram_of_bfloat16_is_summed_in_float32():
-    # A sum of bfloat16 ones stops at 256.
+    # A bfloat16 sum of ones stops at 256.
     gram = losses.gram(np.ones((1, 32, 32, 2), jnp.bfloat16))
     assert gram.dtype == np.float32
     np.testing.assert_array_equal(gram, np.full((1, 2, 2), 0.5))
 
 
-def test_gram_is_of_full_precision():
+def test_gram_has_full_precision():
     lowered = jax.jit(losses.gram).lower(np.ones((1, 2, 2, 3))).as_text()
     assert lowered.count("dot_general") == 1
     assert "precision = [HIGHEST, HIGHEST]" in lowered
@@ -128,7 +128,7 @@ def test_perceptual_is_the_mean_difference_of_each_map():
 def test_total_variation_by_hand():
     mask = np.ones((1, 5, 5, 1))
     mask[0, 0, 0] = 0
-    # R is the upper left 2 x 2 square, with 4 pairs in it, two of each direction.
+    # R is the upper left 2 x 2 square with 4 pairs, two in each direction.
     comp = np.zeros((1, 5, 5, 1))
     comp[0, :2, :2, 0] = [[1, 3], [6, 13]]
     comp[0, 2:, :] = comp[0, :, 2:] = 100
@@ -174,11 +174,11 @@ def test_total_variation_of_single_rows_and_columns(shape):
     np.testing.assert_allclose(actual, [expected], rtol=1e-6)
 
 
-# Not the paper's.
+# Terms that are not in the paper.
 
 
 @pytest.mark.parametrize("size, error", [(4, 0.5), (16, 0.1), (16, 0.0)])
-def test_log_mse_is_the_psnr_in_other_units(size, error):
+def test_log_mse_is_the_scaled_psnr(size, error):
     target = np.zeros((1, 16, 16, 3), np.float32)
     comp = target.copy()
     comp[:, :size, :size] += error
@@ -197,7 +197,7 @@ def test_log_mse_counts_small_holes_as_much_as_large_ones():
     rng = np.random.default_rng(0)
     target = rng.uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     comp = target + np.float32(0.2)
-    comp[0, 2:] = target[0, 2:]  # A quarter of it is hole.
+    comp[0, 2:] = target[0, 2:]  # A quarter of it is in the hole.
     gradient = jax.grad(lambda x: losses.log_mse(x, target, epsilon=0).sum())(comp)
     # d ln(sum e^2) along e itself is 2, whatever the size of the hole.
     np.testing.assert_allclose(
@@ -213,10 +213,10 @@ def test_errors_of_log_mse():
         losses.log_mse(OUTPUT[0], TARGET[0])
 
 
-# The whole.
+# The weighted sum.
 
 
-def test_terms_are_those_of_their_functions():
+def test_terms_equal_their_functions():
     output, target, mask = make_case()
     weights = losses.LossWeights(*np.arange(1.0, 8))
     terms = losses.inpainting_loss(
@@ -252,7 +252,7 @@ def test_weights_of_the_paper():
     assert losses.PAPER_WEIGHTS == losses.LossWeights()
 
 
-def test_without_features_the_other_terms_are_left():
+def test_without_features_the_other_terms_remain():
     output, target, mask = make_case()
     terms = losses.inpainting_loss(output, target, mask, features_fn=None)
     assert terms.keys() == {"total", "valid", "hole", "total_variation"}
@@ -260,7 +260,7 @@ def test_without_features_the_other_terms_are_left():
     np.testing.assert_allclose(terms["total"], expected, rtol=1e-6)
 
 
-def test_a_perfect_output_has_no_loss_but_total_variation():
+def test_a_perfect_output_has_only_total_variation():
     _, target, mask = make_case()
     terms = losses.inpainting_loss(target, target, mask, features_fn=features_fn)
     for name in set(TERMS) - {"total_variation"}:
@@ -277,7 +277,7 @@ def test_examples_do_not_mix():
             np.testing.assert_allclose(value, together[name][i : i + 1], rtol=1e-6)
 
 
-def test_valid_pixels_of_the_output_reach_only_the_terms_of_the_output():
+def test_valid_pixels_of_the_output_affect_only_the_terms_of_the_output():
     output, target, mask = make_case()
     other = np.where(mask > 0, output + 0.5, output)
     loss = functools.partial(losses.inpainting_loss, features_fn=features_fn)
@@ -296,7 +296,7 @@ def test_valid_does_not_need_a_target_in_the_hole(content):
     )
 
 
-def test_no_gradient_reaches_the_target_by_its_features():
+def test_no_gradient_reaches_the_target_through_its_features():
     output, target, mask = make_case()
 
     def loss(target):
@@ -324,7 +324,7 @@ def test_gradients_are_finite_without_holes_and_without_valid_pixels(holes):
         return terms["total"].sum()
 
     chex.assert_tree_all_finite(gradient(output))
-    chex.assert_tree_all_finite(gradient(target))  # Of a perfect output.
+    chex.assert_tree_all_finite(gradient(target))  # The output is perfect.
 
 
 def test_losses_are_float32_for_every_image():
@@ -400,6 +400,6 @@ def test_errors_of_gram():
         losses.gram(OUTPUT[0])
 
 
-def test_a_grey_mask_is_refused():
+def test_a_gray_mask_is_refused():
     with pytest.raises(ValueError, match="mask must be binary"):
         losses.inpainting_loss(OUTPUT, TARGET, MASK * 0.7, features_fn=None)

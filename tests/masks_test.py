@@ -44,7 +44,7 @@ def test_hole_bin_outside_is_minus_one_and_keeps_the_shape():
     np.testing.assert_array_equal(masks.hole_bin(ratio), [[-1, -1, -1], [3, -1, -1]])
 
 
-def test_touches_border_sees_the_outermost_pixels_only():
+def test_touches_border_tests_the_outermost_pixels_only():
     mask = np.ones((5, 6, 7, 1), np.uint8)
     mask[0, 1:5, 1:6] = 0
     for i, pixel in enumerate(((0, 3), (5, 3), (2, 0), (2, 6)), start=1):
@@ -52,7 +52,7 @@ def test_touches_border_sees_the_outermost_pixels_only():
     np.testing.assert_array_equal(masks.touches_border(mask), [False] + 4 * [True])
 
 
-def test_near_border_sees_the_outermost_fifty_of_512_pixels():
+def test_near_border_tests_the_outermost_fifty_of_512_pixels():
     mask = np.ones((4, 512, 512, 1))
     for i, (row, column) in enumerate([(50, 461), (49, 200), (462, 200), (200, 462)]):
         mask[i, row, column] = 0
@@ -62,7 +62,7 @@ def test_near_border_sees_the_outermost_fifty_of_512_pixels():
 # Random masks.
 
 CASES = [
-    # Few shapes, which other tests share: each line is a compilation.
+    # Few shapes, shared with other tests, since each line is compiled.
     ("strokes", False, (64, 96)),
     ("strokes", True, (33, 57)),
     ("blobs", False, (64, 96)),
@@ -102,7 +102,7 @@ def test_hole_area_and_border_are_as_asked(kind, border, shape):
 
 
 @pytest.mark.parametrize("side", [10, 100, 512, 1000])
-def test_whole_percents_are_counted_to_the_pixel(side):
+def test_whole_percents_are_exact_to_the_pixel(side):
     pixels = side * side
     percents = np.arange(1, 100)
     expected = percents * pixels // 100
@@ -115,7 +115,7 @@ def test_whole_percents_are_counted_to_the_pixel(side):
 
 
 @pytest.mark.parametrize("pixels", [64, 100, 4096, 12345, 10**6])
-def test_every_count_can_be_asked_for_as_a_ratio(pixels):
+def test_every_count_can_be_requested_as_a_ratio(pixels):
     expected = np.arange(1, pixels)
     ratios = expected / pixels
     counts = jax.jit(masks._whole_pixels, static_argnums=1)(ratios, pixels)
@@ -126,7 +126,7 @@ def test_every_count_can_be_asked_for_as_a_ratio(pixels):
 
 
 def test_ratios_between_two_counts_are_rounded_down():
-    # Those of the paper's range, at the sizes that it is mostly drawn in.
+    # The paper's range, at the most common sizes.
     for size, first, last in ((64, 40, 2457), (256, 655, 39321), (512, 2621, 157286)):
         for kind in (float, np.float32):
             assert masks._whole_pixels(kind(0.01), size**2) == first
@@ -148,14 +148,14 @@ def test_drawn_holes_are_exact_eager_jitted_and_traced(ratio):
     "ratio, expected",
     [((0.01, 0.012), 1), ((0.1, 0.105), 6), (0.001, 1), (0.1, 6)],
 )
-def test_what_no_count_meets_is_rounded_down_to_one_at_least(ratio, expected):
+def test_ratios_are_rounded_down_to_at_least_one_pixel(ratio, expected):
     mask = masks.random_mask(KEY, (8, 8), hole_ratio=ratio, kind="rectangles")
     assert holes(mask) == expected
 
 
-def test_all_the_room_inside_the_border_can_be_asked_for():
+def test_the_hole_can_fill_the_interior():
     options = dict(kind="rectangles", border=False)
-    # In floats, this is more than 1 less the share of the border.
+    # In floating point, this is more than 1 minus the share of the border.
     mask = masks.random_mask(KEY, (14, 14), hole_ratio=144 / 196, **options)
     assert holes(mask) == 144
     with pytest.raises(ValueError, match="room for 0.735"):
@@ -168,7 +168,7 @@ def test_all_the_room_inside_the_border_can_be_asked_for():
     span=st.floats(0, 0.5),
 )
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_ratio_can_be_had(seed, ratio, span):
+def test_any_ratio_is_met(seed, ratio, span):
     high = min(ratio + span, 0.99)
     mask = masks.random_mask(
         jax.random.key(seed), (48, 80), hole_ratio=(ratio, high), border=True
@@ -198,7 +198,7 @@ def test_holes_are_solid_rather_than_scattered_pixels():
 
 
 def test_ragged_holes_have_many_times_as_many_islands():
-    """Islands of up to 4 pixels."""
+    """Count the islands of up to 4 pixels."""
 
     def islands(kind):
         valid = draw_batch(16, (64, 96), kind=kind, hole_ratio=0.3)
@@ -210,10 +210,10 @@ def test_ragged_holes_have_many_times_as_many_islands():
 
     mixed, ragged = islands("mixed"), islands("ragged")
     assert ragged.mean() > 5 * max(mixed.mean(), 1)
-    assert (ragged < ragged.mean() / 4).any()  # Not all are.
+    assert (ragged < ragged.mean() / 4).any()  # Not all are ragged.
 
 
-def test_same_key_same_mask_and_other_keys_others():
+def test_equal_keys_give_equal_masks_and_other_keys_others():
     batch = draw_batch(8)
     np.testing.assert_array_equal(batch, draw_batch(8))
     for i, one in enumerate(batch):
@@ -221,7 +221,7 @@ def test_same_key_same_mask_and_other_keys_others():
             assert np.mean(one != other) > 0.01
 
 
-def test_range_is_drawn_from_evenly():
+def test_ratios_are_uniform_in_the_range():
     batch = draw_batch(300, (17, 24), kind="rectangles", border=True)
     counts, _ = np.histogram(masks.hole_ratio(batch), 6, (0.01, 0.6))
     assert counts.sum() == 300
@@ -229,7 +229,7 @@ def test_range_is_drawn_from_evenly():
 
 
 def same_but_for_rounding(a, b):
-    """Other fusions round differently, which may swap pixels at a hole's edge."""
+    """Compare masks. Other fusions round differently and may swap pixels at edges."""
     assert a.shape == b.shape
     assert holes(a) == holes(b)
     assert np.mean(np.asarray(a) != np.asarray(b)) < 0.005
@@ -266,7 +266,7 @@ def test_one_trace_for_all_keys_and_ratios():
         assert abs(holes(mask) - (0.1 + i / 4) * 256) < 1
 
 
-def test_no_border_in_a_traced_ratio_that_does_not_fit_takes_what_fits():
+def test_a_traced_ratio_without_border_is_cut_to_the_interior():
     draw = jax.jit(
         lambda ratio: masks.random_mask(
             KEY, (16, 16), hole_ratio=ratio, kind="blobs", border=False

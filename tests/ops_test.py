@@ -32,7 +32,7 @@ def make_case(
     groups=1,
     seed=0,
 ):
-    """Returns random inputs, mask (with whole windows of holes), kernel and bias."""
+    """Make random inputs, a mask (with all-hole windows), a kernel and a bias."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((2, *spatial, channels))
     mask = rng.random((2, *spatial, channels if planes == EACH_CHANNEL else 1)) > 0.5
@@ -44,7 +44,7 @@ def make_case(
 
 
 def gradients(x, mask, kernel, bias, **options):
-    """Returns outputs, and the gradients of all that has one."""
+    """Compute outputs and the gradients of all floating-point arguments."""
 
     def loss(x, kernel, bias):
         y, _ = ops.partial_conv(x, mask, kernel, bias, **options)
@@ -55,7 +55,7 @@ def gradients(x, mask, kernel, bias, **options):
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Compares trees, each array in terms of its largest value."""
+    """Compare trees, each array relative to its largest value."""
     chex.assert_trees_all_equal_shapes(actual, expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
@@ -95,7 +95,7 @@ def test_equals_nvidia_partialconv(number, x64):
     actual = dict(zip(("y", *("d" + name for name in names)), (y, *cotangents)))
     expected = {name: golden[name] for name in actual}
     assert_close(actual, expected, 1e-6 if x64 else 1e-5)
-    # The other one has a mask for each feature, or one for all examples.
+    # NVIDIA's has a mask for each feature, or one for all examples.
     chex.assert_shape(new_mask, (*y.shape[:-1], 1))
     np.testing.assert_array_equal(
         np.broadcast_to(new_mask, y.shape), np.broadcast_to(golden["new_mask"], y.shape)
@@ -151,7 +151,7 @@ def test_equals_reference_with_dilation(padding, planes):
 
 
 @pytest.mark.parametrize("planes", [ONE_PLANE, EACH_CHANNEL, NO_MASK])
-@pytest.mark.parametrize("groups", [2, 4])  # 4 is a channel a group: depthwise.
+@pytest.mark.parametrize("groups", [2, 4])  # 4 is depthwise.
 def test_equals_reference_with_groups(groups, planes):
     options = dict(strides=2, padding=1)
     check_reference(planes=planes, groups=groups, features=8, options=options)
@@ -246,7 +246,7 @@ def test_coverage_is_the_inverse_of_the_scale():
     np.testing.assert_array_equal(new_mask, coverage > 0)
 
 
-def test_bias_reaches_valid_outputs_alone():
+def test_bias_is_added_to_valid_outputs_only():
     mask = np.zeros((1, 1, 8, 1))
     mask[..., 0, :] = 1
     bias = np.array([5.0, -7.0])
@@ -331,7 +331,7 @@ def test_one_plane_equals_repeated_planes_bit_for_bit(groups):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("planes", [(1, 1, 1), (1, 2, 1), (3, 2, 1)], ids=str)
-def test_sources_equal_their_concatenation(planes, groups):
+def test_sequences_equal_their_concatenation(planes, groups):
     channels = 3, 2, 1
     x, mask, kernel, bias = make_case(channels=6, planes=EACH_CHANNEL, groups=groups)
     options = dict(strides=(1, 2), feature_group_count=groups)
@@ -351,7 +351,7 @@ def test_sources_equal_their_concatenation(planes, groups):
     np.testing.assert_array_equal(new_mask, new_dense)
 
 
-def test_sources_without_a_mask_equal_their_concatenation():
+def test_sequences_without_a_mask_equal_their_concatenation():
     x, _, kernel, _ = make_case()
     y, new_mask = ops.partial_conv((x[..., :1], x[..., 1:]), None, kernel)
     expected, expected_mask = ops.partial_conv(x, None, kernel)
@@ -375,7 +375,7 @@ UPSAMPLED = [
     ((4, 5), (3, 3), [(4, -2), (2, 0)], {}),
     ((4, 5), (3, 3), "SAME", {"kernel_dilation": 2}),
     ((1, 2), (3, 9), "SAME", {"kernel_dilation": (1, 3)}),
-    # Large, not to twice the size, continued or in groups: by the map itself.
+    # These repeat the map: large kernels, other sizes, circular padding, groups.
     ((4, 5), (7, 7), "SAME", {}),
     ((4, 5), (3, 3), "VALID", {}),
     ((4, 5), (3, 3), [1, "CIRCULAR"], {}),
@@ -391,7 +391,7 @@ UPSAMPLED = [
         *[(UPSAMPLED[2], planes) for planes in (EACH_CHANNEL, NO_MASK)],
     ],
 )
-def test_upsampled_sources_equal_what_they_stand_for(geometry, planes):
+def test_upsampled_inputs_equal_repeated_ones(geometry, planes):
     spatial, size, padding, options = geometry
     case = {"size": size, "planes": planes, "seed": 1}
     skip_spatial = tuple(2 * n for n in spatial)
@@ -406,8 +406,8 @@ def test_upsampled_sources_equal_what_they_stand_for(geometry, planes):
     else:
         low = [ops.Upsampled(mask), skip_mask]
         plain = [ops.upsample(mask), skip_mask]
-        # So that no output is scaled up from a single valid input, and with it what
-        # the two forms round differently.
+        # No output is scaled up from a single valid input, which would also scale up
+        # the rounding differences between the two forms.
         low[1], plain[1] = (np.ones_like(skip_mask) for _ in range(2))
 
     @functools.partial(jax.jit, static_argnames="source")
@@ -422,7 +422,7 @@ def test_upsampled_sources_equal_what_they_stand_for(geometry, planes):
     assert_close(actual, run(x, skip, kernel, bias, plain, ops.upsample), 5e-5)
 
 
-def test_upsampled_source_equals_reference():
+def test_upsampled_input_equals_reference():
     x, mask, kernel, bias = make_case((4, 5))
     x[0] = np.where(mask[0], x[0], np.nan)
     y, new_mask = ops.partial_conv(ops.Upsampled(x), ops.Upsampled(mask), kernel, bias)
@@ -433,7 +433,7 @@ def test_upsampled_source_equals_reference():
     np.testing.assert_array_equal(new_mask, expected_mask[..., :1])
 
 
-def test_an_upsampled_map_is_never_made():
+def test_an_upsampled_map_is_never_materialized():
     x, kernel = jnp.ones((1, 32, 32, 4)), jnp.ones((3, 3, 4, 6))
 
     def shapes(source):
@@ -444,7 +444,7 @@ def test_an_upsampled_map_is_never_made():
     assert (1, 64, 64, 4) not in shapes(ops.Upsampled)
 
 
-def test_products_of_an_upsampled_map_are_of_its_type():
+def test_products_of_an_upsampled_map_have_its_dtype():
     x, kernel = jnp.ones((1, 4, 4, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 5))
 
     def loss(x, kernel):
@@ -459,7 +459,7 @@ def test_products_of_an_upsampled_map_are_of_its_type():
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4, 3), (1, 0, 4, 3), (1, 4, 4, 0)])
-def test_an_upsampled_map_of_nothing(shape):
+def test_an_empty_upsampled_map(shape):
     x, kernel = jnp.ones(shape), jnp.ones((3, 3, shape[-1], 5))
     chex.assert_trees_all_equal(
         ops.partial_conv(ops.Upsampled(x), None, kernel),
@@ -467,13 +467,13 @@ def test_an_upsampled_map_of_nothing(shape):
     )
 
 
-def test_a_source_is_upsampled_once():
+def test_nested_upsampling_is_refused():
     twice = ops.Upsampled(ops.Upsampled(jnp.ones((1, 2, 2, 3))))
     with pytest.raises(ValueError, match="inputs must be Upsampled once"):
         ops.partial_conv(twice, None, jnp.ones((3, 3, 3, 5)))
 
 
-def test_mask_of_an_upsampled_source_is_upsampled():
+def test_mask_of_an_upsampled_input_is_upsampled():
     x, mask, kernel, _ = make_case()
     for masks in (mask, ops.upsample(mask)):
         with pytest.raises(ValueError, match="mask must be Upsampled if and only if"):
@@ -482,7 +482,7 @@ def test_mask_of_an_upsampled_source_is_upsampled():
 
 @pytest.mark.parametrize("planes", [1, 32])
 def test_bfloat16_counts_past_256(planes):
-    # Of inputs of one, a kernel with a single weight of one shows the bare scale,
+    # With inputs of 1 and a single kernel weight of 1, the output is the scale
     # sum(1) / sum(M). Windows have 7 * 7 * 32 = 1568 inputs.
     kernel = np.zeros((7, 7, 32, 1), jnp.bfloat16)
     kernel[3, 3, 0] = 1
@@ -499,7 +499,7 @@ def test_bfloat16_counts_past_256(planes):
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int32, np.float16, jnp.bfloat16])
-def test_any_type_of_mask_gives_the_same_and_is_kept(dtype):
+def test_any_dtype_of_mask_gives_the_same_and_is_kept(dtype):
     x, mask, kernel, bias = make_case()
     expected, expected_mask = ops.partial_conv(x, mask.astype(np.float32), kernel, bias)
     y, new_mask = ops.partial_conv(x, mask.astype(dtype), kernel, bias)
@@ -526,7 +526,7 @@ def test_update_mask_is_the_mask_of_partial_conv(padding):
     np.testing.assert_array_equal(actual, expected)
 
 
-def test_padding_may_be_in_lower_case_and_a_number_a_pair():
+def test_padding_in_lower_case_and_as_a_number_equals_the_other_forms():
     x, mask, kernel, _ = make_case()
     for a, b in [("same", "SAME"), ("reflect", "REFLECT"), (2, ((2, 2), (2, 2)))]:
         chex.assert_trees_all_equal(
@@ -580,7 +580,7 @@ def test_a_mask_from_outside_of_a_jitted_function(to_array):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_gradients_are_those_of_finite_differences(groups):
+def test_gradients_equal_finite_differences(groups):
     x, mask, kernel, bias = make_case(
         (5, 4), planes=EACH_CHANNEL, groups=groups, features=2
     )
@@ -597,7 +597,7 @@ def test_gradients_are_those_of_finite_differences(groups):
 
 @pytest.mark.parametrize("ones", [True, False], ids=["mask of ones", "no mask"])
 def test_constant_masks_are_not_folded_by_the_compiler(ones):
-    # XLA would take minutes to fold the box filter of a large one.
+    # XLA would take minutes to fold the box filter of a large mask.
     def apply(x):
         mask = jnp.ones((*x.shape[:-1], 1)) if ones else None
         return ops.partial_conv(x, mask, jnp.ones((3, 3, 3, 1)))
@@ -606,7 +606,7 @@ def test_constant_masks_are_not_folded_by_the_compiler(ones):
     assert "reduce-window" in compiled.as_text()
 
 
-def test_precision_is_that_of_the_convolution():
+def test_precision_reaches_the_convolution():
     x, mask, kernel, _ = make_case()
     for sources in (1, 2):
         apply = jax.jit(functools.partial(ops.partial_conv, precision="highest"))
@@ -657,14 +657,14 @@ def test_a_mask_of_a_wrong_shape_is_not_broadcast(shape, compiled):
 @pytest.mark.parametrize("value", [0.5, 255, -1, np.nan])
 def test_a_mask_must_be_binary(value):
     x, mask, kernel, _ = make_case()
-    grey = np.where(mask, value, 0).astype(np.float32)
+    gray = np.where(mask, value, 0).astype(np.float32)
     calls = [
-        lambda: ops.partial_conv(x, grey, kernel),
-        lambda: ops.partial_conv([x, x], [mask, grey], np.tile(kernel, (1, 1, 2, 1))),
-        lambda: ops.update_mask(grey, (3, 3)),
-        lambda: ops.mask_coverage(grey, (3, 3)),
-        lambda: ops.composite(x, x, grey),
-        lambda: ops.check_mask(grey, x),
+        lambda: ops.partial_conv(x, gray, kernel),
+        lambda: ops.partial_conv([x, x], [mask, gray], np.tile(kernel, (1, 1, 2, 1))),
+        lambda: ops.update_mask(gray, (3, 3)),
+        lambda: ops.mask_coverage(gray, (3, 3)),
+        lambda: ops.composite(x, x, gray),
+        lambda: ops.check_mask(gray, x),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="mask must be binary.*binarize it first"):
@@ -723,7 +723,7 @@ def test_errors_of_update_mask(function, mask, size, message):
         function(mask, size)
 
 
-def test_composite_wants_one_shape():
+def test_composite_refuses_different_shapes():
     with pytest.raises(ValueError, match="output and target must have the same shape"):
         ops.composite(X, X[:1], M)
 

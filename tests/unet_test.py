@@ -32,7 +32,7 @@ PAPER = (
 
 
 def make_inputs(batch=2, size=16, seed=0, channels=3):
-    """Returns images and a mask with a square hole in each."""
+    """Make images and a mask with a square hole in each."""
     rng = np.random.default_rng(seed)
     images = rng.uniform(-1, 1, (batch, size, size, channels)).astype(np.float32)
     mask = np.ones((batch, size, size, 1), np.float32)
@@ -43,7 +43,7 @@ def make_inputs(batch=2, size=16, seed=0, channels=3):
 
 
 def make_model(**fields):
-    """Returns a small network, and variables in which no two numbers are alike."""
+    """Make a small network, and variables in which all numbers differ."""
     model = PConvUNet(**(dict(depth=2, width=4) | fields))
     variables = jax.eval_shape(model.init, jax.random.key(0), *make_inputs())
     rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def make_model(**fields):
 
 
 def shapes_of(size, **fields):
-    """Returns outputs and variables of a network, as shapes alone."""
+    """Compute the shapes of outputs and variables of a network."""
     arguments = jnp.zeros((1, *size, 3)), jnp.ones((1, *size, 1))
     return jax.eval_shape(
         PConvUNet(**fields).init_with_output, jax.random.key(0), *arguments
@@ -77,7 +77,7 @@ def count(tree, name):
 
 
 def golden_variables(name):
-    """Returns the weights of the other network under our names."""
+    """Rename the weights of the other network to our names."""
     params, stats = {}, {}
     shapes = [
         (n, shape)
@@ -90,8 +90,8 @@ def golden_variables(name):
         ).groups()
         number = int(level) if side == "enc" else 15 - int(level)
         if kind == "conv":
-            # The kernels of naoto0804 are larger by C_in * kh * kw, which importing
-            # them would undo.
+            # The kernels of naoto0804 are larger by C_in * kh * kw, which an import
+            # undoes.
             leaf = {"weight": "kernel", "bias": "bias"}[leaf]
             array = array.transpose(2, 3, 1, 0) if leaf == "kernel" else array
             params.setdefault(f"pconv{number}", {})[leaf] = array
@@ -177,7 +177,7 @@ def test_parameters_of_seven_levels_are_those_of_the_other_networks():
 
 def test_parameters_of_half_the_width():
     _, variables = shapes_of((256, 256), width=32)
-    # All channels are halved, but for the image's.
+    # All channels are halved except those of the image.
     halved = [
         size**2
         * (channels if i == 1 else (channels + 3 * (i == 16)) // 2)
@@ -219,7 +219,7 @@ def test_properties():
 
 
 def test_depths_at_which_holes_are_closed():
-    # One axis is enough: a window sees a square hole alone if it does on each axis.
+    # One axis is enough: a window sees only a square hole if it does so on each axis.
     length, widths = 2048, (7, 15, 31, 47, 79, 143, 271, 527)
     starts = length // 2 + np.arange(256)[:, None]
     x = np.arange(length)[None]
@@ -230,7 +230,7 @@ def test_depths_at_which_holes_are_closed():
             for stage in unet.paper_stages()[0][:level]:
                 k = stage.kernel_size
                 mask = ops.update_mask(mask, (k,), strides=2, padding=k // 2)
-            # Wherever a narrower one lies it is closed; this one somewhere is not.
+            # Narrower holes are closed at all positions; this one is not at some.
             assert bool(mask.all()) == closed, (level, hole)
 
 
@@ -284,7 +284,7 @@ def test_hole_contents_change_nothing(conv):
         chex.assert_trees_all_equal(actual, expected)
 
 
-def test_masks_of_any_type_and_of_each_channel():
+def test_masks_of_any_dtype_and_for_each_channel():
     model, variables = make_model()
     images, mask = make_inputs()
     apply = jax.jit(model.apply)
@@ -312,7 +312,7 @@ def test_all_hole_gives_zeros():
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("train", "freeze"))
 def apply_and_capture(model, variables, images, mask, *, train, freeze=False):
-    """Returns the output, and what every submodule returned."""
+    """Apply a network; return the output and the outputs of all submodules."""
     return model.apply(
         variables,
         images,
@@ -333,7 +333,7 @@ def test_batch_normalization_in_training():
         state["batch_stats"],
         state["intermediates"],
     )
-    for name in ("bn2", "bn3"):  # Of the encoder and of the decoder.
+    for name in ("bn2", "bn3"):  # One of the encoder and one of the decoder.
         x = seen[name.replace("bn", "pconv")]["__call__"][0][0]
         mean, var = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
         for key, value in (("mean", mean), ("var", var)):
@@ -364,7 +364,7 @@ def test_frozen_encoder_norms_use_their_running_statistics():
         else:
             for key in ("mean", "var"):
                 assert np.abs(new[name][key] - old[name][key]).min() > 0
-    # Outside of training the flag says nothing.
+    # Outside of training the flag has no effect.
     chex.assert_trees_all_equal(apply(train=False, freeze=True), apply(train=False))
 
 
@@ -408,7 +408,7 @@ def test_statistics_are_shared_by_devices():
     chex.assert_trees_all_close(sharded_gradients, gradients, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_is_for_the_computation_alone():
+def test_bfloat16_affects_only_the_computation():
     model, variables = make_model()
     images, mask = make_inputs()
     half = PConvUNet(depth=2, width=4, dtype=jnp.bfloat16)
@@ -428,7 +428,7 @@ def test_bfloat16_is_for_the_computation_alone():
 
 
 @pytest.mark.parametrize("conv", ["partial", "standard"])
-def test_types_and_precision_reach_every_layer(conv):
+def test_dtypes_and_precision_reach_every_layer(conv):
     model = PConvUNet(
         depth=2,
         width=4,
@@ -449,10 +449,10 @@ def test_types_and_precision_reach_every_layer(conv):
         if name != "__call__":
             assert jax.tree.leaves(output)[0].dtype == jnp.bfloat16, name
     lowered = jax.jit(model.apply).lower(variables, *make_inputs()).as_text()
-    # Of maps smaller than the kernel, they are matrix products.
+    # For maps smaller than the kernel, they are matrix products.
     kinds = ("stablehlo.convolution", "stablehlo.dot_general")
     convolutions = sum(lowered.count(kind) for kind in kinds)
-    # A decoder's stage of partial convolution has one for each of its two sources.
+    # A decoder stage of partial convolution has one for each of its two inputs.
     assert convolutions == (6 if conv == "partial" else 4)
     precisions = (
         "precision HIGHEST>, #stablehlo<precision HI",
@@ -470,14 +470,14 @@ def test_standard_convolutions_see_the_mask_and_output_valid_pixels():
     assert params["pconv1"]["kernel"].shape == (7, 7, 4, 4)
     assert params["pconv4"]["kernel"].shape == (3, 3, 4 + 4, 3)
     images, mask = make_inputs()
-    images *= mask  # So that the mask is all that differs.
+    images *= mask  # Only the mask differs.
     y, new_mask = model.apply(variables, images, mask)
     other, _ = model.apply(variables, images, np.ones_like(mask))
     np.testing.assert_array_equal(new_mask, np.ones_like(mask))
     assert np.abs(y - other).max() > 1e-3
 
 
-def test_stages_of_ones_own():
+def test_custom_stages():
     stages = (
         [Stage(4, 5, negative_slope=0.1), Stage(6, 3, padding="REFLECT")],
         [Stage(5, 1, batch_norm=False), Stage(2, 3, False, None, "CIRCULAR")],
@@ -580,21 +580,21 @@ def test_any_number_of_images(conv):
     assert output.shape == (0, 16, 16, 3)
 
 
-def test_float64_is_not_what_float32_becomes_by_a_normalization():
+def test_normalization_does_not_promote_float32_to_float64():
     model, variables = make_model(normalization=((0.5,), (0.5,)))
     with jax.enable_x64(True):
         output, _ = jax.eval_shape(model.apply, variables, *make_inputs())
     assert output.dtype == jnp.float32
 
 
-def test_a_grey_mask_is_refused():
+def test_a_gray_mask_is_refused():
     model, variables = make_model()
     images, mask = make_inputs()
     with pytest.raises(ValueError, match="mask must be binary"):
         model.apply(variables, images, mask * 0.5)
 
 
-def test_training_wants_more_than_one_value_to_normalize_by():
+def test_training_needs_more_than_one_value_per_channel():
     model, variables = make_model()
     train = functools.partial(model.apply, train=True, mutable="batch_stats")
     with pytest.raises(ValueError, match="1 x 1 pixels of a batch of 1 .*larger batch"):

@@ -37,7 +37,7 @@ def test_parameters_and_maps(network, channels):
 
 
 def identity_params(network):
-    """Returns parameters by which every convolution copies its first channels."""
+    """Make parameters such that every convolution copies its first channels."""
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes["params"])
     for layer in params.values():
@@ -59,7 +59,7 @@ def test_identity_convolutions_leave_normalization_rectifier_and_pooling(
 ):
     images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3))
     images = images.astype(np.float32)
-    # ImageNet's, as torchvision has them.
+    # ImageNet's, as in torchvision.
     normalized = (images / 2 + 0.5 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     pool = np.maximum(normalized, 0)
     for actual in features(identity_params(network), images):
@@ -79,7 +79,7 @@ def test_convolutions_pad_by_zeros_after_the_normalization():
     }
     (pool,) = network.apply({"params": params}, np.ones((1, 6, 6, 3)))
     white = ((1 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]).sum()
-    # Every pooling takes in one window that lies inside of the image.
+    # Every pooling has one window that lies inside the image.
     np.testing.assert_allclose(
         pool, np.full((1, 3, 3, 64), 9 * white + 0.25), rtol=1e-5
     )
@@ -119,7 +119,7 @@ def test_gradient_of_pooling_is_that_of_the_maximum():
         jax.vjp(f, x) for f in (vgg._max_pool, maximum)
     )
     np.testing.assert_array_equal(y, expected)
-    # Where several pixels are the largest, and there are such, they share alike.
+    # Equal largest pixels, which do occur here, share the gradient equally.
     np.testing.assert_array_equal(
         pull_back(jnp.cos(y))[0], expected_pull_back(jnp.cos(y))[0]
     )

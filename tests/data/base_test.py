@@ -84,7 +84,7 @@ def test_applies_exif_orientation(file_format, orientation):
 @pytest.mark.parametrize("kind", ["JPEG", "progressive", "PNG", "WEBP", "BMP", "TIFF"])
 def test_truncated_image_is_unreadable(kind, part, capfd):
     options = {"progressive": True} if kind == "progressive" else {}
-    # So large that libpng would print a line.
+    # Large enough that libpng would print a line.
     content = encode(photo(400, 600), kind.replace("progressive", "JPEG"), **options)
     decode_image(content, "whole")
     pipeline._set_up_opencv()

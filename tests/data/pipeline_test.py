@@ -36,7 +36,7 @@ class Flat(ImageSource):
 
 
 class Gradient(Flat):
-    """Red is the column, green the row."""
+    """Red is the column, green is the row, blue is the index."""
 
     def read(self, index):
         if index in self.bad:
@@ -234,7 +234,7 @@ def test_unreadable_images_are_skipped_named_and_counted(tmp_path, caplog):
     bad = {str(tmp_path / "07.png"), str(tmp_path / "08.png")}
     with caplog.at_level(logging.WARNING):
         batches = pipeline.train_batches(source, batch_size=8, image_size=16, seed=0)
-        for _ in range(15):  # three epochs
+        for _ in range(15):  # Three epochs.
             assert next(batches)["image"].shape == (8, 16, 16, 3)
         batches.close()
     assert set(batches.unreadable) == bad and len(batches.unreadable) == 2

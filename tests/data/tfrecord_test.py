@@ -16,7 +16,7 @@ from tests.helpers.images import encode, photo
 
 
 class TinyPhotos(tfds.core.GeneratorBasedBuilder):
-    """Made by tests."""
+    """A data set with two image features."""
 
     VERSION = tfds.core.Version("1.0.0")
     SIZES = {"train": 7, "validation": 3}
@@ -75,7 +75,7 @@ def array_record_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tfrecord_dir(array_record_dir, tmp_path_factory):
-    """The same set in TFRecord, which TFDS writes with TensorFlow alone."""
+    """The same data set as TFRecord, which TFDS can only write with TensorFlow."""
     assert crc32c(b"123456789") == 0xE3069283
     folder = tmp_path_factory.mktemp("tfrecord")
     origin = array_record_dir / "tiny_photos" / "1.0.0"

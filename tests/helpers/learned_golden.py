@@ -1,8 +1,8 @@
-"""Makes testdata/learned_metrics.npz: what the lpips and pytorch-fid projects compute.
+"""Make testdata/learned_metrics.npz: outputs of the lpips and pytorch-fid projects.
 
-Run by hand, ``python tests/learned_golden.py``, where torch, torchvision, lpips==0.1.4
-and pytorch-fid==0.3.0 are installed; and by a test, where they are. All weights are of
-`reference.recipe_weights`, so nothing is downloaded.
+Run it by hand, ``python -m tests.helpers.learned_golden``, with torch, torchvision,
+lpips==0.1.4 and pytorch-fid==0.3.0 installed. A test runs it too if they are installed.
+All weights are from `reference.recipe_weights`, so nothing is downloaded.
 """
 
 import json
@@ -16,12 +16,12 @@ from tests.helpers import TESTDATA, reference
 PATH = TESTDATA / "learned_metrics.npz"
 SEEDS = {"alex": 1, "vgg": 2, "inception": 3}
 LPIPS_SHAPE = (2, 67, 78, 3)
-# Enlarged, and reduced.
+# One is enlarged, the other reduced.
 INCEPTION_SHAPES = ((2, 50, 67, 3), (1, 310, 340, 3))
 
 
-def pictures(shape, seed):
-    """Returns blots, of a colour of its own for each picture, in [0, 1]."""
+def make_images(shape, seed):
+    """Make images in [0, 1] of blots, each image with a color of its own."""
     rng = np.random.default_rng(seed)
     x = rng.normal(0, 3, shape)
     for axis in (1, 2):
@@ -31,19 +31,19 @@ def pictures(shape, seed):
 
 
 def pairs():
-    a = pictures(LPIPS_SHAPE, 0)
-    b = (0.7 * a + 0.3 * pictures(LPIPS_SHAPE, 1)).astype(np.float32)
+    a = make_images(LPIPS_SHAPE, 0)
+    b = (0.7 * a + 0.3 * make_images(LPIPS_SHAPE, 1)).astype(np.float32)
     b[0, 20:40, 30:60] = 0.5
     return a, b
 
 
 def recipe(name, shapes):
-    """Returns a network's weights by their names in its file."""
+    """Draw the weights of a network, by their names in its file."""
     weights = reference.recipe_weights(SEEDS[name], shapes)
     for key, array in weights.items():
-        if key.startswith("lin"):  # People's judgements made these positive.
+        if key.startswith("lin"):  # Trained heads are nonnegative.
             weights[key] = np.abs(array)
-        elif key.endswith("bn.weight"):  # Else little is left of the image.
+        elif key.endswith("bn.weight"):  # Otherwise little is left of the image.
             weights[key] = 1.5 * array
         elif key == "fc.weight":
             weights[key] = (array - 1) / 5
@@ -51,14 +51,14 @@ def recipe(name, shapes):
 
 
 def lpips_model(net):
-    """Returns the model of the lpips project, and the names and shapes of its files."""
+    """Make the model of the lpips project; also return its weights' names and shapes."""
     import lpips
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision renamed an argument.
         model = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
     model.eval().double()
-    # A slice keeps the numbers of torchvision's layers; a head is stored once.
+    # Slices keep the indices of torchvision's layers. Heads are stored once.
     files = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("net."):
@@ -90,7 +90,7 @@ def to_torch(images):
 
 
 def lpips_golden(net):
-    """Returns the distances at each depth, [5, N], and names and shapes of weights."""
+    """Compute the distances at each depth, [5, N]; also return the weights' shapes."""
     import torch
 
     model, files = lpips_model(net)
@@ -105,7 +105,7 @@ def lpips_golden(net):
 
 
 def inception_golden():
-    """Returns features and logits of all images, and names and shapes of weights."""
+    """Compute features and logits of all images; also return the weights' shapes."""
     import torch
     from pytorch_fid import inception
     from torchvision.models import Inception3
@@ -124,7 +124,7 @@ def inception_golden():
     features, logits = [], []
     with torch.no_grad():
         for seed, shape in enumerate(INCEPTION_SHAPES):
-            x = model(to_torch(pictures(shape, seed)))[0][:, :, 0, 0]
+            x = model(to_torch(make_images(shape, seed)))[0][:, :, 0, 0]
             features.append(x.numpy())
             logits.append((network.fc(x) - network.fc.bias).numpy())
     return np.concatenate(features), np.concatenate(logits), shapes

@@ -1,6 +1,6 @@
-"""What the tests compare with: loops over windows and pixels, NumPy float64.
+"""Reference implementations: loops over windows and pixels in NumPy float64.
 
-Written from the paper and without the library, slow and plain on purpose.
+Written from the paper, without the library. Slow and simple on purpose.
 """
 
 import itertools
@@ -20,9 +20,10 @@ def partial_conv(
     kernel_dilation=1,
     feature_group_count=1,
 ):
-    """Equations 1 and 2 of the paper for one input array and a mask of its shape.
+    """Compute equations 1 and 2 of the paper, for one input and a mask of its shape.
 
-    Returns the outputs and a mask of the same shape, i.e. a plane for each feature.
+    Returns:
+      The outputs and a mask of the same shape, i.e. one plane for each feature.
     """
     inputs, kernel = np.asarray(inputs, np.float64), np.asarray(kernel, np.float64)
     mask = np.broadcast_to(np.asarray(mask, bool), inputs.shape)
@@ -66,7 +67,7 @@ def partial_conv(
 
 
 def _taps(length, size, stride, padding, dilation):
-    """Returns, for each output of one axis, the inputs it sees; None is padding."""
+    """List the inputs that each output of one axis sees; None is padding."""
     extent = (size - 1) * dilation + 1
     if padding == "VALID":
         low = high = 0
@@ -96,7 +97,7 @@ def _taps(length, size, stride, padding, dilation):
 
 
 def total_variation(comp, mask):
-    """L_tv of one image ``[H, W, C]``, mask ``[H, W]``, pair by pair."""
+    """Compute L_tv of one image ``[H, W, C]``, mask ``[H, W]``, pair by pair."""
     height, width = mask.shape
 
     def in_region(y, x):
@@ -115,11 +116,14 @@ def total_variation(comp, mask):
 
 
 def recipe_weights(seed, shapes):
-    """Returns the weights that golden arrays were made with: see testdata/README.md.
+    """Draw the weights of the golden arrays; see testdata/README.md.
 
     Args:
-      seed: of the case.
-      shapes: pairs of a PyTorch name and a shape.
+      seed: Seed of the case.
+      shapes: Pairs of a PyTorch name and a shape.
+
+    Returns:
+      Arrays by name.
     """
     weights = {}
     for name, shape in shapes:

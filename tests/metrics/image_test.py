@@ -23,7 +23,7 @@ def images(shape=(3, 24, 31, 3), seed=0):
 
 
 def photos():
-    """A photo against blurred, noisy, and locally flattened versions of itself."""
+    """Pair a photo with blurred, noisy and locally flattened versions of it."""
     a = skimage.data.astronaut()[:200, 100:260].astype(np.float32) / 255
     noisy = np.clip(a + np.random.default_rng(0).normal(0, 0.05, a.shape), 0, 1)
     blurred = (a + np.roll(a, 1, 0) + np.roll(a, 1, 1)) / 3
@@ -81,7 +81,7 @@ def test_closed_forms():
     b = np.stack([a[0] + 0.1, a[0] + 1])
     np.testing.assert_allclose(metrics.l1(a, b), [0.1, 1], rtol=1e-5)
     np.testing.assert_allclose(metrics.psnr(a, b), [20, 0], atol=1e-4)
-    # Flat images differ in luminance alone: c1 / (x^2 + c1).
+    # Flat images differ in luminance only: c1 / (x^2 + c1).
     expected = [1e-4 / (0.01 + 1e-4), 1e-4 / (1 + 1e-4)]
     np.testing.assert_allclose(metrics.ssim(a, b), expected, atol=1e-6)
 
@@ -105,7 +105,7 @@ def test_ssim_has_finite_gradients_on_flat_images():
     chex.assert_tree_all_finite(gradient)
 
 
-def test_l1_hole_looks_at_holes_alone():
+def test_l1_hole_uses_holes_only():
     a, b = images()
     mask = np.ones((3, 24, 31, 1), np.float32)
     mask[0, 3:9, 4:20] = 0

@@ -49,7 +49,7 @@ def weights(name):
 
 
 def lpips_files(net, folder):
-    """Writes the files of torchvision and of the lpips project, in their forms."""
+    """Write files in the formats of torchvision and of the lpips project."""
     arrays = weights(net)
     heads = {name: a for name, a in arrays.items() if name.startswith("lin")}
     trunk = {name: a for name, a in arrays.items() if name not in heads}
@@ -102,7 +102,7 @@ def test_lpips_is_zero_for_equal_images_and_symmetric(lpips_params):
     there, back = compiled_distance(params, a, b), compiled_distance(params, b, a)
     np.testing.assert_allclose(there, back, rtol=1e-6)
     assert (there > 0).all()
-    assert there[0] > there[1]  # A part of the former is grey.
+    assert there[0] > there[1]  # A part of the former is gray.
 
 
 def test_lpips_has_finite_gradients_where_no_feature_is_active():
@@ -195,7 +195,7 @@ def inception_params(tmp_path_factory, fast_compilation):
 
 def test_inception_equals_pytorch_fid(inception_params):
     outputs = [
-        compiled_inception(inception_params, learned_golden.pictures(shape, seed))
+        compiled_inception(inception_params, learned_golden.make_images(shape, seed))
         for seed, shape in enumerate(learned_golden.INCEPTION_SHAPES)
     ]
     for actual, name in zip(zip(*outputs, strict=True), ("features", "logits")):
@@ -235,7 +235,7 @@ def test_inception_names_what_is_wrong_in_the_files_own_words(tmp_path, monkeypa
 
 
 def gaussian(n, mean, covariance, seed=0):
-    """Returns samples that have exactly the mean and the covariance."""
+    """Make samples with exactly this mean and covariance."""
     x = np.random.default_rng(seed).standard_normal((n, len(mean)))
     x = np.linalg.qr(x - x.mean(axis=0))[0] * np.sqrt(n - 1)
     return x @ np.linalg.cholesky(covariance).T + mean
@@ -252,7 +252,7 @@ def test_frechet_distance_of_gaussians():
     b = gaussian(80, np.array([3.0, 1, -2]), np.diag([4.0, 4, 25]), seed=1)
     expected = 25 + 1 + 0 + 4
     np.testing.assert_allclose(inception.frechet_distance(a, b), expected, rtol=1e-12)
-    # Equal covariances: the means' distance is all.
+    # Equal covariances: only the distance of the means remains.
     c = covariance(7, 0)
     a, b = gaussian(30, np.zeros(7), c), gaussian(40, np.ones(7), c, seed=1)
     np.testing.assert_allclose(inception.frechet_distance(a, b), 7, rtol=1e-12)
@@ -283,7 +283,7 @@ def test_frechet_distance_of_fewer_samples_than_features(caplog):
         actual = inception.frechet_distance(a, b)
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
     assert "10 samples of 40 features" in caplog.text
-    # The same samples, turned and moved, are as far from each other.
+    # Rotating and moving both sets does not change the distance.
     turn = np.linalg.qr(rng.standard_normal((40, 40)))[0]
     moved = inception.frechet_distance(a @ turn + 5, b @ turn + 5)
     np.testing.assert_allclose(moved, actual, rtol=1e-7)
@@ -311,12 +311,12 @@ def test_frechet_distance_refuses(a, b, match):
 
 
 def test_inception_score_closed_forms():
-    # Nothing known of any image; and each image sure, of k classes.
+    # No information on any image; and each image certain, among k classes.
     np.testing.assert_allclose(inception.inception_score(np.ones((40, 9))), (1, 0))
     for k in (2, 8):
         sure = np.tile(1000 * np.eye(8)[:k], (10, 1))
         np.testing.assert_allclose(inception.inception_score(sure), (k, 0), atol=1e-9)
-    # Half sure of its own class, else of one that all share.
+    # Half the probability for a class of its own, half for one that all share.
     p = np.array([[0.5, 0, 0.5], [0, 0.5, 0.5]]).clip(1e-300)
     score = inception.inception_score(np.log(p), splits=1)
     np.testing.assert_allclose(score, (2**0.5, 0), rtol=1e-12)
@@ -342,7 +342,7 @@ def test_inception_score_refuses():
             inception.inception_score(logits, splits=splits)
 
 
-# Where weights are looked for.
+# Locations of weights.
 
 
 def find_published(address, name="weights.pth"):
@@ -399,7 +399,7 @@ for load in loads:
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=ROOT,
-        # A proxy that is not there, lest tests download.
+        # A missing proxy, so that tests download nothing.
         env=os.environ | {"https_proxy": "http://127.0.0.1:9"},
         capture_output=True,
         text=True,
@@ -417,7 +417,7 @@ for load in loads:
             assert f" and put it here as {tmp_path / 'cache' / name}, or name" in line
 
 
-# The other projects themselves, where they are installed.
+# The other projects, if they are installed.
 
 
 def test_golden_arrays_are_what_the_other_projects_compute():
@@ -438,7 +438,7 @@ def test_the_trained_heads_of_the_lpips_project(net, tmp_path, monkeypatch):
     folder = pathlib.Path(pytest.importorskip("lpips").__file__).parent
     heads = folder / "weights" / "v0.1" / f"{net}.pth"
     (tmp_path / "cache").mkdir()
-    target = lpips_weights._PUBLISHED[net][0].name  # Which has their hash.
+    target = lpips_weights._PUBLISHED[net][0].name  # It contains the hash of the file.
     (tmp_path / "cache" / target).write_bytes(heads.read_bytes())
     monkeypatch.setenv(VARIABLES[net][0], str(lpips_files(net, tmp_path)[0]))
     params = load_lpips_params(net)
