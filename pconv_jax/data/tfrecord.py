@@ -89,7 +89,7 @@ def _open_builder(
         raise UserError(
             f"name: the data set {name!r} is not prepared in "
             f"{place or '~/tensorflow_datasets'}. To prepare it, once:\n"
-            "  pip install 'pconv-jax[tfds-prepare]'\n"
+            "  pip install tensorflow-cpu importlib-resources\n"
             '  python -c "import tensorflow_datasets as tfds; '
             f"tfds.builder({name!r}, data_dir={place!r}, "
             "file_format='array_record').download_and_prepare()\""

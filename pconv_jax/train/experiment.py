@@ -141,7 +141,7 @@ class Experiment:
         if settings.masks.folder:
             mask_folder = MaskFolder(
                 settings.masks.folder,
-                hole=settings.masks.hole_color,
+                hole_color=settings.masks.hole_color,
                 hole_ratio=settings.masks.hole_ratio,
             )
         return pipeline.train_batches(

@@ -158,7 +158,7 @@ def test_tfds_needs_to_know_the_feature():
 def test_tfds_says_how_to_prepare_and_it_works(tmp_path):
     with pytest.raises(UserError, match="is not prepared") as error:
         tfrecord.TFDSSource("tiny_photos", "train", tmp_path)
-    assert "pip install 'pconv-jax[tfds-prepare]'" in str(error.value)
+    assert "pip install tensorflow-cpu importlib-resources" in str(error.value)
     command = re.search(r'python -c "(.*)"', str(error.value))[1]
     tfds.disable_progress_bar()
     exec(command, {})

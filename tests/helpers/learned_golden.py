@@ -51,7 +51,7 @@ def recipe(name, shapes):
 
 
 def lpips_model(net):
-    """Make the model of the lpips project; also return its weights and their shapes."""
+    """Make the model of the lpips project, and list its weights in its files."""
     import lpips
 
     with warnings.catch_warnings():
