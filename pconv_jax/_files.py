@@ -34,11 +34,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield partial
         with _write_errors(path):
-            _sync(partial)
+            _sync(partial, os.O_RDWR)
             partial.replace(path)
         # The rename is already done. Some file systems cannot sync a folder.
         with contextlib.suppress(OSError):
-            _sync(path.parent)
+            _sync(path.parent, os.O_RDONLY)
     finally:
         # An error here, such as a file above the folder, would hide the one before it.
         with contextlib.suppress(OSError):
@@ -63,9 +63,9 @@ def _write_errors(path: Path) -> Iterator[None]:
         raise RunError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, flags: int) -> None:
     """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
