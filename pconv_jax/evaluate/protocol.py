@@ -136,7 +136,7 @@ class EvalSet:
         else:
             kind = {
                 "kind": "mask pictures, by turns, resized by nearest neighbours",
-                "hole": self._folder.hole,
+                "hole": self._folder.hole_color,
                 "files": {class_name(*c): len(f) for c, f in self._files.items()},
             }
         return {
@@ -179,7 +179,7 @@ class EvalSet:
             raise ValueError(
                 f"masks: none of the {len(self._folder)} masks in {place} has a hole "
                 "ratio of over 1 % and up to 60 %; are their holes "
-                f"{self._folder.hole}, as was said?"
+                f"{self._folder.hole_color}, as was said?"
             )
         if empty:
             self.left_out.append(
