@@ -3,7 +3,7 @@
 TFDS prepares it from ``data512x512.tar``, which has to be made by hand as its catalog
 says, and put into ``~/tensorflow_datasets/downloads/manual``:
 
-    pip install 'pconv-jax[tfds-prepare]'
+    pip install tensorflow-cpu importlib-resources
     python -c "import tensorflow_datasets as tfds; tfds.builder('celeb_a_hq/512',
         file_format='array_record').download_and_prepare()"
     python train.py --config configs/celeba_hq.py

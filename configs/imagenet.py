@@ -3,7 +3,7 @@
 TFDS prepares it from the two archives of the original, which have to be downloaded by
 hand into ``~/tensorflow_datasets/downloads/manual``:
 
-    pip install 'pconv-jax[tfds-prepare]'
+    pip install tensorflow-cpu importlib-resources
     python -c "import tensorflow_datasets as tfds; tfds.builder('imagenet2012',
         file_format='array_record').download_and_prepare()"
     python train.py --config configs/imagenet.py

@@ -3,7 +3,7 @@
 It has 1.8 million pictures of 256 x 256, so crops are of that size and the network has
 7 levels; the paper's are of 512 x 512. To get the data, once (29 GB, and TensorFlow):
 
-    pip install 'pconv-jax[tfds-prepare]'
+    pip install tensorflow-cpu importlib-resources
     python -c "import tensorflow_datasets as tfds; tfds.builder('places365_small',
         file_format='array_record').download_and_prepare()"
     python train.py --config configs/places2.py
