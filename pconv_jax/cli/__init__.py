@@ -1,4 +1,8 @@
-"""The command ``pconv``: one module for each of its commands."""
+"""The command ``pconv``: one module for each of its commands.
+
+A command's module declares its arguments in `add`. It imports what it needs to run only
+when it runs, so that ``--help`` and ``--version`` are fast.
+"""
 
 import argparse
 import sys
@@ -8,16 +12,19 @@ from pconv_jax import __version__
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.cli import config_options, convert, demo, eval, inpaint, masks, train
 
-# Each has `add`, which adds its parser, and sets the function that runs the command.
+# Each has a function `add`, which adds its parser, and sets `run` as its default.
 _COMMANDS = (inpaint, demo, train, eval, convert, masks)
 
 
 def main(argv: Sequence[str] | None = None, *, program: str = "pconv") -> None:
-    """Runs the command.
+    """Run the command.
+
+    User errors and run errors become one sentence. All other exceptions are bugs, and
+    keep their traceback.
 
     Args:
-      argv: Arguments. None takes those of the process.
-      program: Name of the program in front of an error.
+      argv: Arguments. By default those of the process.
+      program: Name of the program in front of an error. By default pconv.
     """
     parser = argparse.ArgumentParser(
         prog="pconv", description="Image inpainting with partial convolutions."
@@ -31,9 +38,9 @@ def main(argv: Sequence[str] | None = None, *, program: str = "pconv") -> None:
         sys.exit(f"{program}: {config_options.explain_unknown(unknown[0])}")
     try:
         arguments.run(arguments)
-    except BrokenPipeError:  # Whoever read the output has seen enough.
+    except BrokenPipeError:  # The reader of the output, such as `head`, has ended.
         sys.stderr.close()
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted.")
-    except (OSError, ValueError, UserError, RunError) as error:
+    except (RunError, UserError) as error:
         sys.exit(f"{program}: {error}")

@@ -2,5 +2,5 @@
 
 from pconv_jax import cli
 
-if __name__ == "__main__":  # Not where workers of a pipeline import it.
+if __name__ == "__main__":  # Worker processes import this module, too.
     cli.main()

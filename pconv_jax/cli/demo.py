@@ -1,4 +1,4 @@
-"""``pconv demo``: a page in the browser that repairs pictures."""
+"""``pconv demo``: repairs images in the browser."""
 
 import argparse
 import atexit
@@ -6,49 +6,48 @@ import os
 import shutil
 import signal
 import tempfile
-from typing import Any
 
-from pconv_jax.cli import inpaint
-from pconv_jax.inpaint.inpainter import Inpainter
+from pconv_jax.cli._options import Subparsers, add_weights
 
 
-def add(commands: Any) -> None:
-    """Adds the command to those of ``pconv``."""
+def add(commands: Subparsers) -> None:
+    """Add the command to those of ``pconv``."""
     command = commands.add_parser(
         "demo",
-        help="repair pictures in the browser",
+        help="repair images in the browser",
         description=(
-            "Serves a page on which to open a picture, paint over what is to be filled "
-            "and download the repaired one. It works without a network."
+            "Serves a web page where you open an image, paint over the area to fill, "
+            "and download the repaired image. It needs no connection."
         ),
     )
-    inpaint.add_network(command)
+    add_weights(command)
     command.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 lets others in (default: %(default)s)",
+        help="address to listen on; 0.0.0.0 lets other machines in (default: "
+        "%(default)s)",
     )
     command.add_argument(
-        "--port", type=int, default=7860, help="to listen on (default: %(default)s)"
+        "--port",
+        type=int,
+        default=7860,
+        help="port to listen on (default: %(default)s)",
     )
-    command.set_defaults(run=_demo)
+    command.set_defaults(run=_run)
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
     _use_temporary_folder()
-    try:
-        from pconv_jax.inpaint import page  # Gradio takes long to import.
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"the page takes {error.name}: pip install 'pconv-jax[demo]'."
-        ) from error
-    inpainter = Inpainter.from_pretrained(arguments.network)
+    from pconv_jax.inpaint import page  # Reads the folder when it is imported.
+    from pconv_jax.inpaint.inpainter import Inpainter
+
+    inpainter = Inpainter.from_pretrained(arguments.weights)
     page.launch(inpainter, host=arguments.host, port=arguments.port)
 
 
 def _use_temporary_folder() -> None:
-    """Has Gradio keep its files where none outlives the process."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # It ends as by Ctrl-C.
+    """Let Gradio keep its files in a folder that is deleted when the process ends."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ends like Ctrl-C.
     folder = tempfile.mkdtemp(prefix="pconv-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["GRADIO_TEMP_DIR"] = folder  # It is read when Gradio is imported.
+    os.environ["GRADIO_TEMP_DIR"] = folder

@@ -1,26 +1,21 @@
-"""``pconv inpaint``: repairs a picture, or a folder of pictures."""
+"""``pconv inpaint``: repairs an image, or a folder of images."""
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
-from pconv_jax.inpaint import image_io
-from pconv_jax.inpaint.hole import hole_from_color
-from pconv_jax.inpaint.inpainter import Inpainter
+from pconv_jax._errors import RunError, UserError
+from pconv_jax.cli._options import Subparsers, add_force, add_weights
+from pconv_jax.inpaint.formats import MAX_PIXELS, SUFFIXES, check_suffix
 
 _DESCRIPTION = """\
-Fills the hole of a picture. Only the hole changes: all other pixels come back as
-they were, in PNG, TIFF, WebP and BMP files bit for bit (of 16 bits a channel in PNG
-and TIFF files alone, of CMYK in TIFF files alone).
+Fills the hole of an image. Only the hole changes. PNG, TIFF, WebP and BMP files keep
+all other pixels exactly (16-bit channels only PNG and TIFF files, CMYK only TIFF
+files).
 
-WHITE IS WHAT IS FILLED in a picture of a mask, as in other tools. Without --mask and
---mask-color, it is what is transparent in the picture, or NaN in a .npy file.
+WHITE IS FILLED in a mask, as in other tools. Without --mask and --mask-color, the hole
+is where the image is transparent, or NaN in a .npy file.
 """
 
 _EXAMPLES = """\
@@ -31,52 +26,81 @@ examples:
 """
 
 
-def add(commands: Any) -> None:
-    """Adds the command to those of ``pconv``."""
+def add(commands: Subparsers) -> None:
+    """Add the command to those of ``pconv``."""
     command = commands.add_parser(
         "inpaint",
-        help="repair a picture, or a folder of pictures",
+        help="repair an image, or a folder of images",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = ", ".join(image_io.SUFFIXES)
+    _add_files(command)
+    _add_hole(command)
+    command.add_argument(
+        "--value-range",
+        metavar=("LOW", "HIGH"),
+        nargs=2,
+        type=float,
+        default=(0.0, 1.0),
+        help="range of floats in .npy and .tif files that are images (default: 0 1)",
+    )
+    command.add_argument(
+        "--raw",
+        action="store_true",
+        help="give the network floats as they are, for data that are not images",
+    )
+    command.set_defaults(run=_run)
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--image",
         metavar="PHOTO",
         type=Path,
         required=True,
-        help=f"the picture, or a folder of pictures ({kinds})",
+        help=f"the image, or a folder of images ({', '.join(SUFFIXES)})",
     )
     command.add_argument(
         "--output",
         metavar="OUT",
         type=Path,
         required=True,
-        help="the file to write, of any of these kinds; or the folder, where files "
-        "have the names of the pictures. A JPEG file cannot keep pixels bit for bit, "
-        "but one of a JPEG file is compressed alike, and changes next to nothing",
+        help="the file to write, of any of these kinds; or a folder, where files get "
+        "the names of the images. JPEG files do not keep pixels exactly, but an image "
+        "from a JPEG file is compressed in the same way, and changes very little",
     )
-    add_network(command)
-    hole = command.add_argument_group("what is filled")
+    add_weights(command)
+    add_force(command)
+    command.add_argument(
+        "--max-pixels",
+        metavar="N",
+        type=int,
+        default=MAX_PIXELS,
+        help="refuse larger images (default: %(default)s)",
+    )
+
+
+def _add_hole(command: argparse.ArgumentParser) -> None:
+    hole = command.add_argument_group("hole")
     source = hole.add_mutually_exclusive_group()
     source.add_argument(
         "--mask",
         type=Path,
-        help="picture that is white where to fill; or a folder, with a mask of the "
-        "same name, whatever its suffix, for each picture. One mask does for all",
+        help="an image that is white where to fill; or a folder, with a mask of the "
+        "same name, with any suffix, for each image. One mask is used for all images",
     )
     source.add_argument(
         "--mask-color",
         metavar="COLOR",
-        help="fill what is of this colour in the picture, e.g. '#ff00ff' or magenta",
+        help="fill where the image has this color, e.g. '#ff00ff' or magenta",
     )
     hole.add_argument(
         "--tolerance",
         metavar="N",
         type=int,
-        help="by how much of 255 red, green and blue may differ from --mask-color; "
-        "for pictures that were ever JPEG files some 30 (default: 0)",
+        help="largest difference of red, green and blue from --mask-color, of 255; "
+        "use about 30 for images that were ever JPEG files (default: 0)",
     )
     hole.add_argument(
         "--invert-mask", action="store_true", help="fill where the mask is black"
@@ -84,136 +108,111 @@ def add(commands: Any) -> None:
     hole.add_argument(
         "--resize-mask",
         action="store_true",
-        help="make masks of another size fit, by nearest neighbours",
+        help="resize masks of another size, by nearest neighbors",
     )
     hole.add_argument(
         "--dilate",
         metavar="N",
         type=int,
         default=0,
-        help="fill N pixels more all around, to be rid of a rim (default: 0)",
-    )
-    command.add_argument(
-        "--force", action="store_true", help="replace files that are there already"
-    )
-    command.add_argument(
-        "--max-pixels",
-        metavar="N",
-        type=int,
-        default=image_io.MAX_PIXELS,
-        help="refuse larger pictures (default: %(default)s)",
-    )
-    command.add_argument(
-        "--value-range",
-        metavar=("LOW", "HIGH"),
-        nargs=2,
-        type=float,
-        default=(0.0, 1.0),
-        help="of floats in .npy and .tif files that are pictures (default: 0 1)",
-    )
-    command.add_argument(
-        "--raw",
-        action="store_true",
-        help="give the network floats as they are: for data that is no picture",
-    )
-    command.set_defaults(run=_inpaint)
-
-
-def add_network(command: argparse.ArgumentParser) -> None:
-    """Adds the option that says which network to use."""
-    command.add_argument(
-        "--network",
-        metavar="FILE",
-        help="a .safetensors file, as 'pconv convert' makes of published checkpoints "
-        "and of runs; or a repository on the Hugging Face Hub, user/name. By default, "
-        "the one that comes with this package",
+        help="enlarge the hole by N pixels, to remove a rim (default: %(default)s)",
     )
 
 
-def _inpaint(arguments: argparse.Namespace) -> None:
-    if arguments.tolerance is not None and arguments.mask_color is None:
-        raise ValueError("--tolerance is of --mask-color: name one, or leave it out.")
-    if arguments.resize_mask and arguments.mask_color is not None:
-        raise ValueError("--resize-mask is of --mask, not of --mask-color.")
-    pairs = _pair(arguments.image, arguments.output)
+def _run(arguments: argparse.Namespace) -> None:
+    _check(arguments)
+    pairs = _pair_files(arguments.image, arguments.output)
+
+    from tqdm import tqdm
+
+    from pconv_jax.inpaint.files import repair_file
+    from pconv_jax.inpaint.inpainter import Inpainter
+
     inpainter = Inpainter.from_pretrained(
-        arguments.network,
+        arguments.weights,
         value_range=None if arguments.raw else tuple(arguments.value_range),
         max_pixels=arguments.max_pixels,
     )
-    if not arguments.image.is_dir():
-        (pair,) = pairs
-        return _repair(inpainter, *pair, arguments)
     failed = 0
-    for image, out in tqdm(pairs, unit=" pictures", dynamic_ncols=True, disable=None):
+    progress = tqdm(
+        pairs,
+        unit=" images",
+        dynamic_ncols=True,
+        disable=None if arguments.image.is_dir() else True,
+    )
+    for image, output in progress:
         try:
-            _repair(inpainter, image, out, arguments)
-        except ValueError as error:
+            messages = repair_file(
+                inpainter, image, output, **_repair_options(image, arguments)
+            )
+        except (RunError, UserError) as error:
+            if not arguments.image.is_dir():
+                raise
             failed += 1
-            _say(f"{image.name}: {error}")
+            messages = [str(error)]
+        for message in messages:
+            tqdm.write(f"pconv: {image.name}: {message}", file=sys.stderr)
     if failed:
-        raise ValueError(f"{failed} of {len(pairs)} pictures were not repaired.")
+        raise UserError(f"{failed} of {len(pairs)} images were not repaired.")
 
 
-def _pair(image: Path, output: Path) -> list[tuple[Path, Path]]:
-    """Returns the pictures, and for each the file to write."""
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.mask_color is None and arguments.tolerance is not None:
+        raise UserError("--tolerance requires --mask-color.")
+    if arguments.mask_color is not None and arguments.resize_mask:
+        raise UserError("--resize-mask requires --mask, and --mask-color is given.")
+
+
+def _pair_files(image: Path, output: Path) -> list[tuple[Path, Path]]:
+    """Find the images, and for each the file to write."""
     if not image.is_dir():
         output = output / image.name if output.is_dir() else output
-        image_io.check_suffix(output)
+        check_suffix(output)
         return [(image, output)]
     if output.exists() and not output.is_dir():
-        raise ValueError(
+        raise UserError(
             f"--output must be a folder where --image is one, but {output} is a file."
         )
-    found = _pictures_in(image)
+    found = _find_images(image)
     if not found:
-        raise ValueError(f"--image: there is no picture in the folder {image}.")
+        raise UserError(f"--image: there is no image in the folder {image}.")
     return [(path, output / path.name) for path in found]
 
 
-def _pictures_in(folder: Path) -> list[Path]:
-    return sorted(
+def _find_images(folder: Path) -> list[Path]:
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot read the folder {folder}: {reason}.") from error
+    return [
         path
-        for path in folder.iterdir()
-        if path.suffix.lower() in image_io.SUFFIXES and not path.name.startswith(".")
-    )
+        for path in files
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    ]
 
 
-def _repair(
-    inpainter: Inpainter, path: Path, out: Path, arguments: argparse.Namespace
-) -> None:
-    if out.exists() and not arguments.force:
-        raise ValueError(f"there is a file {out} already; --force replaces it.")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        picture = image_io.read(path, max_pixels=arguments.max_pixels)
-        image = inpainter(
-            picture.image,
-            _mask(path, picture.image, arguments),
-            invert_mask=arguments.invert_mask,
-            resize_mask=arguments.resize_mask,
-            dilate=arguments.dilate,
-        )
-        image_io.write(out, picture._replace(image=image))
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        _say(f"{path.name}: {message}")
+def _repair_options(image: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "mask": _find_mask(image, arguments.mask),
+        "mask_color": arguments.mask_color,
+        "tolerance": arguments.tolerance or 0,
+        "invert_mask": arguments.invert_mask,
+        "resize_mask": arguments.resize_mask,
+        "dilate": arguments.dilate,
+        "max_pixels": arguments.max_pixels,
+        "force": arguments.force,
+    }
 
 
-def _mask(
-    path: Path, image: Image.Image | np.ndarray, arguments: argparse.Namespace
-) -> Any:
-    if arguments.mask_color is not None:
-        color, tolerance = arguments.mask_color, arguments.tolerance or 0
-        return hole_from_color(image, color, tolerance=tolerance)
-    mask = arguments.mask
+def _find_mask(image: Path, mask: Path | None) -> Path | None:
+    """Find an image's mask in a folder, if `mask` is one."""
     if mask is None or not mask.is_dir():
         return mask
-    masks = [m for m in _pictures_in(mask) if m.stem == path.stem]
-    if len(masks) != 1:
-        found = ", ".join(m.name for m in masks) or "none"
-        raise ValueError(f"it takes one mask {path.stem}.* in {mask}; found: {found}.")
-    return masks[0]
-
-
-def _say(message: str) -> None:
-    tqdm.write(f"pconv: {message}", file=sys.stderr)
+    found = [path for path in _find_images(mask) if path.stem == image.stem]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(
+            f"there must be one mask {image.stem}.* in {mask}; found: {names}."
+        )
+    return found[0]

@@ -1,4 +1,7 @@
-"""Holes: which pixels of a picture to fill, from masks, transparency or a color."""
+"""Holes: the pixels of an image to fill, from a mask, transparency or a color.
+
+A hole is a bool array ``[H, W]``, True where the image is filled.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -7,104 +10,122 @@ import cv2
 import numpy as np
 from PIL import Image, ImageColor
 
-from pconv_jax.inpaint.image_io import _alpha, _array_of, _as_fraction
+from pconv_jax._errors import UserError
+from pconv_jax.inpaint.image_io import alpha_of, as_array
+from pconv_jax.inpaint.values import to_fraction
 
 
 def hole_from_mask(
     mask: Image.Image | np.ndarray, *, invert: bool = False
 ) -> np.ndarray:
-    """Returns the hole that a mask tells of: **white, 255, 1 or True: fill this**.
+    """Convert a mask image to a hole: **white, 255, 1 or True is filled**.
 
     Args:
-      mask: ``[H, W]``, or ``[H, W, C]`` with C = 1, 2, 3 or 4, or a Pillow image of
-        any mode. Of colours counts the brightest channel. Where it has transparency,
-        what is transparent is not to be filled; and if one colour is all that it shows,
-        as where a layer was painted on, then all that is not transparent is.
-      invert: whether black, 0 or False are to be filled instead.
+      mask: ``[H, W]``, or ``[H, W, C]`` with C = 1, 2, 3 or 4, or a Pillow image of any
+        mode. Of several colors, the brightest channel counts. Transparent pixels are
+        not filled. If all visible pixels have one color, as in a painted layer, every
+        visible pixel is filled.
+      invert: Whether black, 0 or False is filled instead. By default False.
 
     Returns:
-      Bool ``[H, W]``. Values between black and white are taken as the nearer of both,
-      and a warning tells so.
+      Bool ``[H, W]``. Gray values are rounded to black or white, with a warning.
 
     Raises:
-      ValueError: if it is not such an array.
+      UserError: If the mask has another shape, or values outside its range.
     """
-    array = _array_of(mask)
+    array = as_array(mask)
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (2,), (3,), (4,)):
-        raise ValueError(
+        raise UserError(
             "mask must be of shape [H, W] or [H, W, C] with C = 1, 2, 3 or 4, got "
             f"{list(array.shape)}."
         )
-    if np.issubdtype(array.dtype, np.integer):
-        most = array.max(initial=0)
-        if most <= 1:
-            array = array > 0
-        elif most <= 255 and array.dtype == np.uint16:
-            array = array.astype(np.uint8)
-    grey = _as_fraction(array.reshape(*array.shape[:2], -1))
-    if grey.min(initial=0) < 0 or grey.max(initial=0) > 1:
-        raise ValueError(
-            "mask must be of integers, 0 or 1 or up to 255, of bools, or of floats in "
-            f"[0, 1], got {array.dtype} from {array.min()} to {array.max()}."
-        )
-    alpha = np.ones(grey.shape[:2], np.float32)
-    if grey.shape[2] in (2, 4):
-        alpha, grey = grey[..., -1], grey[..., :-1]
-    shown = grey[alpha > 0.5]
-    painted = (alpha <= 0.5).any() and shown.size and np.all(shown == shown[0])
-    white = alpha if painted else grey.max(axis=-1) * alpha
+    gray = _to_gray(array.reshape(*array.shape[:2], -1))
+    alpha = np.ones(gray.shape[:2], np.float32)
+    if gray.shape[2] in (2, 4):
+        alpha, gray = gray[..., -1], gray[..., :-1]
+    visible = gray[alpha > 0.5]
+    painted = (alpha <= 0.5).any() and visible.size and np.all(visible == visible[0])
+    white = alpha if painted else gray.max(axis=-1) * alpha
     between = np.mean((white > 0) & (white < 1))
     if between:
         warnings.warn(
             f"{between:.1%} of the mask's pixels are neither black nor white; they are "
-            "taken as the nearer of both. If the mask's edge leaves a rim, dilate it.",
+            "rounded to the nearer of both. If a rim is left at the mask's edge, use "
+            "dilate.",
             stacklevel=2,
         )
     return (white > 0.5) != invert
 
 
+def _to_gray(mask: np.ndarray) -> np.ndarray:
+    """Convert a mask's values to float32 in [0, 1]."""
+    array = mask
+    if np.issubdtype(array.dtype, np.integer):
+        largest = array.max(initial=0)
+        if largest <= 1:
+            array = array > 0
+        elif largest <= 255 and array.dtype == np.uint16:
+            array = array.astype(np.uint8)
+    gray = to_fraction(array)
+    if gray.min(initial=0) < 0 or gray.max(initial=0) > 1:
+        raise UserError(
+            "mask must be of integers, 0 or 1 or up to 255, of bools, or of floats in "
+            f"[0, 1], got {mask.dtype} from {mask.min()} to {mask.max()}."
+        )
+    return gray
+
+
 def hole_from_alpha(alpha: np.ndarray) -> np.ndarray:
-    """Returns where an alpha channel ``[H, W]`` is more transparent than not."""
-    return _as_fraction(alpha) <= 0.5
+    """Find where an alpha channel ``[H, W]`` is more transparent than opaque."""
+    return to_fraction(alpha) <= 0.5
 
 
 def hole_from_color(
     image: Image.Image | np.ndarray, color: str, *, tolerance: int = 0
 ) -> np.ndarray:
-    """Returns where a picture is of a colour.
+    """Find where an image has a color.
 
     Args:
-      image: the picture.
-      color: as CSS has them: ``'#ff00ff'``, ``'magenta'``.
-      tolerance: by how much each of red, green and blue may differ, of 255. Where the
-        picture was ever a JPEG file, 0 finds little.
+      image: The image.
+      color: CSS color: ``'#ff00ff'``, ``'magenta'``.
+      tolerance: Largest difference of each of red, green and blue, in units of 1/255.
+        The default 0 finds little if the image was ever a JPEG file.
+
+    Returns:
+      Bool ``[H, W]``.
 
     Raises:
-      ValueError: if there is no such colour, or the picture is not of colours.
+      UserError: If there is no such color, the image has no colors, or the tolerance is
+        negative.
     """
     if tolerance < 0:
-        raise ValueError(f"tolerance must be 0 or more, got {tolerance}.")
+        raise UserError(f"tolerance must be 0 or more, got {tolerance}.")
     try:
         rgb = ImageColor.getrgb(color)[:3]
     except ValueError as error:
-        raise ValueError(
-            f"color must be one of CSS, such as '#ff00ff' or 'magenta', got {color!r}."
+        raise UserError(
+            f"color must be a CSS color, such as '#ff00ff' or 'magenta', got {color!r}."
         ) from error
-    array = _array_of(image)
+    array = as_array(image)
     if array.shape[2:] not in ((), (1,), (2,), (3,), (4,)):
-        raise ValueError(
-            f"image must have colours, but it is of shape {list(array.shape)}."
+        raise UserError(
+            f"image must have colors, but it is of shape {list(array.shape)}."
         )
-    values = _as_fraction(array.reshape(*array.shape[:2], -1)) * 255
-    values = values[..., :-1] if _alpha(values) is not None else values
+    values = to_fraction(array.reshape(*array.shape[:2], -1)) * 255
+    values = values[..., :-1] if alpha_of(values) is not None else values
     # Float arithmetic is off by less than half a level.
-    return np.all(np.abs(values - np.float32(rgb)) < tolerance + 0.5, axis=-1)
+    difference = np.abs(values - np.asarray(rgb, np.float32))
+    return np.all(difference < tolerance + 0.5, axis=-1)
 
 
 def dilate_hole(hole: np.ndarray, pixels: int) -> np.ndarray:
-    """Returns a hole that reaches so many pixels further, in all directions."""
+    """Enlarge a hole by a number of pixels in all directions.
+
+    Raises:
+      UserError: If the number is negative.
+    """
     if pixels < 0:
-        raise ValueError(f"dilate must be 0 or more pixels, got {pixels}.")
+        raise UserError(f"dilate must be 0 or more pixels, got {pixels}.")
     if not pixels:
         return hole
     distance = cv2.distanceTransform(
@@ -114,6 +135,6 @@ def dilate_hole(hole: np.ndarray, pixels: int) -> np.ndarray:
 
 
 def resize_hole(hole: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Returns a hole of another height and width, by nearest neighbours."""
+    """Resize a hole to a height and width, by nearest neighbors."""
     size = (shape[1], shape[0])
     return cv2.resize(hole.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0

@@ -1,49 +1,49 @@
-"""People's pictures and masks: files to arrays, and back with all that came along.
+"""Image files: to arrays, and back with their metadata (EXIF, ICC profile, DPI).
 
-A picture is a `PIL.Image.Image`; or an array ``[H, W]`` or ``[H, W, C]`` where Pillow
-has no mode for it, which is 16-bit colour, and data from ``.npy`` files.
-
-In a picture of a mask **white means: fill this**. A *hole* is a bool array ``[H, W]``,
-True where it is to be filled: the reverse of the masks of the network.
+An image is a `PIL.Image.Image`. Where Pillow has no mode, as for 16-bit color and for
+data from ``.npy`` files, it is an array ``[H, W]`` or ``[H, W, C]``.
 """
 
 import io
 import os
+import struct
 import threading
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, TiffImagePlugin
 
 from pconv_jax import _files
-from pconv_jax._errors import RunError
+from pconv_jax._errors import UserError
+from pconv_jax.inpaint.formats import MAX_PIXELS, check_suffix
+from pconv_jax.inpaint.values import to_uint8
 
-MAX_PIXELS = 100_000_000
-"""How many pixels a picture may have, unless one says otherwise."""
-
-SUFFIXES: tuple[str, ...] = (
-    *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy"),
-)
-"""Of the files that can be read and written."""
-
-# Pillow's others are not asked: some of them start programs.
+# Pillow's other formats are not tried: some of them start programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 
-# Modes that a kind of file can hold, less those that Pillow itself knows to convert.
+# What Pillow, OpenCV, tifffile and NumPy raise if a file is damaged or is no image.
+_DECODER_ERRORS = (
+    *(cv2.error, struct.error, zlib.error, EOFError, MemoryError, OSError, SyntaxError),
+    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+)
+
+# Modes that JPEG and BMP files can hold, and suffixes of files without CMYK. Pillow
+# itself does the other conversions.
 _JPEG_MODES = ("L", "RGB", "CMYK")
 _NO_CMYK = (".png", ".webp", ".bmp", ".gif")
 
-# Of TIFF files, whose pixels would not come back.
+# Compressions of TIFF files that change pixels.
 _LOSSY = ("jpeg", "tiff_jpeg", "webp")
 
-# Pillow's limit of a picture's size is a global variable.
+# Guards Pillow's limit of an image's size, which is a global variable.
 _PILLOW_LIMIT = threading.Lock()
 
-# Tags that tell how pixels lie in a TIFF file, or where its other parts are.
+# Tags about the layout of the pixels in a TIFF file, or the position of other parts.
 _LAYOUT_TAGS = frozenset(
     [*range(254, 267), 273, *range(277, 282), 284, 317, *range(320, 348), 700]
     + [*range(512, 533), 33723, 34377, 34675]
@@ -52,88 +52,79 @@ _TEXT_TAGS = (270, 271, 272, 306, 315, 33432)
 _IFDS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 
 
-class Picture(NamedTuple):
-    """What a file holds.
+class ImageFile(NamedTuple):
+    """The content of an image file.
 
     Attributes:
-      image: upright, as the EXIF orientation says; see the module for its types.
-      info: what comes along, as Pillow's ``save`` takes it: ``icc_profile``, ``exif``
-        (less the orientation and the thumbnail, which would show the old picture),
-        ``dpi``; of a JPEG file also the ``qtables`` and ``subsampling``.
+      image: The image, upright according to the EXIF orientation; see the module for
+        its types.
+      info: Metadata, as Pillow's ``save`` takes it: ``icc_profile``, ``exif`` (without
+        the orientation and the thumbnail, which would show the old image), ``dpi``; for
+        JPEG files also ``qtables`` and ``subsampling``.
     """
 
     image: Image.Image | np.ndarray
     info: dict[str, Any]
 
 
-def read(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Reads a picture, or data.
+def read(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> ImageFile:
+    """Read an image file, or data.
 
     Args:
-      path: of a PNG, JPEG, TIFF, WebP, BMP, GIF or NumPy file; of several frames or
-        pages, the first is taken.
-      max_pixels: of larger pictures not a pixel is decoded.
+      path: A PNG, JPEG, TIFF, WebP, BMP, GIF or NumPy file. Of several frames or pages,
+        the first is read, with a warning.
+      max_pixels: Larger images are refused before they are decoded. By default
+        100,000,000.
 
     Raises:
-      ValueError: naming the file, if it is missing, empty, damaged, larger than that
-        or no picture.
+      UserError: If the file is missing, empty, damaged, too large or not an image. The
+        message names the file.
     """
     path = Path(path).expanduser()
     try:
         if path.suffix.lower() == ".npy":
-            return Picture(_read_npy(path, max_pixels), {})
-        return _read_picture(path.read_bytes(), max_pixels)
-    except Exception as error:  # Damaged files raise errors of every kind.
-        raise ValueError(f"cannot read {path}: {_reason(path, error)}") from error
+            return ImageFile(_read_npy(path, max_pixels), {})
+        return _read_image(path.read_bytes(), max_pixels)
+    except _DECODER_ERRORS as error:
+        raise UserError(f"cannot read {path}: {_reason(path, error)}") from error
 
 
-def write(path: str | os.PathLike[str], picture: Picture) -> None:
-    """Writes a picture as its file's suffix says, complete or not at all.
+def write(path: str | os.PathLike[str], file: ImageFile) -> None:
+    """Write an image file of the kind that its suffix names, complete or not at all.
 
-    PNG, TIFF, WebP and BMP give back the very pixels; of 16 bits a channel PNG and
-    TIFF alone, of CMYK TIFF alone. A JPEG file is compressed by the tables of the one
-    that the picture came from, by which what was not touched changes least, or else
-    with quality 95 and without subsampling.
+    PNG, TIFF, WebP and BMP files keep all pixels exactly; 16-bit channels only in PNG
+    and TIFF, CMYK only in TIFF. A JPEG file is compressed by the tables of the file
+    that the image came from, which changes the untouched pixels least; without such
+    tables, with quality 95 and without subsampling.
 
     Args:
-      path: of the file; see `SUFFIXES`.
-      picture: what to write.
+      path: Path of the file; see `formats.SUFFIXES`.
+      file: The image and its metadata.
 
     Raises:
-      ValueError: if it has transparency and the file cannot; if the file is of another
-        kind, or cannot be written.
+      UserError: If the suffix is another one; if the image is transparent and the file
+        cannot be; or if the file cannot be written.
+      RunError: If the file cannot be written.
     """
     path = Path(path).expanduser()
     check_suffix(path)
     try:
-        _files.write_bytes(path, _encode(path.suffix.lower(), *picture))
-    except RunError as error:
-        raise ValueError(str(error)) from error
-
-
-def check_suffix(path: str | os.PathLike[str]) -> None:
-    """Checks that a file's suffix is one of `SUFFIXES`.
-
-    Raises:
-      ValueError: if it is not.
-    """
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise ValueError(
-            f"{path}: pictures are written as {', '.join(SUFFIXES)} files alone."
-        )
+        _files.write_bytes(path, _encode(path.suffix.lower(), *file))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """Returns the grey or red, green and blue of a Pillow image, and its alpha.
+    """Convert a Pillow image to gray or RGB values, and alpha if it has any.
 
     Args:
-      image: of any mode but Lab and premultiplied ones.
+      image: Image of any mode except Lab and premultiplied alpha.
 
     Returns:
       ``[H, W]`` or ``[H, W, C]`` with C = 2, 3 or 4: uint8, uint16 or float32.
 
     Raises:
-      ValueError: if it is of another mode.
+      UserError: If the image has another mode.
     """
     mode = image.mode
     if mode in ("L", "LA", "RGB", "RGBA", "F"):
@@ -149,19 +140,29 @@ def to_array(image: Image.Image) -> np.ndarray:
         array = np.asarray(image)
         if array.min(initial=0) >= 0 and array.max(initial=0) < 2**16:
             return array.astype(np.uint16)
-    raise ValueError(
+    raise UserError(
         f"image is of Pillow's mode {mode!r}, which cannot be repaired; convert it, "
         "e.g. image.convert('RGB')."
     )
 
 
+def as_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Convert an image to an array; see `to_array` for Pillow images."""
+    return to_array(image) if isinstance(image, Image.Image) else np.asarray(image)
+
+
+def alpha_of(array: np.ndarray) -> np.ndarray | None:
+    """Return the alpha channel of an image ``[H, W, C]`` with C = 2 or 4, else None."""
+    return array[..., -1] if array.shape[2:] in ((2,), (4,)) else None
+
+
 def paste(image: Image.Image, array: np.ndarray, hole: np.ndarray) -> Image.Image:
-    """Returns a copy of a Pillow image with other pixels in its hole.
+    """Copy a Pillow image with other pixels in its hole.
 
     Args:
-      image: it is the copy's mode, palette and information, and its other pixels.
-      array: as `to_array` gives it, with the same pixels where there is no hole.
-      hole: bool ``[H, W]``.
+      image: The image. The copy has its mode, palette, metadata and other pixels.
+      array: New pixels, as from `to_array`. They equal the image's outside the hole.
+      hole: Bool ``[H, W]``.
     """
     mode = image.mode
     if mode == "I":
@@ -171,7 +172,7 @@ def paste(image: Image.Image, array: np.ndarray, hole: np.ndarray) -> Image.Imag
         new = new.convert("1", dither=Image.Dither.NONE)
     elif mode == "P":
         new = _to_palette(new, image)
-    elif mode.startswith("I;16"):  # Into which Pillow does not paste.
+    elif mode.startswith("I;16"):  # Pillow cannot paste into this mode.
         new.info = dict(image.info)
         return new
     else:
@@ -183,7 +184,7 @@ def paste(image: Image.Image, array: np.ndarray, hole: np.ndarray) -> Image.Imag
 
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "it is empty." if not path.stat().st_size else "it is no picture."
+        return "it is not an image." if path.stat().st_size else "it is empty."
     if isinstance(error, FileNotFoundError):
         return "there is no such file."
     if isinstance(error, OSError) and error.strerror:
@@ -206,37 +207,38 @@ def _read_npy(path: Path, max_pixels: int) -> np.ndarray:
     return np.load(path, allow_pickle=False)
 
 
-def _read_picture(data: bytes, max_pixels: int) -> Picture:
+def _read_image(data: bytes, max_pixels: int) -> ImageFile:
     image = _open(data)
     _check_size(*image.size, max_pixels)
     frames = getattr(image, "n_frames", 1)
     image.load()
-    if frames > 1 and image.format != "MPO":  # Which is a JPEG with previews.
+    if frames > 1 and image.format != "MPO":  # An MPO file is a JPEG with previews.
         warnings.warn(f"it has {frames} frames; only the first is taken.", stacklevel=3)
     exif = image.getexif()
-    info = {
+    info: dict[str, Any] = {
         "icc_profile": image.info.get("icc_profile"),
         "dpi": image.info.get("dpi"),
         "exif": _keep_exif(exif),
     }
     info = {name: value for name, value in info.items() if value}
     orientation = exif.get(ExifTags.Base.Orientation, 1)
-    if hasattr(image, "quantization"):
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
         tables = [np.reshape(t, (8, 8)) for _, t in sorted(image.quantization.items())]
         if orientation > 4:  # Rows become columns.
             tables = [table.T for table in tables]
         info["qtables"] = [table.ravel().tolist() for table in tables]
         info["subsampling"] = max(JpegImagePlugin.get_sampling(image), 0)
-    if _has_16_bit_colour(image, data):
-        return Picture(_turn(_decode_16_bits(image, data), orientation), info)
+    if _has_16_bit_color(image, data):
+        return ImageFile(_turn(_decode_16_bits(image, data), orientation), info)
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("L", "RGB") and "transparency" in image.info:  # A colour.
+    # In these modes, transparency is a color that stands for it.
+    if image.mode in ("L", "RGB") and "transparency" in image.info:
         image = image.convert("LA" if image.mode == "L" else "RGBA")
-    return Picture(image, info)
+    return ImageFile(image, info)
 
 
 def _open(data: bytes) -> Image.Image:
-    """Opens a picture of any size, without decoding it: there is a limit here, too."""
+    """Open an image of any size without decoding it; the caller checks the size."""
     with _PILLOW_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -245,30 +247,30 @@ def _open(data: bytes) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _has_16_bit_colour(image: Image.Image, data: bytes) -> bool:
-    """Whether Pillow has dropped half of each channel's bits."""
-    if image.format == "PNG":  # Its header has the depth, and the kind of colour.
+def _has_16_bit_color(image: Image.Image, data: bytes) -> bool:
+    """Return whether Pillow has dropped half the bits of each channel."""
+    if image.format == "PNG":  # The header has the depth and the color type.
         return data[24] == 16 and data[25] != 0
-    if image.format == "TIFF":
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         bits = image.tag_v2.get(ExifTags.Base.BitsPerSample, (8,))
         return len(bits) > 1 and max(bits) == 16
     return False
 
 
 def _decode_16_bits(image: Image.Image, data: bytes) -> np.ndarray:
-    """Returns what Pillow would halve, uint16 ``[H, W, C]``."""
-    if image.format == "TIFF":
+    """Decode 16-bit color, which Pillow cannot, to uint16 ``[H, W, C]``."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         if image.tag_v2.get(ExifTags.Base.ExtraSamples) == (1,):
-            raise ValueError("its 16-bit colours are multiplied by their alpha")
+            raise ValueError("its 16-bit colors are multiplied by their alpha")
         if image.tag_v2.get(ExifTags.Base.PlanarConfiguration) == 2:
-            # OpenCV would take a plane for pixels.
+            # OpenCV would read a plane as pixels.
             return np.moveaxis(tifffile.imread(io.BytesIO(data), key=0), 0, -1)
     array = cv2.imdecode(
         np.frombuffer(data, np.uint8),
         cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION,
     )
     if array is None:
-        raise ValueError("its kind of 16-bit colour is not known")
+        raise ValueError("its kind of 16-bit color is not known")
     return _swap_red_and_blue(array)
 
 
@@ -278,7 +280,7 @@ def _swap_red_and_blue(array: np.ndarray) -> np.ndarray:
 
 
 def _turn(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Does what an EXIF orientation asks for."""
+    """Turn an image upright according to its EXIF orientation."""
     if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -299,10 +301,12 @@ def _keep_exif(source: Image.Exif) -> bytes:
     return exif.tobytes() if len(exif) or any(map(exif.get_ifd, _IFDS)) else b""
 
 
-def _encode(suffix: str, image: Image.Image | np.ndarray, info: dict) -> bytes:
+def _encode(
+    suffix: str, image: Image.Image | np.ndarray, info: dict[str, Any]
+) -> bytes:
     file = io.BytesIO()
     if suffix == ".npy":
-        np.save(file, _array_of(image))
+        np.save(file, as_array(image))
         return file.getvalue()
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint16 and image.ndim == 3 and image.shape[2] > 2:
@@ -330,48 +334,48 @@ def _to_pillow(array: np.ndarray, suffix: str) -> Image.Image:
     shallow = array.ndim == 3 or suffix not in (".png", ".tif", ".tiff")
     if array.dtype == np.uint16 and shallow:
         warnings.warn(
-            f"16 bits a channel are rounded to 8, which is what {suffix} files hold.",
+            f"16 bits per channel are rounded to 8, the most that {suffix} files hold.",
             stacklevel=4,
         )
-        array = np.rint(array / 257).astype(np.uint8)
+        array = to_uint8(array)
     if array.dtype == np.float32 and array.ndim == 2 and suffix in (".tif", ".tiff"):
         return Image.fromarray(array)
     if array.dtype == bool:
-        array = array.astype(np.uint8) * 255
+        array = to_uint8(array)
     has_mode = array.shape[2:] in ((), (2,), (3,), (4,))
     if array.dtype not in (np.uint8, np.uint16) or not has_mode or not array.size:
-        raise ValueError(
-            f"{array.dtype} data of shape {list(array.shape)} is no picture: name a "
+        raise UserError(
+            f"{array.dtype} data of shape {list(array.shape)} is not an image: name a "
             ".npy file."
         )
     return Image.fromarray(array)
 
 
 def _convert(
-    image: Image.Image, suffix: str, info: dict
+    image: Image.Image, suffix: str, info: dict[str, Any]
 ) -> tuple[Image.Image, dict[str, Any]]:
-    """Returns the nearest to an image that a kind of file can hold."""
+    """Convert an image to the nearest mode that a kind of file can hold."""
     if image.mode.startswith("I") and suffix not in (".png", ".tif", ".tiff"):
         image = _to_pillow(to_array(image), suffix)
     if image.mode == "F" and suffix not in (".tif", ".tiff"):
-        raise ValueError("float32 pictures are written as .tif or .npy files alone.")
+        raise UserError("float32 images are written only as .tif or .npy files.")
     if image.mode in ("YCbCr", "HSV", "RGBX"):
         image = image.convert("RGB")
     if image.mode == "CMYK" and suffix in _NO_CMYK:
-        info.pop("icc_profile", None)  # It is of CMYK.
+        info.pop("icc_profile", None)  # It describes CMYK.
         image = image.convert("RGB")
     if suffix in (".jpg", ".jpeg", ".bmp") and image.mode not in _JPEG_MODES:
-        alpha = _alpha(to_array(image))
+        alpha = alpha_of(to_array(image))
         if alpha is not None and alpha.min(initial=255) < 255:
-            raise ValueError(
-                f"{suffix} files cannot hold the picture's transparency: name a .png, "
+            raise UserError(
+                f"{suffix} files cannot hold the image's transparency: name a .png, "
                 ".tif or .webp file."
             )
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
     return image, info
 
 
-def _encode_png(array: np.ndarray, info: dict) -> bytes:
+def _encode_png(array: np.ndarray, info: dict[str, Any]) -> bytes:
     known = {
         cv2.IMAGE_METADATA_EXIF: info.get("exif", b"").removeprefix(b"Exif\0\0"),
         cv2.IMAGE_METADATA_ICCP: info.get("icc_profile", b""),
@@ -385,10 +389,13 @@ def _encode_png(array: np.ndarray, info: dict) -> bytes:
     return data.tobytes()
 
 
-def _encode_tiff(array: np.ndarray, info: dict) -> bytes:
+def _encode_tiff(array: np.ndarray, info: dict[str, Any]) -> bytes:
     exif = Image.Exif()
     exif.load(info.get("exif", b""))
-    dpi = tuple(map(float, info.get("dpi", ())))
+    dpi = None
+    if "dpi" in info:
+        horizontal, vertical = info["dpi"]
+        dpi = float(horizontal), float(vertical)
     file = io.BytesIO()
     tifffile.imwrite(
         file,
@@ -396,7 +403,7 @@ def _encode_tiff(array: np.ndarray, info: dict) -> bytes:
         photometric="rgb",
         extrasamples=["unassalpha"] if array.shape[2] == 4 else None,
         iccprofile=info.get("icc_profile"),
-        resolution=dpi or None,
+        resolution=dpi,
         resolutionunit="INCH" if dpi else None,
         metadata=None,
         software=str(exif.get(ExifTags.Base.Software, "")) or False,
@@ -406,36 +413,23 @@ def _encode_tiff(array: np.ndarray, info: dict) -> bytes:
 
 
 def _to_palette(new: Image.Image, image: Image.Image) -> Image.Image:
-    """Returns the indices of the nearest colours in the palette of another image.
+    """Convert an image to the nearest colors of another image's palette.
 
-    What is filled is seen: colours of the palette that are not opaque are left out.
+    Only the most opaque colors of the palette are used, so that filled pixels are seen.
+
+    Returns:
+      An image of mode L with the indices of the colors.
     """
     palette = np.reshape(image.getpalette("RGB"), (-1, 3)).astype(np.uint8)
     alpha = np.full(len(palette), 255)
     clear = image.info.get("transparency", b"")
     if isinstance(clear, int):
-        alpha[clear : clear + 1] = 0  # Which may be none of its colours.
-    else:  # A value for each of the first colours.
+        alpha[clear : clear + 1] = 0  # The index may be beyond the palette.
+    else:  # A value for each of the first colors.
         alpha[: len(clear)] = list(clear)[: len(alpha)]
-    # All 256 places are taken: the last ones by the first colours once more.
+    # Fill all 256 places of a palette: the first colors come again.
     indices = np.resize(np.flatnonzero(alpha == alpha.max()), 256)
     opaque = Image.new("P", (1, 1))
     opaque.putpalette(palette[indices].tobytes())
     nearest = np.asarray(new.convert("RGB").quantize(palette=opaque))
     return Image.fromarray(indices[nearest].astype(np.uint8))
-
-
-def _array_of(image: Image.Image | np.ndarray) -> np.ndarray:
-    return to_array(image) if isinstance(image, Image.Image) else np.asarray(image)
-
-
-def _alpha(array: np.ndarray) -> np.ndarray | None:
-    return array[..., -1] if array.shape[2:] in ((2,), (4,)) else None
-
-
-def _as_fraction(array: np.ndarray) -> np.ndarray:
-    """Returns float32, from 0 to 1 if it is of integers of 8 or 16 bits."""
-    top = {np.dtype(np.uint16): 65535}.get(array.dtype, 255)
-    if array.dtype == bool or np.issubdtype(array.dtype, np.floating):
-        top = 1
-    return np.nan_to_num(array.astype(np.float32)) / top

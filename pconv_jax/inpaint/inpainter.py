@@ -1,52 +1,60 @@
-"""Repairs pictures: of any size, of any kind, and nothing but their holes.
+"""Repair of images of any size and kind, in Python.
 
     inpainter = Inpainter.from_pretrained()
     inpainter("photo.jpg", "mask.png").save("repaired.png")
 
-In a mask **white means: fill this**, as in other tools for pictures; see
-`hole_from_mask`.
+In a mask **white is filled**, as in other image tools; see `hole_from_mask`.
 """
 
-import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, NamedTuple, Self, TypeVar, cast, overload
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
-from pconv_jax.inpaint import image_io
+from pconv_jax._errors import UserError
+from pconv_jax.inpaint import image_io, values
+from pconv_jax.inpaint.fill import HoleFiller
+from pconv_jax.inpaint.formats import MAX_PIXELS
 from pconv_jax.inpaint.hole import (
     dilate_hole,
     hole_from_alpha,
     hole_from_mask,
     resize_hole,
 )
-from pconv_jax.inpaint.tiling import SIDES, divide, double, halve
-from pconv_jax.unet import PConvUNet, fill_depth
+from pconv_jax.unet import PConvUNet
 from pconv_jax.weights import pretrained
 
-_MUCH = 0.6  # Of the picture: perhaps the mask is the wrong way round.
+# Hole ratio above which a mask may be the wrong way round.
+_SUSPICIOUS_RATIO = 0.6
 
-PictureLike = Image.Image | np.ndarray | jax.Array | str | os.PathLike[str]
+PathLike = str | os.PathLike[str]
+LoadedImage = Image.Image | np.ndarray | jax.Array
+ImageLike = LoadedImage | PathLike
+# Not Sequence[ImageLike], of which every str is one.
+ImageSequence = Sequence[LoadedImage | os.PathLike[str]] | list[str] | tuple[str, ...]
+ImageT = TypeVar("ImageT", Image.Image, np.ndarray, jax.Array)
+
+
+class _MaskOptions(NamedTuple):
+    invert: bool
+    resize: bool
+    dilate: int
 
 
 class Inpainter:
-    """Fills the holes of pictures by a network.
+    """Fills the holes of images by a network.
 
-    What is not hole comes back bit for bit. It does not matter what is in the hole, nor
-    how large the picture is: squares around the holes are cut from it, of a handful of
-    sizes, so that few are ever compiled. Of a hole that only the network's innermost
-    layer closes, or none, the middle is taken from the picture at half the size, and so
-    on.
+    All other pixels stay exactly as they are. Images may have any size and holes any
+    width; the content of a hole does not matter.
 
     Attributes:
-      model: the network.
-      info: what is known about it; see `pretrained.Pretrained`.
+      model: The network.
+      info: What is known about it; see `pretrained.Pretrained`.
     """
 
     def __init__(
@@ -56,323 +64,367 @@ class Inpainter:
         *,
         info: Mapping[str, Any] | None = None,
         value_range: tuple[float, float] | None = (0.0, 1.0),
-        max_pixels: int = image_io.MAX_PIXELS,
+        max_pixels: int = MAX_PIXELS,
     ):
-        """Takes a network.
+        """Prepare a network.
 
         Args:
-          model: it must give as many channels as it takes.
-          variables: its ``params`` and ``batch_stats``.
-          info: what is known about it.
-          value_range: what the network's -1 and 1 are in pictures of floats. None is
-            for data that is no picture: the network is given it as it is.
-          max_pixels: files of larger pictures are refused.
+          model: Network with as many output channels as input channels.
+          variables: Its ``params`` and ``batch_stats``.
+          info: What is known about it. By default nothing.
+          value_range: Values of float images that are the network's -1 and 1. By
+            default (0, 1). None gives the network floats as they are, for data that are
+            not images.
+          max_pixels: Files of larger images are refused. By default 100,000,000.
 
         Raises:
-          ValueError: if the network or the range is of no use.
+          UserError: If the channels of the network differ, or the range is empty.
         """
         channels = np.shape(variables["params"]["pconv1"]["kernel"])[-2]
-        channels -= model.conv == "standard"  # Which is given the mask, too.
+        channels -= model.conv == "standard"  # Its first layer takes the mask, too.
         features = model.decoder[-1].features
         if channels != features:
-            raise ValueError(
+            raise UserError(
                 "model must give as many channels as it takes, but it takes "
                 f"{channels} and gives {features}."
             )
         if value_range is not None and not value_range[0] < value_range[1]:
-            raise ValueError(f"value_range must be (low, high), got {value_range}.")
+            raise UserError(f"value_range must be (low, high), got {value_range}.")
         self.model = model
         self.info = dict(info or {})
         self._channels = channels
         self._value_range = value_range
         self._max_pixels = max_pixels
-        # What the innermost layer alone closes, it sees so little of that it is left
-        # with the mean of all pictures: grey. From half the size it is better.
-        self._trusted = max(len(model.encoder) - 1, 1)
-        step = model.size_multiple
-        self._sides = sorted({-(-side // step) * step for side in SIDES})
-        self._variables = jax.device_put(variables)
-        self._run = jax.jit(functools.partial(_run, model))
+        self._filler = HoleFiller(model, variables)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str] | None = None, **options: Any
+        cls, name_or_path: PathLike | None = None, **options: Any
     ) -> Self:
-        """Takes a network of a file.
+        """Load a network from a weights file.
 
         Args:
-          source: see `pretrained.from_pretrained`; by default the first of the networks
-            that come with this package.
-          **options: of `Inpainter`.
+          name_or_path: See `pretrained.from_pretrained`. By default the first weights
+            file in this package.
+          **options: See `Inpainter`.
 
         Raises:
-          ValueError: if there is none, saying how to get one.
+          UserError: As `pretrained.from_pretrained` and `Inpainter`.
         """
-        network = pretrained.from_pretrained(source)
+        if isinstance(name_or_path, os.PathLike):
+            name_or_path = os.fspath(name_or_path)
+        network = pretrained.from_pretrained(name_or_path)
         return cls(network.model, network.variables, info=network.info, **options)
 
+    @overload
     def __call__(
         self,
-        image: PictureLike | Sequence[PictureLike],
-        mask: PictureLike | Sequence[PictureLike] | None = None,
+        image: ImageT,
+        mask: ImageLike | ImageSequence | None = None,
+        *,
+        invert_mask: bool = False,
+        resize_mask: bool = False,
+        dilate: int = 0,
+        return_depth: Literal[False] = False,
+    ) -> ImageT: ...
+    @overload
+    def __call__(
+        self,
+        image: PathLike,
+        mask: ImageLike | None = None,
+        *,
+        invert_mask: bool = False,
+        resize_mask: bool = False,
+        dilate: int = 0,
+        return_depth: Literal[False] = False,
+    ) -> Image.Image | np.ndarray: ...
+    @overload
+    def __call__(
+        self,
+        image: ImageSequence,
+        mask: ImageLike | ImageSequence | None = None,
+        *,
+        invert_mask: bool = False,
+        resize_mask: bool = False,
+        dilate: int = 0,
+        return_depth: Literal[False] = False,
+    ) -> list[LoadedImage]: ...
+    @overload
+    def __call__(
+        self,
+        image: ImageT,
+        mask: ImageLike | ImageSequence | None = None,
+        *,
+        invert_mask: bool = False,
+        resize_mask: bool = False,
+        dilate: int = 0,
+        return_depth: Literal[True],
+    ) -> tuple[ImageT, np.ndarray]: ...
+    @overload
+    def __call__(
+        self,
+        image: PathLike,
+        mask: ImageLike | None = None,
+        *,
+        invert_mask: bool = False,
+        resize_mask: bool = False,
+        dilate: int = 0,
+        return_depth: Literal[True],
+    ) -> tuple[Image.Image | np.ndarray, np.ndarray]: ...
+    @overload
+    def __call__(
+        self,
+        image: ImageSequence,
+        mask: ImageLike | ImageSequence | None = None,
+        *,
+        invert_mask: bool = False,
+        resize_mask: bool = False,
+        dilate: int = 0,
+        return_depth: Literal[True],
+    ) -> tuple[list[LoadedImage], list[np.ndarray]]: ...
+    def __call__(
+        self,
+        image: ImageLike | ImageSequence,
+        mask: ImageLike | ImageSequence | None = None,
         *,
         invert_mask: bool = False,
         resize_mask: bool = False,
         dilate: int = 0,
         return_depth: bool = False,
     ) -> Any:
-        """Fills the hole of a picture, or of each of several.
+        """Fill the hole of an image, or of each of several.
 
         Args:
-          image: a Pillow image of (almost) any mode; an array ``[H, W]``, ``[H, W, C]``
-            or ``[N, H, W, C]``, of uint8, uint16 or bool, or of floats in the range
-            that was said; the path of a file; or a sequence of such. A last channel
-            more than the network takes is alpha; grey will do for a network of colour.
-            Floats that are not finite are hole.
-          mask: **white, 255, 1 or True where it is to be filled**; of the kinds of
-            `image`, see `hole_from_mask`, and of batches also ``[N, H, W]``. One
-            for all pictures, or one for each. If there is none, the hole is where the
-            picture is transparent, or not finite, and comes back opaque.
-          invert_mask: fill where the mask is black, 0 or False instead.
-          resize_mask: give a mask of another size the picture's, by nearest neighbours.
-          dilate: by how many pixels to enlarge the hole, such as to be rid of a rim.
-          return_depth: whether to return the fill depth, too.
+          image: A Pillow image of (almost) any mode; an array ``[H, W]``, ``[H, W, C]``
+            or ``[N, H, W, C]``, of uint8, uint16, bool, or floats in `value_range`; the
+            path of a file; or a sequence of such. One channel more than the network
+            takes is alpha. A color network takes gray images, too. Floats that are not
+            finite are part of the hole.
+          mask: Mask, **white, 255, 1 or True where to fill**, of any kind that `image`
+            can be (see `hole_from_mask`); for batches also ``[N, H, W]``. One mask for
+            all images, or one for each. None (the default) fills where the image is
+            transparent, which becomes opaque, or not finite.
+          invert_mask: Whether to fill where the mask is black, 0 or False instead. By
+            default False.
+          resize_mask: Whether to resize a mask to the image's size, by nearest
+            neighbors. By default False.
+          dilate: Number of pixels by which to enlarge the hole, for example to remove a
+            rim. By default 0.
+          return_depth: Whether to return the fill depth, too. By default False.
 
         Returns:
-          The picture, of the type, size and dtype that it was; of a file, as a Pillow
-          image that is upright, or as an array if it is of 16-bit colour or ``.npy``. A
-          Pillow image is taken as its pixels lie, whatever its EXIF orientation says.
+          The image, of the same type, size and dtype. Of a file, an upright Pillow
+          image, or an array if it has 16-bit color or is a ``.npy`` file. The EXIF
+          orientation of a given Pillow image is ignored. Of a sequence, a list.
 
-          With `return_depth`, a pair of it and uint8 ``[H, W]``, the layer of the
-          network's encoder at which a pixel became valid; 0 where it was. Where the
-          network could not close the hole, halving the picture counts as a layer.
+          With `return_depth`, a pair of it and uint8 ``[H, W]``: the stage of the
+          network's encoder at which a pixel becomes valid, 0 outside the hole. Where
+          the network does not close the hole, halving the image counts as a stage.
 
         Raises:
-          ValueError: if there is no mask where one is needed, or it is of another size;
-            if nothing is valid, or values are out of range; if a file cannot be read.
+          UserError: If a mask is needed and missing, or has another size; if no pixel
+            is valid, or values are out of range; or if a file cannot be read.
         """
-        options = dict(invert_mask=invert_mask, resize_mask=resize_mask, dilate=dilate)
-        many = isinstance(image, Sequence) and not isinstance(image, str)
-        if not many and getattr(image, "ndim", 0) != 4:
-            result, depth = self._repair(image, mask, **options)
-            return (result, depth) if return_depth else result
-        masks = [mask] * len(image)
-        if not len(image):
-            depths = [] if many else np.zeros(image.shape[:3], np.uint8)
-            return (image, depths) if return_depth else image
-        shape = getattr(mask, "shape", ())
-        batched = len(shape) == 4 or (not many and shape == image.shape[:3])
-        if isinstance(mask, list | tuple) or batched:
-            masks = mask
-        if len(masks) != len(image):
-            raise ValueError(
-                f"mask must be one, or one for each of {len(image)} pictures, got "
-                f"{len(masks)}."
-            )
-        pairs = [self._repair(x, m, **options) for x, m in zip(image, masks)]
-        results, depths = [x for x, _ in pairs], [d for _, d in pairs]
-        if not many:
-            xp = jnp if isinstance(image, jax.Array) else np
-            results, depths = xp.stack(results), np.stack(depths)
-        return (results, depths) if return_depth else results
+        options = _MaskOptions(invert_mask, resize_mask, dilate)
+        if isinstance(image, Sequence) and not isinstance(image, str):
+            result, depth = self._repair_sequence(image, mask, options)
+        elif getattr(image, "ndim", 0) == 4:
+            batch = cast(np.ndarray | jax.Array, image)
+            result, depth = self._repair_batch(batch, mask, options)
+        else:
+            result, depth = self._repair(image, mask, options)
+        return (result, depth) if return_depth else result
 
-    def _repair(self, image, mask, **options):
-        """Returns a picture repaired, and its fill depth."""
+    def _repair_sequence(
+        self, images: Sequence[ImageLike], mask: Any, options: _MaskOptions
+    ) -> tuple[list[LoadedImage], list[np.ndarray]]:
+        masks = _split_masks(mask, len(images))
+        pairs = [self._repair(x, m, options) for x, m in zip(images, masks)]
+        return [image for image, _ in pairs], [depth for _, depth in pairs]
+
+    def _repair_batch(
+        self, images: np.ndarray | jax.Array, mask: Any, options: _MaskOptions
+    ) -> tuple[np.ndarray | jax.Array, np.ndarray]:
+        if not len(images):
+            return images, np.zeros(images.shape[:3], np.uint8)
+        if getattr(mask, "shape", ()) == images.shape[:3]:
+            mask = list(mask)  # One for each image.
+        results, depths = self._repair_sequence(list(images), mask, options)
+        xp = jnp if isinstance(images, jax.Array) else np
+        return xp.stack(cast(list[np.ndarray], results)), np.stack(depths)
+
+    def _repair(
+        self, image: ImageLike, mask: Any, options: _MaskOptions
+    ) -> tuple[LoadedImage, np.ndarray]:
+        """Fill the hole of one image, and compute the fill depth."""
         if isinstance(image, str | os.PathLike):
             image = image_io.read(image, max_pixels=self._max_pixels).image
-        pillow = isinstance(image, Image.Image)
-        array = image_io.to_array(image) if pillow else np.asarray(image)
-        colour, alpha = self._split(array)
-        hole = self._hole(image, colour, alpha, mask, **options)
-        # Colours that cannot be seen are anything. They are no hole, and no help.
+        array = _to_numpy(image)
+        color, alpha = self._split_alpha(array)
+        hole = self._find_hole(image, color, alpha, mask, options)
+        # The colors of transparent pixels are arbitrary: not filled, and not used.
         known = ~hole if alpha is None else ~hole & (alpha > 0)
-        if not known.any():
-            raise ValueError(
-                "mask: no valid pixel is left, and nothing to go by. White is what is "
-                "filled; if it is black here, invert the mask."
-            )
+        _check_hole(hole, known)
         if not hole.any():
-            warnings.warn("There is nothing to fill.", stacklevel=3)
             return image.copy(), np.zeros(hole.shape, np.uint8)
-        ratio = hole.mean()
-        if ratio > _MUCH:
-            warnings.warn(
-                f"{ratio:.0%} of the picture is to be filled. White is what is filled; "
-                "if it is black here, invert the mask.",
-                stacklevel=3,
-            )
-        values = self._to_values(colour, known)
-        depth = self._fill(values, known, hole)
+        network_values = self._to_network(color, known)
+        depth = self._filler.fill(network_values, known, hole)
         result = array.reshape(*hole.shape, -1).copy()
-        result[hole, : colour.shape[-1]] = self._to_pixels(values[hole], colour)
+        filled = self._from_network(network_values[hole], color)
+        result[hole, : color.shape[-1]] = filled
         if alpha is not None and mask is None:
-            result[hole, -1] = 1 if _is_float(alpha) else np.iinfo(alpha.dtype).max
-        result = result.reshape(np.shape(array))
-        if pillow:
+            result[hole, -1] = values.white(alpha)
+        result = result.reshape(array.shape)
+        if isinstance(image, Image.Image):
             return image_io.paste(image, result, hole), depth
         return (jnp.asarray(result) if isinstance(image, jax.Array) else result), depth
 
-    def _split(self, array):
-        """Returns views of a picture's colours, ``[H, W, C]``, and of its alpha."""
-        shape, n = np.shape(array), self._channels
+    def _split_alpha(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Split an image into views of its colors ``[H, W, C]`` and its alpha."""
+        shape, n = array.shape, self._channels
         if len(shape) == 2:
             array = array[..., None]
         channels = array.shape[2] if array.ndim == 3 and array.size else 0
-        greys = {1, 2} if n == 3 else set()  # Grey will do for colour.
-        if channels not in {n, n + 1} | greys:
-            raise ValueError(
+        gray = {1, 2} if n == 3 else set()  # A color network takes gray images, too.
+        if channels not in {n, n + 1} | gray:
+            raise UserError(
                 f"image must be of shape [H, W, {n}], or have alpha as one channel "
                 f"more, for this network, got {list(shape)}."
             )
-        if array.dtype not in (bool, np.uint8, np.uint16) and not _is_float(array):
-            raise ValueError(
+        if array.dtype not in (bool, np.uint8, np.uint16) and not values.is_float(
+            array
+        ):
+            raise UserError(
                 f"image must be uint8, uint16, bool or of floats, got {array.dtype}."
             )
         if channels == n or channels == 1:
             return array, None
-        colour, alpha = array[..., :-1], array[..., -1]
-        if _is_float(alpha):
-            alpha = alpha.astype(np.float32)  # bfloat16 is none of NumPy's floats.
+        color, alpha = array[..., :-1], array[..., -1]
+        if values.is_float(alpha):
+            alpha = alpha.astype(np.float32)  # NumPy's functions lack bfloat16.
             finite = alpha[np.isfinite(alpha)]  # NaN is transparent.
             if finite.min(initial=0) < 0 or finite.max(initial=0) > 1:
-                raise ValueError(
+                raise UserError(
                     "image must have an alpha in [0, 1] where it is of floats, got "
                     f"{finite.min():g} to {finite.max():g}."
                 )
-        return colour, alpha
+        return color, alpha
 
-    def _hole(self, image, colour, alpha, mask, *, invert_mask, resize_mask, dilate):
-        missing = np.zeros(colour.shape[:2], bool)
-        if _is_float(colour):
-            missing = ~np.isfinite(colour).all(axis=-1)
-        if mask is None:
-            if invert_mask or resize_mask:
-                raise ValueError(
-                    "mask is needed for invert_mask and resize_mask: there is none."
-                )
-            if alpha is None and not _is_float(colour):
-                raise ValueError(
-                    "mask is needed: the picture has no transparency that would show "
-                    "what is to be filled."
-                )
-            hole = missing if alpha is None else hole_from_alpha(alpha)
-        else:
-            if isinstance(mask, str | os.PathLike):
-                mask = image_io.read(mask, max_pixels=self._max_pixels).image
-            elif isinstance(mask, jax.Array | np.ndarray):
-                mask = np.asarray(mask)
-                if _is_float(mask):
-                    mask = mask.astype(np.float32)
-            hole = hole_from_mask(mask, invert=invert_mask)
+    def _find_hole(
+        self,
+        image: LoadedImage,
+        color: np.ndarray,
+        alpha: np.ndarray | None,
+        mask: Any,
+        options: _MaskOptions,
+    ) -> np.ndarray:
+        """Find where to fill: in the mask, or where the image shows it."""
+        missing = np.zeros(color.shape[:2], bool)
+        if values.is_float(color):
+            missing = ~np.isfinite(color).all(axis=-1)
+        if mask is not None:
+            hole = self._read_mask(mask, options)
             if hole.shape != missing.shape:
-                if not resize_mask:
-                    raise ValueError(_sizes_differ(image, hole.shape, missing.shape))
+                if not options.resize:
+                    raise UserError(_sizes_differ(image, hole.shape, missing.shape))
                 hole = resize_hole(hole, missing.shape)
-        return dilate_hole(hole, dilate) | missing
+        elif options.invert or options.resize:
+            raise UserError(
+                "mask is needed for invert_mask and resize_mask: there is none."
+            )
+        elif alpha is not None:
+            hole = hole_from_alpha(alpha)
+        elif values.is_float(color):
+            hole = missing
+        else:
+            raise UserError(
+                "mask is needed: the image has no transparency that would show where "
+                "to fill."
+            )
+        return dilate_hole(hole, options.dilate) | missing
 
-    def _to_values(self, colour, known):
-        """Returns what the network is given: float32 ``[H, W, C]``."""
-        values = colour.astype(np.float32)
-        if not _is_float(colour):
-            top = 1 if colour.dtype == bool else np.iinfo(colour.dtype).max
-            values *= 2 / top
-            values -= 1
-        elif self._value_range is not None:
-            low, high = self._value_range
-            least, most = values[known].min(), values[known].max()
-            rounding = 1e-5 * (high - low)
-            if least < low - rounding or most > high + rounding:
-                raise ValueError(
-                    f"image must be of floats in [{low:g}, {high:g}], got {least:g} to "
-                    f"{most:g}; say another value_range, or None for data that is no "
-                    "picture."
-                )
-            values = (values - low) * (2 / (high - low)) - 1
-        values[~known] = 0
-        if values.shape[2] < self._channels:
-            values = np.repeat(values, self._channels, axis=2)
-        return values
+    def _read_mask(self, mask: Any, options: _MaskOptions) -> np.ndarray:
+        if isinstance(mask, str | os.PathLike):
+            mask = image_io.read(mask, max_pixels=self._max_pixels).image
+        elif isinstance(mask, jax.Array | np.ndarray):
+            mask = np.asarray(mask)
+            if values.is_float(mask):
+                mask = mask.astype(np.float32)
+        return hole_from_mask(mask, invert=options.invert)
 
-    def _to_pixels(self, values, colour):
-        """Returns what a picture is given back: ``[..., C]`` of its dtype."""
-        if colour.shape[-1] < values.shape[-1]:
-            values = values.mean(axis=-1, keepdims=True)
-        if _is_float(colour):
-            if self._value_range is not None:
-                low, high = self._value_range
-                values = low + (np.clip(values, -1, 1) + 1) * ((high - low) / 2)
-            return values.astype(colour.dtype)
-        if colour.dtype == bool:
-            return values > 0
-        top = np.iinfo(colour.dtype).max
-        return np.rint((np.clip(values, -1, 1) + 1) * (top / 2)).astype(colour.dtype)
+    def _to_network(self, color: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """Convert colors to the network's input, float32 ``[H, W, C]``."""
+        if values.is_float(color) and self._value_range is not None:
+            _check_range(color[known], self._value_range)
+        result = values.to_network(color, self._value_range)
+        result[~known] = 0
+        if result.shape[2] < self._channels:
+            result = np.repeat(result, self._channels, axis=2)
+        return result
 
-    def _fill(self, values, known, hole):
-        """Fills the hole in place, and returns the fill depth."""
-        depth = np.zeros(hole.shape, np.uint8)
-        tiles, known = divide(hole, self._sides), known.copy()
-        valid = known.copy()  # In the beginning.
-        wide = []
-        for tile in tiles:
-            output, levels = self._fill_tile(values, known, valid, tile)
-            part = hole[tile.box]
-            depth[tile.box][part] = levels[part]
-            if levels[part].max() > self._trusted:
-                wide.append(tile)
-            else:
-                values[tile.box][part] = output[part]
-                known[tile.box] |= part  # So that the next tile joins on to it.
-        if wide:
-            middle = hole & (depth > self._trusted)
-            half, half_known = halve(values, known)
-            half_depth = self._fill(half, half_known, ~half_known)
-            values[middle] = double(half, hole.shape)[middle]
-            half_depth = double(half_depth, hole.shape, interpolation=cv2.INTER_NEAREST)
-            depth[middle] = np.maximum(half_depth, self._trusted)[middle] + 1
-            known |= middle
-            for tile in wide:
-                output, _ = self._fill_tile(values, known, valid, tile)
-                part = hole[tile.box] & ~middle[tile.box]
-                values[tile.box][part] = output[part]
-                known[tile.box] |= part
-        return depth
-
-    def _fill_tile(self, values, known, valid, tile):
-        """Returns the network's output in the box of a tile, and the fill depth."""
-        top, left, side = tile.window
-        window = np.s_[top : top + side, left : left + side]
-
-        def cut(array):  # What is beyond the picture is hole.
-            part = array[window]
-            pads = [(0, side - n) for n in part.shape[:2]] + [(0, 0)] * (part.ndim - 2)
-            return np.pad(part, pads)[None]
-
-        masks = (cut(m).astype(np.float32)[..., None] for m in (known, valid))
-        output, depth = jax.device_get(self._run(self._variables, cut(values), *masks))
-        rows, columns = tile.box
-        inside = np.s_[
-            rows.start - top : rows.stop - top,
-            columns.start - left : columns.stop - left,
-        ]
-        return output[inside], depth[inside]
+    def _from_network(self, output: np.ndarray, color: np.ndarray) -> np.ndarray:
+        """Convert the network's output ``[..., C]`` to an image's colors."""
+        if color.shape[-1] < output.shape[-1]:
+            output = output.mean(axis=-1, keepdims=True)
+        return values.from_network(output, color.dtype, self._value_range)
 
 
-def _run(model, variables, images, mask, valid):
-    output, _ = model.apply(variables, images, mask)
-    return output[0], fill_depth(model, valid)[0]
+def _to_numpy(image: LoadedImage) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return image_io.to_array(image)
+    return np.asarray(image)
 
 
-def _is_float(array):
-    return jnp.issubdtype(array.dtype, jnp.floating)  # bfloat16 is one here.
+def _split_masks(mask: Any, count: int) -> Sequence[Any]:
+    """Split masks for several images, or repeat one mask for all."""
+    if not isinstance(mask, list | tuple) and len(getattr(mask, "shape", ())) != 4:
+        return [mask] * count
+    if count and len(mask) != count:
+        raise UserError(
+            f"mask must be one, or one for each of {count} images, got {len(mask)}."
+        )
+    return mask
 
 
-def _sizes_differ(image, mask, shape):
+def _check_hole(hole: np.ndarray, known: np.ndarray) -> None:
+    if not known.any():
+        raise UserError(
+            "mask: no valid pixel is left to fill from. White is filled; if the hole "
+            "is black here, invert the mask."
+        )
+    if not hole.any():
+        warnings.warn("There is nothing to fill.", stacklevel=4)
+    ratio = hole.mean()
+    if ratio > _SUSPICIOUS_RATIO:
+        warnings.warn(
+            f"{ratio:.0%} of the image is filled. White is filled; if the hole is "
+            "black here, invert the mask.",
+            stacklevel=4,
+        )
+
+
+def _check_range(known: np.ndarray, value_range: tuple[float, float]) -> None:
+    """Check that valid values are in a range, except for rounding."""
+    low, high = value_range
+    known = known.astype(np.float32)
+    least, most = known.min(), known.max()
+    rounding = 1e-5 * (high - low)
+    if least < low - rounding or most > high + rounding:
+        raise UserError(
+            f"image must be of floats in [{low:g}, {high:g}], got {least:g} to "
+            f"{most:g}; set value_range, or None for data that are not images."
+        )
+
+
+def _sizes_differ(
+    image: LoadedImage, mask: tuple[int, ...], shape: tuple[int, ...]
+) -> str:
     height, width = shape
     hint = "resize_mask makes it fit"
-    if isinstance(image, Image.Image) and image.getexif().get(274, 1) > 4:
-        if mask == (width, height):
-            hint = "PIL.ImageOps.exif_transpose turns the picture upright"
+    if isinstance(image, Image.Image) and mask == (width, height):
+        if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:
+            hint = "PIL.ImageOps.exif_transpose turns the image upright"
     return (
-        f"mask is of {mask[1]} x {mask[0]} pixels, and the picture of {width} x "
+        f"mask is of {mask[1]} x {mask[0]} pixels, and the image of {width} x "
         f"{height}; {hint}."
     )

@@ -1,7 +1,7 @@
-"""A page in the browser that repairs pictures: paint over what is to go.
+"""A web page that repairs images: open one, paint over the area to fill.
 
-The page shows pictures at a size that a browser likes; what is downloaded is the whole
-picture, as it came in but for its hole. Nothing leaves the machine that it runs on.
+The page shows images at a size that suits a browser; the downloaded image has its full
+size, and only its hole has changed. Nothing leaves the machine that serves the page.
 """
 
 import functools
@@ -15,44 +15,55 @@ import time
 import urllib.parse
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
-import gradio as gr
 import jax
 import numpy as np
 from PIL import Image
-from starlette.datastructures import Headers
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pconv_jax import masks
+from pconv_jax._errors import RunError, UserError
 from pconv_jax.inpaint import image_io
+from pconv_jax.inpaint.formats import SUFFIXES
 from pconv_jax.inpaint.hole import hole_from_mask, resize_hole
-from pconv_jax.inpaint.image_io import Picture
+from pconv_jax.inpaint.image_io import ImageFile
 from pconv_jax.inpaint.inpainter import Inpainter
+from pconv_jax.inpaint.values import to_uint8
 
-_SIDE = 1024  # Of what is shown, in pixels.
+try:
+    import gradio as gr
+    from gradio.themes import Soft
+    from gradio.utils import get_upload_folder
+    from starlette.datastructures import Headers
+    from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
+    from starlette.types import ASGIApp, Receive, Scope, Send
+except ModuleNotFoundError as error:
+    raise UserError(
+        f"the demo needs {error.name}: pip install 'pconv-jax[demo]'."
+    ) from error
+
+_SIDE = 1024  # Longest side in pixels of a shown image.
 _PAINT = (255, 45, 149)
 _EXAMPLES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
-_SUFFIXES = [suffix for suffix in image_io.SUFFIXES if suffix != ".npy"]
+_SUFFIXES = [suffix for suffix in SUFFIXES if suffix != ".npy"]
 _MAX_UPLOAD = "200mb"
 
-# Whoever catches warnings catches those of all threads, and Gradio has many.
+# Catching warnings catches those of all threads, and Gradio has many.
 _CATCHING = threading.RLock()
 
 _INTRODUCTION = """\
-# Repair a picture
-Open a picture, **paint over what is to be filled**, and press *Repair*. Nothing but
-what is painted over changes.
+# Repair an image
+Open an image, **paint over the area to fill**, and press *Repair*. Only the painted
+area changes.
 """
 
 _REFUSAL = """\
-This page answers to localhost alone, and to no other site; --host opens it to others.
+This page answers only to localhost, and to no other site. Use --host to open it.
 """
 
-# What is shown before there is a result.
+# Values of the result's components before there is a result.
 _NOTHING = (None, None, None, "", "", gr.DownloadButton(value=None, interactive=False))
 
 _CSS = """
@@ -63,11 +74,29 @@ _CSS = """
 """
 
 
+class _Inputs(NamedTuple):
+    image: gr.UploadButton
+    mask: gr.UploadButton
+    editor: gr.ImageEditor
+    dilate: gr.Slider
+    invert: gr.Checkbox
+    run: gr.Button
+
+
+class _Results(NamedTuple):
+    repaired: gr.Image
+    slider: gr.ImageSlider
+    overlay: gr.Image
+    legend: gr.HTML
+    report: gr.Markdown
+    download: gr.DownloadButton
+
+
 def build(inpainter: Inpainter) -> gr.Blocks:
-    """Returns the page.
+    """Build the page.
 
     Args:
-      inpainter: what repairs the pictures.
+      inpainter: Repairs the images.
     """
     with gr.Blocks(
         title="pconv_jax",
@@ -75,67 +104,14 @@ def build(inpainter: Inpainter) -> gr.Blocks:
         delete_cache=(3600, 86400),
         fill_width=True,
     ) as page:
-        photo_path, mask_path = gr.State(), gr.State()
+        image_path, mask_path = gr.State(), gr.State()
         result_path = gr.State(delete_callback=_delete)
         gr.Markdown(_INTRODUCTION)
         with gr.Row(equal_height=False):
             with gr.Column():
-                with gr.Row():
-                    photo = gr.UploadButton(
-                        "Open a picture", file_types=_SUFFIXES, elem_id="photo"
-                    )
-                    mask = gr.UploadButton(
-                        "Open a mask", file_types=_SUFFIXES, elem_id="mask"
-                    )
-                editor = gr.ImageEditor(
-                    label="What is painted over is filled",
-                    type="pil",
-                    format="png",
-                    sources=(),
-                    transforms=(),
-                    layers=False,
-                    brush=gr.Brush(
-                        default_size=32,
-                        colors=[f"rgb{_PAINT}"],
-                        color_mode="fixed",
-                    ),
-                    height=600,
-                    canvas_size=(_SIDE, _SIDE * 3 // 4),
-                    elem_id="editor",
-                )
-                with gr.Row():
-                    dilate = gr.Slider(
-                        0,
-                        32,
-                        step=1,
-                        label="Grow the hole by (pixels)",
-                    )
-                    invert = gr.Checkbox(label="In the mask, black is filled")
-                run = gr.Button("Repair", variant="primary", elem_id="run")
+                inputs = _build_inputs()
             with gr.Column():
-                with gr.Tabs():
-                    with gr.Tab("Repaired"):
-                        repaired = gr.Image(
-                            show_label=False,
-                            format="png",
-                            height=600,
-                            buttons=["fullscreen"],
-                            elem_id="repaired",
-                        )
-                    with gr.Tab("Before and after"):
-                        slider = gr.ImageSlider(show_label=False, max_height=600)
-                    with gr.Tab("Fill depth"):
-                        overlay = gr.Image(
-                            show_label=False,
-                            height=540,
-                            buttons=["fullscreen"],
-                            elem_id="depth",
-                        )
-                        legend = gr.HTML()
-                report = gr.Markdown()
-                download = gr.DownloadButton(
-                    "Download at full size", interactive=False, elem_id="download"
-                )
+                results = _build_results()
         gr.Markdown("Examples")
         examples = gr.Dataset(
             components=["image"],
@@ -145,96 +121,156 @@ def build(inpainter: Inpainter) -> gr.Blocks:
             elem_id="examples",
         )
 
-        opened = [photo_path, mask_path, editor]
-        results = [repaired, slider, overlay, legend, report, download]
-        photo.upload(lambda path: (path, None, show(path)), photo, opened).then(
-            lambda: _NOTHING, None, results
+        opened = [image_path, mask_path, inputs.editor]
+        inputs.image.upload(
+            lambda path: (path, None, show(path)), inputs.image, opened
+        ).then(lambda: _NOTHING, None, list(results))
+        inputs.mask.upload(
+            lambda path, image: (path, show(image, mask=path)),
+            [inputs.mask, image_path],
+            [mask_path, inputs.editor],
         )
-        mask.upload(
-            lambda path, photo: (path, show(photo, mask=path)),
-            [mask, photo_path],
-            [mask_path, editor],
-        )
-        invert.input(
+        inputs.invert.input(
             lambda path, mask, invert: show(path, mask=mask, invert=invert),
-            [photo_path, mask_path, invert],
-            editor,
+            [image_path, mask_path, inputs.invert],
+            inputs.editor,
         )
         examples.click(open_example, examples, opened).then(
-            lambda: _NOTHING, None, results
+            lambda: _NOTHING, None, list(results)
         )
-        run.click(
+        inputs.run.click(
             functools.partial(repair, inpainter),
-            [photo_path, mask_path, editor, dilate, invert, result_path],
+            [*opened, inputs.dilate, inputs.invert, result_path],
             [*results, result_path],
         )
     return page
 
 
+def _build_inputs() -> _Inputs:
+    with gr.Row():
+        image = gr.UploadButton("Open an image", file_types=_SUFFIXES, elem_id="image")
+        mask = gr.UploadButton("Open a mask", file_types=_SUFFIXES, elem_id="mask")
+    editor = gr.ImageEditor(
+        label="The painted area is filled",
+        type="pil",
+        format="png",
+        sources=(),
+        transforms=(),
+        layers=False,
+        brush=gr.Brush(default_size=32, colors=[f"rgb{_PAINT}"], color_mode="fixed"),
+        height=600,
+        canvas_size=(_SIDE, _SIDE * 3 // 4),
+        elem_id="editor",
+    )
+    with gr.Row():
+        dilate = gr.Slider(0, 32, step=1, label="Grow the hole by (pixels)")
+        invert = gr.Checkbox(label="In the mask, black is filled")
+    run = gr.Button("Repair", variant="primary", elem_id="run")
+    return _Inputs(image, mask, editor, dilate, invert, run)
+
+
+def _build_results() -> _Results:
+    with gr.Tabs():
+        with gr.Tab("Repaired"):
+            repaired = gr.Image(
+                show_label=False,
+                format="png",
+                height=600,
+                buttons=["fullscreen"],
+                elem_id="repaired",
+            )
+        with gr.Tab("Before and after"):
+            slider = gr.ImageSlider(show_label=False, max_height=600)
+        with gr.Tab("Fill depth"):
+            overlay = gr.Image(
+                show_label=False,
+                height=540,
+                buttons=["fullscreen"],
+                elem_id="depth",
+            )
+            legend = gr.HTML()
+    report = gr.Markdown()
+    download = gr.DownloadButton(
+        "Download at full size", interactive=False, elem_id="download"
+    )
+    return _Results(repaired, slider, overlay, legend, report, download)
+
+
 def show(
-    photo: str | None, *, mask: str | None = None, invert: bool = False
+    image: str | None, *, mask: str | None = None, invert: bool = False
 ) -> Image.Image | None:
-    """Returns a picture to paint on, with the hole of a mask that was opened."""
-    if photo is None:
+    """Prepare an image to paint on.
+
+    Args:
+      image: Path of the image.
+      mask: Path of a mask, whose hole is painted over. By default there is none.
+      invert: Whether the mask is black where to fill. By default False.
+
+    Returns:
+      The image at the size of the page; None if there is no image.
+    """
+    if image is None:
         return None
-    image = _shown(_read(photo).image)
-    if mask is None:
-        return image
-    hole = hole_from_mask(_read(mask).image, invert=invert)
-    hole = resize_hole(hole, image.size[::-1])
-    paint = Image.new("RGB", image.size, _PAINT)
-    image.paste(paint, mask=Image.fromarray(np.where(hole, 180, 0).astype(np.uint8)))
-    return image
+    shown = _shown(_read(image).image)
+    if mask is not None:
+        hole = hole_from_mask(_read(mask).image, invert=invert)
+        hole = resize_hole(hole, shown.size[::-1])
+        opacity = Image.fromarray(np.where(hole, 180, 0).astype(np.uint8))
+        shown.paste(Image.new("RGB", shown.size, _PAINT), mask=opacity)
+    return shown
 
 
-def open_example(index: int) -> tuple[str, str, Image.Image]:
-    """Returns one of the examples: the paths of picture and mask, and what to show."""
+def open_example(index: int) -> tuple[str, str, Image.Image | None]:
+    """Open an example: the paths of its image and mask, and the image to paint on."""
     path = str(_example(_EXAMPLES[index]))
     mask = masks.random_mask(
         jax.random.key(index), (512, 512), hole_ratio=0.12, border=False
     )
-    image = _read(path).image
-    hole = resize_hole(np.asarray(mask)[..., 0] == 0, image.size[::-1])
+    shape = _shape_of(_read(path).image)
+    hole = resize_hole(np.asarray(mask)[..., 0] == 0, shape)
     mask_path = str(_new_file("mask.png"))
-    image_io.write(mask_path, Picture(Image.fromarray(hole), {}))
+    image_io.write(mask_path, ImageFile(Image.fromarray(hole), {}))
     return path, mask_path, show(path, mask=mask_path)
 
 
 def repair(
     inpainter: Inpainter,
-    photo: str | None,
+    image: str | None,
     mask: str | None,
     drawing: dict[str, Any] | None,
     dilate: int,
     invert: bool,
     previous: str | None,
 ) -> tuple[Any, ...]:
-    """Returns what the page shows of a repaired picture, and the file to download.
+    """Repair an image, and write it to a file to download.
 
     Args:
-      inpainter: what repairs it.
-      photo: path of the picture.
-      mask: path of a mask, if one was opened.
-      drawing: what was painted, as Gradio's editor gives it.
-      dilate: by how many pixels to enlarge the hole.
-      invert: whether the mask is black where to fill.
-      previous: path of an earlier result, which is deleted.
+      inpainter: Repairs the image.
+      image: Path of the image.
+      mask: Path of a mask, or None.
+      drawing: What was painted, as Gradio's editor gives it.
+      dilate: Number of pixels by which to enlarge the hole.
+      invert: Whether the mask is black where to fill.
+      previous: Path of an earlier result, which is deleted, or None.
+
+    Returns:
+      The values of the result's components, and the path of the file.
     """
-    if photo is None:
-        raise _error("Open a picture first.")
+    if image is None:
+        raise _error("Open an image first.")
     start = time.monotonic()
     with _CATCHING, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            picture = _read(photo)
-            before = _shown(picture.image)
-            hole = _hole(picture.image, mask, drawing, invert)
+            file = _read(image)
+            before = _shown(file.image)
+            hole = _find_hole(file.image, mask, drawing, invert)
             result, depth = inpainter(
-                picture.image, hole, dilate=int(dilate), return_depth=True
+                file.image, hole, dilate=int(dilate), return_depth=True
             )
-            path = _new_file(f"{Path(photo).stem}-repaired{_suffix(photo)}")
-            image_io.write(path, Picture(result, picture.info))
-        except ValueError as error:
+            path = _new_file(f"{Path(image).stem}-repaired{_suffix(image)}")
+            image_io.write(path, ImageFile(result, file.info))
+        except (RunError, UserError) as error:
             raise _error(str(error)) from error
     _delete(previous)
     for warning in caught:
@@ -252,33 +288,34 @@ def repair(
 
 
 def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Serves the page until it is interrupted.
+    """Serve the page until it is interrupted.
 
-    Files of more than 200 MB are refused. At a loopback address, so is whatever a page
-    of another site asks for.
+    Files of more than 200 MB are refused. At a loopback address, requests of other
+    sites' pages are refused, too.
 
     Args:
-      inpainter: what repairs the pictures.
-      host: address to listen on; ``'0.0.0.0'`` lets others in.
-      port: to listen on.
+      inpainter: Repairs the images.
+      host: Address to listen on. By default 127.0.0.1; ``'0.0.0.0'`` lets other
+        machines in.
+      port: Port to listen on. By default 7860.
 
     Raises:
-      ValueError: if it cannot be listened on.
+      UserError: If the address and port cannot be listened on.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise ValueError(
+            raise UserError(
                 f"host and port: cannot listen on {host}, port {port}: {error}."
             ) from error
-    # Gradio's own fonts would be fetched from elsewhere.
+    # Gradio's own fonts would be downloaded from another machine.
     fonts = ["system-ui", "sans-serif"]
     name = f"[{host}]" if ":" in host else host
     guards = [Middleware(_refuse_other_sites)] if _is_loopback(name) else []
     print(f"Open http://{name}:{port} in a browser. Ctrl-C ends it.", flush=True)
-    page = build(inpainter).queue(api_open=False)  # So that no request goes past it.
+    page = build(inpainter).queue(api_open=False)  # No request may bypass the queue.
     page.launch(
         quiet=True,
         server_name=name,
@@ -287,7 +324,7 @@ def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -
         ssr_mode=False,
         footer_links=[],
         show_error=True,
-        theme=gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"]),
+        theme=Soft(font=fonts, font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         allowed_paths=[str(_example("").parent)],
         max_file_size=_MAX_UPLOAD,
@@ -296,13 +333,14 @@ def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -
 
 
 def _refuse_other_sites(app: ASGIApp) -> ASGIApp:
-    """Returns an application that does not do what pages of other sites ask for.
+    """Wrap an application to refuse requests of other sites' pages.
 
-    They reach it by names of their own that lead to this machine, and by posting to it.
+    Such pages may use a host name of their own that leads to this machine (DNS
+    rebinding), or post to this machine's address.
     """
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or _is_of_this_site(scope):
+        if scope["type"] == "lifespan" or _is_from_this_site(scope):
             await app(scope, receive, send)
         else:
             refusal = PlainTextResponse(_REFUSAL, status_code=403)
@@ -311,15 +349,18 @@ def _refuse_other_sites(app: ASGIApp) -> ASGIApp:
     return guarded
 
 
-def _is_of_this_site(scope: Scope) -> bool:
+def _is_from_this_site(scope: Scope) -> bool:
     headers = Headers(scope=scope)
     host, origin = headers.get("host", ""), headers.get("origin")
-    harmless = origin is None or scope.get("method") == "GET"
-    return _is_loopback(host) and (harmless or origin.partition("://")[2] == host)
+    if not _is_loopback(host):
+        return False
+    if origin is None or scope.get("method") == "GET":
+        return True
+    return origin.partition("://")[2] == host
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a host, with or without a port, is this machine by name or address."""
+    """Return whether a host, with or without a port, is this machine."""
     try:
         name = urllib.parse.urlsplit(f"//{host}").hostname
         return name == "localhost" or ipaddress.ip_address(name or "").is_loopback
@@ -331,17 +372,22 @@ def _error(message: str) -> gr.Error:
     return gr.Error(message, print_exception=False)
 
 
-def _read(path: str) -> Picture:
+def _read(path: str) -> ImageFile:
     try:
         with _CATCHING:
             return image_io.read(path)
-    except ValueError as error:
+    except UserError as error:
         raise _error(str(error)) from error
 
 
-def _hole(image, mask, drawing, invert):
-    """Returns what was painted over, or is in the mask that was opened."""
-    shape = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
+def _find_hole(
+    image: Image.Image | np.ndarray,
+    mask: str | None,
+    drawing: dict[str, Any] | None,
+    invert: bool,
+) -> np.ndarray:
+    """Combine the painted hole and the one of an opened mask, at the image's size."""
+    shape = _shape_of(image)
     hole = np.zeros(shape, bool)
     for layer in (drawing or {}).get("layers") or ():
         painted = np.asarray(layer.convert("RGBA"))[..., 3] > 0
@@ -350,22 +396,25 @@ def _hole(image, mask, drawing, invert):
         opened = hole_from_mask(_read(mask).image, invert=invert)
         if opened.shape != shape:
             warnings.warn(
-                "The mask is of another size than the picture, and was made to fit.",
+                "The mask had another size than the image, and was resized.",
                 stacklevel=1,
             )
         hole |= resize_hole(opened, shape)
     if not hole.any():
-        raise ValueError("Nothing is painted over yet.")
+        raise UserError("Nothing is painted over yet.")
     return hole
 
 
+def _shape_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    height, width = image.shape[:2]
+    return height, width
+
+
 def _shown(image: Image.Image | np.ndarray) -> Image.Image:
-    """Returns 8-bit RGB of a size to look at; what is transparent is white."""
-    array = image if isinstance(image, np.ndarray) else image_io.to_array(image)
-    if array.dtype != np.uint8:
-        top = 1 if np.issubdtype(array.dtype, np.floating) else 65535
-        array = np.rint(np.clip(array / np.float32(top), 0, 1) * 255).astype(np.uint8)
-    shown = Image.fromarray(array)
+    """Convert an image to 8-bit RGB at the page's size, on a white background."""
+    shown = Image.fromarray(to_uint8(image_io.as_array(image)))
     if shown.mode in ("LA", "RGBA"):
         white = Image.new("RGBA", shown.size, "white")
         shown = Image.alpha_composite(white, shown.convert("RGBA"))
@@ -375,19 +424,19 @@ def _shown(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def _colors(levels: int) -> np.ndarray:
-    """Returns the color of each fill depth from 1 on, uint8 ``[levels, 3]``."""
+    """Choose a color for each fill depth from 1 on, uint8 ``[levels, 3]``."""
     ramp = np.linspace(255, 40, levels).astype(np.uint8)[:, None]
     return cv2.applyColorMap(ramp, cv2.COLORMAP_PLASMA)[:, 0, ::-1]
 
 
 def _overlay(image: Image.Image, depth: np.ndarray) -> Image.Image:
-    """Returns a picture in grey, its hole in the colors of the fill depth."""
+    """Draw an image in gray, and its hole in the colors of the fill depth."""
     depth = cv2.resize(depth, image.size, interpolation=cv2.INTER_NEAREST)
     colors = _colors(int(depth.max(initial=1)))
-    grey = np.asarray(image.convert("L").convert("RGB"))
+    gray = np.asarray(image.convert("L").convert("RGB"))
     hole = (depth > 0)[..., None]
-    mixed = 0.3 * grey + 0.7 * colors[np.maximum(depth, 1) - 1]
-    return Image.fromarray(np.where(hole, mixed, grey).astype(np.uint8))
+    mixed = 0.3 * gray + 0.7 * colors[np.maximum(depth, 1) - 1]
+    return Image.fromarray(np.where(hole, mixed, gray).astype(np.uint8))
 
 
 def _legend(depth: np.ndarray) -> str:
@@ -397,16 +446,17 @@ def _legend(depth: np.ndarray) -> str:
         for level, (r, g, b) in enumerate(colors, 1)
         if np.any(depth == level)
     )
-    return f"<div class='legend'>{chips} layer at which a pixel became valid</div>"
+    text = "encoder stage at which a pixel becomes valid"
+    return f"<div class='legend'>{chips} {text}</div>"
 
 
 def _new_file(name: str) -> Path:
-    # Gradio deletes what is shown from there, once it is old.
-    return Path(tempfile.mkdtemp(dir=gr.utils.get_upload_folder()), name)
+    # Gradio deletes old files there.
+    return Path(tempfile.mkdtemp(dir=get_upload_folder()), name)
 
 
 def _delete(path: str | None) -> None:
-    """Deletes a file of `_new_file`, if there is one."""
+    """Delete a file of `_new_file` and its folder."""
     if path is not None:
         shutil.rmtree(Path(path).parent, ignore_errors=True)
 

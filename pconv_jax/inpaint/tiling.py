@@ -1,4 +1,4 @@
-"""Division of a large picture into the squares that a network repairs."""
+"""Division of a large image into the squares that a network repairs, and scaling."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,68 +6,85 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-# Pixels. A picture is repaired in squares of these sides, or of the next multiples that
-# the network takes, so that no more than these are ever compiled.
+Box = tuple[slice, slice]
+"""Slices of rows and of columns."""
+
+# Sides in pixels of the squares in which images are repaired, rounded up to multiples
+# that the network takes. There are few, because each is compiled.
 SIDES = (128, 256, 384, 512, 768, 1024)
-# What the network is at least shown around a hole: a quarter of its extent, and pixels
-# from and to.
+# The network sees a quarter of a hole's extent around it: at least the first, and at
+# most the second number of pixels.
 MARGINS = (64, 128)
 
 
+class Window(NamedTuple):
+    """A square that the network sees. It may reach beyond the image."""
+
+    top: int
+    left: int
+    side: int
+
+
 class Tile(NamedTuple):
-    """A part of a picture that is repaired at once.
+    """A part of an image that is repaired at once.
 
     Attributes:
-      box: slices of rows and of columns that hold some of the hole.
-      window: top, left and side of the square that the network is shown of it. It may
-        reach beyond the picture.
+      box: Rows and columns that contain some of the hole.
+      window: The square that the network sees, in which the box lies.
     """
 
-    box: tuple[slice, slice]
-    window: tuple[int, int, int]
+    box: Box
+    window: Window
 
 
 def divide(hole: np.ndarray, sides: Sequence[int]) -> list[Tile]:
-    """Divides a picture to squares around its holes.
+    """Divide an image into squares around its holes.
 
-    A hole is divided where it would not fit into the largest square; else where that
-    makes fewer pixels in all.
+    A hole that does not fit into the largest square is divided. Smaller holes are
+    divided where the squares of the parts have fewer pixels in all.
 
     Args:
-      hole: bool ``[H, W]``.
-      sides: of the squares, in pixels, from small to large.
+      hole: Bool ``[H, W]``.
+      sides: Sides of the squares in pixels, from small to large.
 
     Returns:
-      Tiles. Their boxes do not overlap, and hold all of the hole.
+      Tiles. Their boxes do not overlap, and contain all of the hole.
     """
-    return _divide(hole, tuple(slice(0, n) for n in hole.shape), sides)
+    height, width = hole.shape
+    return _divide(hole, (slice(0, height), slice(0, width)), sides)
 
 
-def _divide(hole, box, sides):
+def _divide(hole: np.ndarray, box: Box, sides: Sequence[int]) -> list[Tile]:
     if not hole[box].any():
         return []
     box = _tighten(hole, box)
-    window = _window(box, hole.shape, sides)
+    window = _find_window(box, hole.shape, sides)
     parts = _cut(hole, box, force=window is None)
-    if parts:
-        tiles = [tile for part in parts for tile in _divide(hole, part, sides)]
-        if window is None or sum(t.window[2] ** 2 for t in tiles) < window[2] ** 2:
-            return tiles
+    tiles = [tile for part in parts for tile in _divide(hole, part, sides)]
+    if window is None:
+        return tiles
+    if tiles and sum(tile.window.side**2 for tile in tiles) < window.side**2:
+        return tiles
     return [Tile(box, window)]
 
 
-def _tighten(hole, box):
-    """Returns the least box that has all of the hole in a box."""
+def _tighten(hole: np.ndarray, box: Box) -> Box:
+    """Shrink a box to the hole inside it."""
     part = hole[box]
-    bounds = [np.flatnonzero(part.any(axis=axis))[[0, -1]] for axis in (1, 0)]
-    return tuple(
-        slice(s.start + int(first), s.start + int(last) + 1)
-        for s, (first, last) in zip(box, bounds)
+    rows, columns = box
+    return (
+        _tighten_slice(rows, part.any(axis=1)),
+        _tighten_slice(columns, part.any(axis=0)),
     )
 
 
-def _window(box, shape, sides):
-    """Returns the least square that shows a box and its margin; None if none does."""
+def _tighten_slice(old: slice, used: np.ndarray) -> slice:
+    first, last = np.flatnonzero(used)[[0, -1]]
+    return slice(old.start + int(first), old.start + int(last) + 1)
+
+
+def _find_window(box: Box, shape: Sequence[int], sides: Sequence[int]) -> Window | None:
+    """Find the smallest square with a box and its margin, or None if none is enough."""
     extents = [s.stop - s.start for s in box]
     margin = int(np.clip(max(extents) // 4, *MARGINS))
     needed = max(min(e + 2 * margin, n) for e, n in zip(extents, shape))
@@ -75,20 +92,30 @@ def _window(box, shape, sides):
     if side is None:
         return None
     middles = [(s.start + s.stop) // 2 for s in box]
-    starts = [max(min(m - side // 2, n - side), 0) for m, n in zip(middles, shape)]
-    return (*starts, side)
+    top, left = (max(min(m - side // 2, n - side), 0) for m, n in zip(middles, shape))
+    return Window(top, left, side)
 
 
-def _cut(hole, box, force):
-    """Returns a box in two: at the widest gap; at the middle, if one has to."""
+def _cut(hole: np.ndarray, box: Box, *, force: bool) -> tuple[Box, ...]:
+    """Cut a box in two at the widest gap of its hole.
+
+    Args:
+      hole: Bool ``[H, W]``.
+      box: The box.
+      force: Whether to cut a box without a gap in the middle.
+
+    Returns:
+      The two boxes; none where there is no gap.
+    """
     part = hole[box]
     gaps = []
     for axis in (0, 1):
         filled = np.flatnonzero(part.any(axis=1 - axis))
         steps = np.diff(filled)
-        if steps.size and steps.max() > 2 * MARGINS[0]:  # Else little is gained.
+        # A narrower gap saves little, because margins overlap.
+        if steps.size and steps.max() > 2 * MARGINS[0]:
             widest = np.flatnonzero(steps == steps.max())
-            i = widest[len(widest) // 2]  # Of equal ones, so that parts are alike.
+            i = widest[len(widest) // 2]  # The middle one, for parts of equal size.
             gaps.append((steps[i], axis, int(filled[i]) + 1))
     if gaps:
         _, axis, at = max(gaps)
@@ -96,37 +123,50 @@ def _cut(hole, box, force):
         axis = int(part.shape[1] > part.shape[0])
         at = part.shape[axis] // 2
     else:
-        return None
-    at += box[axis].start
-    first, second = list(box), list(box)
-    first[axis] = slice(box[axis].start, at)
-    second[axis] = slice(at, box[axis].stop)
-    return tuple(first), tuple(second)
+        return ()
+    rows, columns = box
+    if axis == 0:
+        upper, lower = _cut_slice(rows, at)
+        return (upper, columns), (lower, columns)
+    left, right = _cut_slice(columns, at)
+    return (rows, left), (rows, right)
+
+
+def _cut_slice(old: slice, at: int) -> tuple[slice, slice]:
+    return slice(old.start, old.start + at), slice(old.start + at, old.stop)
 
 
 def halve(values: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Averages the valid pixels of each 2 x 2 block.
+    """Average the valid pixels of each 2 x 2 block.
 
     Args:
-      values: float ``[H, W, C]``.
-      known: bool ``[H, W]``, True where a pixel is valid.
+      values: Float ``[H, W, C]``.
+      known: Bool ``[H, W]``, True where a pixel is valid.
 
     Returns:
-      The image at half the size, and where it has a valid pixel.
+      The image at half the size, rounded up, and where it has a valid pixel.
     """
     pads = [(0, n % 2) for n in known.shape]
-    known = np.pad(known, pads).astype(np.float32)[..., None]
-    values = np.pad(values, [*pads, (0, 0)]) * known
-    count, total = (
-        sum(x[i::2, j::2] for i in (0, 1) for j in (0, 1)) for x in (known, values)
-    )
-    return total / np.maximum(count, 1), count[..., 0] > 0
+    weights = np.pad(known, pads).astype(np.float32)[..., None]
+    values = np.pad(values, [*pads, (0, 0)]) * weights
+    count = _sum_blocks(weights)
+    return _sum_blocks(values) / np.maximum(count, 1), count[..., 0] > 0
+
+
+def _sum_blocks(x: np.ndarray) -> np.ndarray:
+    return x[::2, ::2] + x[::2, 1::2] + x[1::2, ::2] + x[1::2, 1::2]
 
 
 def double(
     array: np.ndarray, shape: Sequence[int], *, interpolation: int = cv2.INTER_LINEAR
 ) -> np.ndarray:
-    """Doubles the size of an array ``[H, W, ...]`` and cuts it to a shape."""
+    """Double the size of an array ``[H, W, ...]``, and crop it to a shape.
+
+    Args:
+      array: The array, of one channel or several.
+      shape: Height and width of the result.
+      interpolation: OpenCV's kind of interpolation. By default linear.
+    """
     height, width = array.shape[:2]
     planes = [
         cv2.resize(plane, (2 * width, 2 * height), interpolation=interpolation)

@@ -1,26 +1,43 @@
-"""Files of weights where their authors published them."""
+"""Downloads of weights, and the cache that keeps them.
 
+No other module uses the network or knows where the cache is.
+"""
+
+import http.client
+import json
 import os
 import shutil
+import urllib.error
 import urllib.request
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from pconv_jax import _files
-from pconv_jax._errors import RunError
+from pconv_jax._errors import RunError, UserError
 from pconv_jax.weights.formats.arrays import check_hash
+
+_MAX_HEADER = 10_000_000  # Bytes. Longer ones are no header of a safetensors file.
+
+
+class DownloadError(RunError):
+    """A file cannot be downloaded."""
 
 
 class Published(NamedTuple):
-    """A file of weights that its authors published.
+    """A weights file that its authors published.
 
     Attributes:
-      url: of the file.
-      name: in the cache. If it ends in ``-`` and eight digits, as in
-        ``vgg16-397923af.pth``, the file's SHA-256 must begin with them.
-      variable: of the environment, that may name the file, or one of like content.
+      url: Address of the file.
+      name: Name of the file in the cache. If it ends in ``-``, eight hexadecimal digits
+        and ``.pth``, as in ``vgg16-397923af.pth``, the file's SHA-256 must begin with
+        these digits.
+      variable: Environment variable that may name the file, or one with the same
+        content.
     """
 
     url: str
@@ -28,39 +45,55 @@ class Published(NamedTuple):
     variable: str
 
 
-def find_published(*files: Published) -> list[Path]:
-    """Finds files of weights, or downloads them.
+def cache_path(name: str) -> Path:
+    """Return the path of a file in the cache, whether it exists or not.
 
-    Each is looked for where the environment says, then in the cache (``PCONV_CACHE``,
-    by default ``~/.cache/pconv_jax``), and at last fetched into the cache.
+    The cache is the folder ``PCONV_CACHE``, by default ``~/.cache/pconv_jax``.
+    """
+    folder = os.environ.get("PCONV_CACHE") or "~/.cache/pconv_jax"
+    return Path(folder).expanduser() / name
+
+
+def named_path(variable: str) -> Path | None:
+    """Return the path that an environment variable names, or None if it is not set."""
+    value = os.environ.get(variable)
+    return Path(value).expanduser() if value else None
+
+
+def find_published(*files: Published) -> list[Path]:
+    """Find published weights files, and download those that are missing.
+
+    Each is looked for where its environment variable says, then in the cache, and is
+    otherwise downloaded into the cache.
 
     Args:
-      *files: small ones first, which saves the download of the others if one fails.
+      *files: Files, small ones first: if one download fails, the larger ones after it
+        are not tried.
 
     Returns:
-      A path for each.
+      One path for each file.
 
     Raises:
-      ValueError: if one cannot be had, in a line that says of all where to put them.
+      UserError: If a file cannot be downloaded. One line says where to put every
+        missing file.
     """
-    cache = Path(os.environ.get("PCONV_CACHE") or "~/.cache/pconv_jax").expanduser()
     paths, missing = [], []
     for file in files:
-        named = os.environ.get(file.variable)
-        paths.append(Path(named).expanduser() if named else cache / file.name)
-        if not named and not paths[-1].exists():
+        named, cached = named_path(file.variable), cache_path(file.name)
+        paths.append(named or cached)
+        if named is None and not cached.exists():
             missing.append(file)
     for i, file in enumerate(missing):
         try:
-            _download(file.url, cache / file.name)
-        except (OSError, ValueError, RunError) as error:
+            _download(file.url, cache_path(file.name))
+        except (OSError, http.client.HTTPException, RunError, UserError) as error:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()  # It holds the connection.
             todo = ", and ".join(
-                f"{url} and put it here as {cache / name}, or name it in {variable}"
+                f"{url} and put it here as {cache_path(name)}, or name it in {variable}"
                 for url, name, variable in missing[i:]
             )
-            raise ValueError(
+            raise UserError(
                 f"There is no {file.name}, and it cannot be downloaded ({error}). On a "
                 f"machine with a network, fetch {todo}."
             ) from error
@@ -68,7 +101,6 @@ def find_published(*files: Published) -> list[Path]:
 
 
 def _download(url: str, path: Path) -> None:
-    """Writes a file, complete or not at all."""
     with (
         urllib.request.urlopen(url, timeout=30) as response,
         _files.atomic_path(path) as partial,
@@ -78,3 +110,118 @@ def _download(url: str, path: Path) -> None:
         with progress as source, open(partial, "wb") as file:
             shutil.copyfileobj(source, file)
         check_hash(path, written_to=partial)
+
+
+def repository_url(repository: str, filename: str) -> str:
+    """Return the address of a file on the Hugging Face Hub, for people."""
+    return f"https://huggingface.co/{repository}/resolve/main/{filename}"
+
+
+def download_repository_file(repository: str, filename: str) -> Path:
+    """Download a file from the Hugging Face Hub, once.
+
+    Args:
+      repository: Repository, ``user/name``.
+      filename: File in the repository.
+
+    Returns:
+      The path of the file in the Hub's own cache.
+
+    Raises:
+      DownloadError: If the file is not in the cache and cannot be downloaded.
+    """
+    hub = _import_hub()
+    try:
+        cached = hub.try_to_load_from_cache(repository, filename)
+        if isinstance(cached, str):
+            return Path(cached)
+        # Check that the file is there: without a network, a download retries for long.
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, filename), timeout=10)
+        return Path(hub.hf_hub_download(repository, filename))
+    except _hub_errors(hub) as error:
+        raise DownloadError(type(error).__name__) from error
+
+
+def read_repository_arrays(
+    repository: str, filename: str, names: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Read some arrays of a safetensors file on the Hugging Face Hub.
+
+    Only the file's header and these arrays are downloaded, if the server supports range
+    requests. Nothing is cached.
+
+    Args:
+      repository: Repository, ``user/name``.
+      filename: File in the repository.
+      names: Names of float32 arrays. Those that the file does not have are left out.
+
+    Returns:
+      Arrays by name.
+
+    Raises:
+      DownloadError: If the file cannot be downloaded, or is no such file.
+    """
+    hub = _import_hub()
+    url = hub.hf_hub_url(repository, filename)
+    session = hub.get_session()
+    read = _RangeReader(lambda headers: session.get(url, timeout=30, headers=headers))
+    try:
+        return _read_safetensors(read, names)
+    except (*_hub_errors(hub), LookupError, TypeError, ValueError) as error:
+        raise DownloadError(f"{type(error).__name__}: {error}") from error
+
+
+def _import_hub() -> ModuleType:
+    try:
+        import huggingface_hub.errors  # Only downloads need it, and it is an extra.
+    except ModuleNotFoundError as error:
+        raise DownloadError(
+            f"it takes {error.name}: pip install 'pconv-jax[hub]'"
+        ) from error
+    return huggingface_hub
+
+
+def _hub_errors(hub: ModuleType) -> tuple[type[Exception], ...]:
+    # Releases of the library differ in their HTTP client. The bases of this error are
+    # the client's, which are not always OSErrors.
+    return (OSError, *hub.errors.HfHubHTTPError.__bases__)
+
+
+class _RangeReader:
+    """Reads parts of a remote file, or all of it once if the server has no ranges."""
+
+    def __init__(self, get: Callable[[dict[str, str]], Any]):
+        self._get = get
+        self._whole: bytes | None = None
+
+    def __call__(self, start: int, stop: int) -> bytes:
+        data = self._read(start, stop)
+        if len(data) != stop - start:
+            raise ValueError(f"got {len(data)} bytes of {stop - start}")
+        return data
+
+    def _read(self, start: int, stop: int) -> bytes:
+        if self._whole is None:
+            response = self._get({"Range": f"bytes={start}-{stop - 1}"})
+            response.raise_for_status()
+            if response.status_code == http.HTTPStatus.PARTIAL_CONTENT:
+                return response.content
+            self._whole = bytes(response.content)
+        return self._whole[start:stop]
+
+
+def _read_safetensors(
+    read: Callable[[int, int], bytes], names: Collection[str]
+) -> dict[str, np.ndarray]:
+    size = int.from_bytes(read(0, 8), "little")
+    if size > _MAX_HEADER:
+        raise ValueError("it is no safetensors file")
+    header = json.loads(read(8, 8 + size))
+    arrays = {}
+    for name in sorted(set(names) & set(header)):
+        if header[name]["dtype"] != "F32":
+            raise ValueError(f"{name} is of type {header[name]['dtype']}, not F32")
+        start, stop = (8 + size + offset for offset in header[name]["data_offsets"])
+        data = np.frombuffer(read(start, stop), "<f4")
+        arrays[name] = data.reshape(header[name]["shape"])
+    return arrays

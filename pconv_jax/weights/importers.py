@@ -1,13 +1,13 @@
-"""Trained networks of other projects, as networks of this one.
+"""Import of other projects' trained networks.
 
-What is particular to a project is data, in `PROJECTS`: how its weights are called, by
-what its layers scale, and what its images look like. An imported network takes and
-gives what all networks here do, RGB images in [-1, 1] (or fields in their own units),
-unless what the original takes and gives is asked for.
+`PROJECTS` is a table of how projects differ: the names of their weights, the scale of
+their layers, the color order and range of their images. An imported network takes and
+gives RGB images in [-1, 1], as all networks here do, or fields in their own units. With
+``raw=True`` it takes and gives the same as the original.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,16 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from pconv_jax.unet import (
-    IMAGENET,
-    Normalization,
-    PConvUNet,
-    Stage,
-    unet_from_stages,
-)
-from pconv_jax.weights.formats.arrays import read_arrays, to_tree
+from pconv_jax._errors import UserError
+from pconv_jax.unet import IMAGENET, Normalization, PConvUNet, Stage, make_network
+from pconv_jax.weights import project_names
+from pconv_jax.weights.formats.arrays import flatten, read_arrays, to_tree
 
-# Flax's, by which the networks here normalize.
+# Flax's epsilon of batch normalization, which the networks here use.
 _EPSILON = 1e-5
 _MAX_DEPTH = 12
 
@@ -34,10 +30,10 @@ class Imported(NamedTuple):
     """A network of another project.
 
     Attributes:
-      project: where it is from.
-      model: the same network here.
-      variables: its ``params`` and ``batch_stats``, NumPy arrays.
-      notes: what to know about it.
+      project: Name of the project.
+      model: The same network as a `PConvUNet`.
+      variables: Its ``params`` and ``batch_stats``, as NumPy arrays.
+      notes: Remarks for people who use it.
     """
 
     project: str
@@ -47,12 +43,14 @@ class Imported(NamedTuple):
 
 
 class _Names(NamedTuple):
-    """What a file calls its weights.
+    """The names of the weights in a file.
 
     Attributes:
-      depth: number of encoder stages.
-      keys: by our path, without the collection: ``{'pconv1/kernel': 'enc_1.conv...'}``.
-      prefix: of all keys of the network, which other keys have not.
+      depth: Number of encoder stages.
+      keys: Names by our path, without the collection:
+        ``{'pconv1/kernel': 'enc_1.conv...'}``.
+      prefix: Prefix that all names of the network have, and no others. By default
+        empty.
     """
 
     depth: int
@@ -64,26 +62,34 @@ class Project(NamedTuple):
     """How to read the weights of a project.
 
     Attributes:
-      name: of its repository.
-      find: returns the names of weights if these are keys of the project, else None.
-      ignored: a pattern for keys that are no weights.
-      layout: of kernels.
-      sum_of_ones: what the layer takes for sum(1): one as in the paper's first version,
-        the window ``k * k``, or as here and in the second all inputs, ``C_in * k * k``.
-      decoder_slope: of the decoder's leaky ReLUs, the last one's apart.
-      last_slope: of the last layer's; None for no activation.
-      encoder_bias: whether an encoder stage without normalization has a bias.
-      skip_first: whether a decoder stage has the encoder's features first.
-      images: what the original takes and gives, where not RGB images in [-1, 1].
-      bgr: whether these are BGR.
-      epsilon: of batch normalization.
-      normalization: of images in [-1, 1].
-      sigmoid_head: see `PConvUNet`.
-      notes: for people.
+      name: Name of its repository.
+      find: Finds the names of the weights among the keys of a file. It returns None if
+        the file is not from this project.
+      ignored: Pattern of keys that are no weights. By default there are none.
+      layout: Order of the kernels' axes. By default PyTorch's, ``'OIHW'``.
+      sum_of_ones: The layer's value of sum(1): ``'one'`` is 1, as in version 1 of the
+        paper; ``'window'`` is ``k * k``; ``'inputs'`` (the default) is
+        ``C_in * k * k``, as here and in version 2.
+      decoder_slope: Slope of the decoder's leaky ReLUs, except the last. By default
+        0.2, as in the paper.
+      last_slope: Slope of the last layer's leaky ReLU. None (the default) is no
+        activation.
+      encoder_bias: Whether encoder stages without normalization have a bias. By default
+        True.
+      skip_first: Whether decoder stages concatenate the encoder's features before the
+        decoder's own. By default after them.
+      images: Description of the images that the original takes and gives. None (the
+        default) if they are RGB in [-1, 1].
+      bgr: Whether these are BGR. By default False.
+      epsilon: Epsilon of batch normalization. By default Flax's, 1e-5.
+      normalization: What the original subtracts from and divides images in [-1, 1] by.
+        By default None.
+      sigmoid_head: See `PConvUNet`. By default False.
+      notes: Remarks for people. By default there are none.
     """
 
     name: str
-    find: Callable[[Iterable[str]], _Names | None]
+    find: Callable[[Collection[str]], _Names | None]
     ignored: str = "$^"
     layout: Literal["OIHW", "HWIO"] = "OIHW"
     sum_of_ones: Literal["one", "window", "inputs"] = "inputs"
@@ -105,24 +111,24 @@ def import_network(
     *,
     raw: bool = False,
 ) -> Imported:
-    """Recognises a network by the names of its weights, and converts it.
+    """Recognize a network by the names of its weights, and convert it.
 
-    It then takes and gives RGB images in [-1, 1], as all networks here do; or, with
-    ``raw=True``, exactly what the original does, to compare the two: BGR in [-1, 1] for
-    mmagic, RGB normalized as ImageNet's for naoto0804, RGB in [0, 1] for PConv-Keras.
-    climatereconstructionAI's fields are in their own units either way.
+    The result takes and gives RGB images in [-1, 1], as all networks here do. With
+    ``raw=True`` it takes and gives the same as the original, which allows to compare
+    the two: BGR in [-1, 1] for mmagic, RGB normalized by ImageNet's statistics for
+    naoto0804, RGB in [0, 1] for PConv-Keras. climatereconstructionAI's fields are in
+    their own units either way.
 
     Args:
-      weights: a file, or the arrays of one; see `read_arrays`.
-      source: where arrays came from, for errors.
-      raw: whether to keep the original's order of channels and range of values.
-
-    Returns:
-      The network, its variables, and what to know about them.
+      weights: A file, or its arrays by name; see `read_arrays`.
+      source: Where arrays came from, for error messages. By default unknown.
+      raw: Whether to keep the original's channel order and range of values. By default
+        False.
 
     Raises:
-      ValueError: as `read_arrays`; if no project is recognised; or naming all that is
-        missing, too much, mis-shaped (kernels being ``[H, W, in, out]``) or not finite.
+      UserError: As `read_arrays`; if no project is recognized; or if arrays are
+        missing, unexpected, of another shape (for kernels ``[H, W, in, out]``) or not
+        finite. The message lists all of them.
     """
     if isinstance(weights, Mapping):
         arrays = weights
@@ -137,10 +143,10 @@ def import_network(
             try:
                 return _convert(project, names, arrays, source)
             except (TypeError, ZeroDivisionError, OverflowError) as error:
-                raise ValueError(f"weights: {source} does not fit: {error}.") from error
-    known = ", ".join(dict.fromkeys(project.name for project in PROJECTS))
+                raise UserError(f"weights: {source} does not fit: {error}.") from error
+    known = ", ".join(project_names.PROJECT_NAMES)
     examples = ", ".join(list(arrays)[:3]) or "nothing"
-    raise ValueError(
+    raise UserError(
         f"weights: {source} is of no project that is known ({known}); it has {examples}"
         f"{', ...' if len(arrays) > 3 else ''}."
     )
@@ -149,19 +155,23 @@ def import_network(
 def import_layers(
     weights: str | Path | Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """Converts layers of NVIDIA/partialconv, or of plain PyTorch, one by one.
+    """Convert layers of NVIDIA/partialconv, or of plain PyTorch, one by one.
 
-    For models of one's own: ``PartialConv2d`` and ``PartialConv3d``, with or without
-    ``multi_channel``, compute what `layers.PartialConv` does with the same weights, and
-    without a mask what `layers.PartialPadConv` does.
+    Use this for models of your own. With the same weights, `layers.PartialConv`
+    computes the same as ``PartialConv2d`` and ``PartialConv3d``, with or without
+    ``multi_channel``; `layers.PartialPadConv` computes the same as these layers without
+    a mask.
 
     Args:
-      weights: a file, or the arrays of one, ``'block.conv.weight'``; kernels
+      weights: A file, or its arrays by name, ``'block.conv.weight'``. Kernels are
         ``[out, in, *spatial]``.
 
     Returns:
-      Every convolution, by the module's names: ``{'block': {'conv': {'kernel': ...,
-      'bias': ...}}}``.
+      Every convolution, by the names of its modules: ``{'block': {'conv': {'kernel':
+      ..., 'bias': ...}}}``.
+
+    Raises:
+      UserError: As `read_arrays`.
     """
     arrays = weights if isinstance(weights, Mapping) else read_arrays(weights)
     flat = {}
@@ -201,9 +211,8 @@ def _convert(
         if path.endswith("/kernel") and kernel.ndim == 4 and project.layout == "OIHW":
             found[path] = kernel.transpose(2, 3, 1, 0)
     stages = [_stage(project, names.depth, i, found) for i in _numbers(names.depth)]
-    model = unet_from_stages(
-        tuple(stages[: names.depth]),
-        tuple(stages[names.depth :]),
+    model = make_network(
+        (tuple(stages[: names.depth]), tuple(stages[names.depth :])),
         normalization=project.normalization,
         sigmoid_head=project.sigmoid_head,
     )
@@ -219,9 +228,8 @@ def _convert(
     for key in arrays:
         inside = key.startswith(names.prefix) and not re.search(project.ignored, key)
         if inside and key not in used:
-            found[key] = arrays[key]  # Which is too much.
-    flat = to_tree(found, expected, source, names=names.keys, strict=True)
-    flat = traverse_util.flatten_dict(flat, sep="/")
+            found[key] = arrays[key]  # `to_tree` reports it as unexpected.
+    flat = flatten(to_tree(found, expected, source, names=names.keys, strict=True))
     for i, stage in enumerate(stages, 1):
         _convert_stage(project, names.depth, i, stage, flat)
     return Imported(project.name, model, _to_variables(flat), project.notes)
@@ -234,7 +242,7 @@ def _numbers(depth: int) -> range:
 def _stage(
     project: Project, depth: int, number: int, found: Mapping[str, np.ndarray]
 ) -> Stage:
-    """Returns what a file's weights say about a stage, or else the paper's."""
+    """Describe a stage by the file's weights, or by the paper if they are missing."""
     kernel = found.get(f"pconv{number}/kernel")
     if kernel is None or kernel.ndim != 4:
         level = min(number - 1, 2 * depth - 1 - number)
@@ -250,7 +258,7 @@ def _stage(
 
 
 def _expected(model: PConvUNet, channels: int) -> dict[str, Any]:
-    """Returns shapes by path, without collections: their names do not collide."""
+    """Compute shapes by path, without the collection: the names do not collide."""
     size = model.size_multiple
     images, mask = (
         jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (channels, 1)
@@ -258,19 +266,18 @@ def _expected(model: PConvUNet, channels: int) -> dict[str, Any]:
     variables = jax.eval_shape(model.init, jax.random.key(0), images, mask)
     flat = {}
     for tree in variables.values():
-        flat |= traverse_util.flatten_dict(tree, sep="/")
+        flat |= flatten(tree)
     return flat
 
 
 def _convert_stage(
     project: Project, depth: int, number: int, stage: Stage, flat: dict[str, np.ndarray]
 ) -> None:
-    """Does to one stage, in place, what the project's quirks ask for."""
+    """Convert a stage's arrays in place to the conventions of this package."""
     kernel = flat[f"pconv{number}/kernel"]
     channels = kernel.shape[2]
     first, last = number == 1, number == 2 * depth
-    # The encoder's features, of this size, that a decoder stage takes along.
-    skip = 0
+    skip = 0  # Number of the encoder's features that a decoder stage concatenates.
     if number > depth:
         skip = flat[f"pconv{2 * depth + 1 - number}/kernel"].shape[2]
     if project.skip_first:
@@ -293,7 +300,7 @@ def _convert_stage(
     if not stage.batch_norm:
         flat.setdefault(f"pconv{number}/bias", np.zeros(stage.features, np.float32))
         return
-    # A bias before a normalization is no other than a smaller mean.
+    # A bias before a normalization is the same as a smaller mean.
     bias = flat.pop(f"pconv{number}/bias", np.float32(0))
     flat[f"bn{number}/mean"] = flat[f"bn{number}/mean"] - bias
     var = flat[f"bn{number}/var"].astype(np.float64)
@@ -302,7 +309,7 @@ def _convert_stage(
 
 
 def _to_variables(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    variables = {"params": {}, "batch_stats": {}}
+    variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
     for path, array in flat.items():
         collection = "batch_stats" if path.endswith(("/mean", "/var")) else "params"
         module, leaf = path.split("/")
@@ -312,15 +319,16 @@ def _to_variables(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def _torch(
     encoder: str, decoder: str, conv: str, *, first: int = 1, mirrored: bool = True
-) -> Callable[[Iterable[str]], _Names | None]:
-    """Returns a `Project.find` for names that count their blocks.
+) -> Callable[[Collection[str]], _Names | None]:
+    """Make a `Project.find` for PyTorch networks with numbered blocks.
 
     Args:
-      encoder: name of an encoder's block, with ``{}`` for its number.
-      decoder: of a decoder's block.
-      conv: name of the convolution in a block, beside ``bn``.
-      first: number of the first block.
-      mirrored: whether decoder blocks are counted from the outermost one.
+      encoder: Name of an encoder block, with ``{}`` for its number.
+      decoder: Name of a decoder block, with ``{}`` for its number.
+      conv: Name of the convolution in a block. The normalization is ``bn``.
+      first: Number of the first block. By default 1.
+      mirrored: Whether decoder blocks are numbered from the outermost one. By default
+        True.
     """
     pattern = re.compile(
         rf"(.*?)({_any_number(encoder)}|{_any_number(decoder)})\.{re.escape(conv)}"
@@ -335,16 +343,13 @@ def _torch(
         "var": "bn.running_var",
     }
 
-    def find(keys: Iterable[str]) -> _Names | None:
+    def find(keys: Collection[str]) -> _Names | None:
         matches = [match for match in map(pattern.fullmatch, keys) if match]
         if not matches:
             return None
-        prefix = matches[-1][1]  # The last one saved, where there are several.
-        numbers = [
-            int(re.search(r"\d+", match[2])[0])
-            for match in matches
-            if match[1] == prefix
-        ]
+        prefix = matches[-1][1]  # If several networks were saved, the last one.
+        blocks = [match[2] for match in matches if match[1] == prefix]
+        numbers = [int(n) for block in blocks for n in re.findall(r"\d+", block)[:1]]
         depth = max(numbers) - first + 1
         if depth > _MAX_DEPTH:
             return None
@@ -369,13 +374,14 @@ def _any_number(block: str) -> str:
     return re.escape(block).replace(re.escape("{}"), r"\d{1,3}")
 
 
-def _keras(keys: Iterable[str]) -> _Names | None:
-    """Finds what Keras has named by counting all layers of a session.
+def _keras(keys: Collection[str]) -> _Names | None:
+    """Find the weights of PConv-Keras. Keras numbers all layers of a session.
 
-    Layers are ``p_conv2d_17`` ..., the encoder's normalizations ``EncBN1`` ..., the
-    decoder's ``batch_normalization_3`` ..., and the head ``conv2d_5``, or, in later
-    versions, ``outputs_img``.
+    Convolutions are ``p_conv2d_17`` and so on, the encoder's normalizations ``EncBN1``
+    and so on, the decoder's ``batch_normalization_3`` and so on. The head is
+    ``conv2d_5`` or, in later versions, ``outputs_img``.
     """
+    layers: dict[str, dict[int, dict[str, str]]]
     layers = {"p_conv2d": {}, "EncBN": {}, "batch_normalization": {}, "conv2d": {}}
     pattern = (
         r"(?:.*/)?(p_conv2d|EncBN|batch_normalization|conv2d|outputs_img)_?(\d*)/(\w+)"
@@ -418,22 +424,22 @@ def _keras(keys: Iterable[str]) -> _Names | None:
 
 
 _NAOTO0804 = Project(
-    name="naoto0804/pytorch-inpainting-with-partial-conv",
+    name=project_names.NAOTO0804,
     find=_torch("enc_{}", "dec_{}", "conv.input_conv"),
     ignored=r"mask_conv\.weight$|num_batches_tracked$",
     sum_of_ones="one",
     encoder_bias=False,
-    images="RGB normalized as ImageNet's",
+    images="RGB normalized by ImageNet's statistics",
     normalization=IMAGENET,
     notes=(
-        "Its released weights were trained on masks that were made smaller "
-        "bilinearly, and do best on such (its issue 38).",
+        "The published weights were trained with masks that were scaled down "
+        "bilinearly, and work best with such masks (issue 38 of the project).",
     ),
 )
 
 PROJECTS = (
     Project(
-        name="open-mmlab/mmagic",
+        name=project_names.MMAGIC,
         find=_torch("encoder.enc{}", "decoder.dec{}", "conv"),
         ignored=r"weight_mask_updater$|num_batches_tracked$",
         images="BGR in [-1, 1]",
@@ -445,7 +451,7 @@ PROJECTS = (
         ignored=r"mask2d\.(weight|bias)$|num_batches_tracked$",
     ),
     Project(
-        name="FREVA-CLINT/climatereconstructionAI",
+        name=project_names.CLIMATE_RECONSTRUCTION_AI,
         find=_torch(
             *("encoder.{}.partial_conv", "decoder.{}.partial_conv", "input_conv"),
             first=0,
@@ -457,12 +463,12 @@ PROJECTS = (
         encoder_bias=False,
         notes=(
             "It takes fields in the units that it was trained on.",
-            "Zeros (holes) pad the fields. The file does not say whether the network "
-            "was trained so, or with a longitude that is continued.",
+            "Fields are padded by zeros (holes). The file does not say whether the "
+            "network was trained that way, or with circular padding of the longitude.",
         ),
     ),
     Project(
-        name="MathiasGruber/PConv-Keras",
+        name=project_names.PCONV_KERAS,
         find=_keras,
         ignored=r"^optimizer_weights",
         layout="HWIO",
@@ -474,10 +480,10 @@ PROJECTS = (
         normalization=Normalization(mean=(-1.0,), std=(2.0,)),
         sigmoid_head=True,
         notes=(
-            "Where a hole is too wide to be closed the output is 0 here, and the "
-            "image of a bias there.",
-            "Weights of its first phase normalize by the statistics of the batch even "
-            "when they are applied; here they take the running ones.",
+            "Where a hole is too wide to be closed, the output is 0; the original's is "
+            "the image of a bias.",
+            "Weights of the first training phase use the running statistics of batch "
+            "normalization here; the original uses the batch's even in inference.",
         ),
     ),
 )

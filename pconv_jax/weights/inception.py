@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
-from pconv_jax.metrics.inception import IMAGE_SIZE, InceptionV3, Params
+from pconv_jax.metrics.inception import InceptionV3, Params
 from pconv_jax.weights import hub
-from pconv_jax.weights.formats.arrays import from_torch, read_arrays, to_tree
+from pconv_jax.weights.formats.arrays import flatten, from_torch, read_arrays, to_tree
 
 _PUBLISHED = hub.Published(
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -15,42 +14,44 @@ _PUBLISHED = hub.Published(
     variable="PCONV_INCEPTION",
 )
 
+_IMAGE_SIZE = 299  # Pixels, as in training. The weights' shapes do not depend on it.
+
+_TORCH_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
 
 def load_inception_params() -> Params:
-    """Loads pytorch-fid's weights of the network, of 2015.
+    """Load the weights of 2015 that pytorch-fid published.
 
-    They are looked for in the file that ``PCONV_INCEPTION`` names, with pytorch-fid's
-    names of arrays, then in the cache (``PCONV_CACHE``), then where they were published
-    (95 MB).
+    The file with pytorch-fid's names is looked for where ``PCONV_INCEPTION`` says, then
+    in the cache (``PCONV_CACHE``), and is otherwise downloaded (95 MB).
 
     Returns:
       Parameters for `features_and_logits`, as NumPy arrays.
 
     Raises:
-      ValueError: If there are none, saying in a line where to put which file; or if it
-        is another file, naming all that is missing, mis-shaped or not finite.
+      UserError: If there are no weights, with a line that says where to put which file;
+        or if the file is another one, with a list of all arrays that are missing, of
+        another shape or not finite.
     """
     (path,) = hub.find_published(_PUBLISHED)
-    arrays = read_arrays(path)
-    image = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
+    image = jnp.zeros((1, _IMAGE_SIZE, _IMAGE_SIZE, 3))
     shapes = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)
-    names = {
-        name: _torch_name(name) for name in traverse_util.flatten_dict(shapes, sep="/")
-    }
+    names = {name: _torch_name(name) for name in flatten(shapes)}
+    stored = read_arrays(path)
     arrays = {
-        name: from_torch(arrays[theirs])
-        for name, theirs in names.items()
-        if theirs in arrays
+        name: from_torch(stored[torch_name])
+        for name, torch_name in names.items()
+        if torch_name in stored
     }
     return to_tree(arrays, shapes, path, names=names)
 
 
-def _torch_name(path):
+def _torch_name(path: str) -> str:
     _, *modules, leaf = path.split("/")
-    leaves = {
-        "kernel": "weight",
-        "scale": "weight",
-        "mean": "running_mean",
-        "var": "running_var",
-    }
-    return ".".join([*modules, leaves.get(leaf, leaf)])
+    return ".".join([*modules, _TORCH_LEAVES[leaf]])

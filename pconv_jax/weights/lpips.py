@@ -1,8 +1,12 @@
 """The trained weights of LPIPS."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from pconv_jax._errors import UserError
 from pconv_jax.metrics.lpips import LPIPS, NETWORKS, Params
 from pconv_jax.weights import hub
 from pconv_jax.weights.formats.arrays import from_torch, read_arrays, to_tree
@@ -12,7 +16,7 @@ _LPIPS_URL = (
     "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
 )
 
-# The files of each network: its five linear heads, and the network itself.
+# The files of each network: its five linear heads, then the network itself.
 _PUBLISHED = {
     "alex": (
         hub.Published(
@@ -40,30 +44,32 @@ _PUBLISHED = {
     ),
 }
 
-# torchvision counts ReLUs and poolings too.
+# torchvision's numbers count ReLUs and poolings, too.
 _ALEX_INDICES = {"conv1": 0, "conv2": 3, "conv3": 6, "conv4": 8, "conv5": 10}
 
 
 def load_lpips_params(net: str = "alex") -> Params:
-    """Loads the trained weights of a network and of its five linear heads.
+    """Load the trained weights of a network and of its five linear heads.
 
     Each of the two files is looked for where an environment variable says
-    (``PCONV_ALEXNET`` and ``PCONV_LPIPS_ALEX``, ``PCONV_VGG16`` and
-    ``PCONV_LPIPS_VGG``), in the cache (``PCONV_CACHE``), and where it was published: by
-    torchvision (about 240 or 550 MB) and by the LPIPS project (6 kB).
+    (``PCONV_ALEXNET`` and ``PCONV_LPIPS_ALEX``, or ``PCONV_VGG16`` and
+    ``PCONV_LPIPS_VGG``), then in the cache (``PCONV_CACHE``), and is otherwise
+    downloaded: from torchvision (about 240 or 550 MB) and from the LPIPS project
+    (6 kB).
 
     Args:
-      net: ``'alex'`` or ``'vgg'``.
+      net: ``'alex'`` (the default) or ``'vgg'``.
 
     Returns:
       Parameters for `distance`, as NumPy arrays.
 
     Raises:
-      ValueError: If a file is not to be had, saying in a line where to put it; or if it
-        is another one, naming all that is missing, mis-shaped or not finite.
+      UserError: If `net` is another name; if a file cannot be downloaded, with a line
+        that says where to put it; or if it is another file, with a list of all arrays
+        that are missing, of another shape or not finite.
     """
     if net not in NETWORKS:
-        raise ValueError(f"net must be 'alex' or 'vgg', got {net!r}")
+        raise UserError(f"net must be 'alex' or 'vgg', got {net!r}")
     heads, trunk = hub.find_published(*_PUBLISHED[net])
     image = jnp.zeros((1, 32, 32, 3))
     shapes = jax.eval_shape(LPIPS(net).init, jax.random.key(0), image, image)["params"]
@@ -72,7 +78,7 @@ def load_lpips_params(net: str = "alex") -> Params:
     return to_tree(arrays, shapes, trunk) | to_tree(_read_heads(heads), weights, heads)
 
 
-def _read_alexnet(path):
+def _read_alexnet(path: Path) -> dict[str, np.ndarray]:
     arrays = read_arrays(path)
     for conv, index in _ALEX_INDICES.items():
         for leaf, name in (("kernel", "weight"), ("bias", "bias")):
@@ -81,9 +87,9 @@ def _read_alexnet(path):
     return arrays
 
 
-def _read_heads(path):
+def _read_heads(path: Path) -> dict[str, np.ndarray]:
     arrays = read_arrays(path)
-    # 1x1 convolutions behind dropout.
+    # Each is a 1x1 convolution after a dropout layer.
     return {
         name.removesuffix(".model.1.weight"): array.reshape(-1)
         for name, array in arrays.items()

@@ -1,9 +1,8 @@
-"""Trained networks as single files: the form in which they are released.
+"""Weights files: a trained network in one file.
 
-A release is one ``.safetensors`` file with the parameters and the statistics of batch
-normalization. Its metadata says what network they are of, and what is known about it:
-where it is from, what it was trained on, how well it does. It holds arrays of numbers
-and text, and nothing that could be run.
+A weights file is a ``.safetensors`` file with the parameters and the statistics of
+batch normalization. Its metadata describes the network, its origin, its training data
+and its metrics. The file holds only numbers and text, and nothing that could be run.
 """
 
 import json
@@ -12,21 +11,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
+from pconv_jax._errors import UserError
 from pconv_jax.unet import PConvUNet, model_config, model_from_config
+from pconv_jax.weights import hub
 from pconv_jax.weights.formats.arrays import (
     checksum,
+    flatten,
     read_arrays,
     to_tree,
     write_arrays,
 )
 
-# Releases that come with this package, by name.
+# The weights files in this package, by name.
 BUNDLED: Mapping[str, Path] = {
     "photos": Path(__file__).parent / "bundled" / "photos.safetensors"
 }
@@ -35,14 +37,19 @@ _HUB_FILE = "model.safetensors"
 _KEY = "pconv_jax"
 _FORMAT = 1
 
+# What JAX and Flax raise for a network that cannot be built.
+_IMPOSSIBLE = (ArithmeticError, LookupError, TypeError, ValueError)
+_IMPOSSIBLE += (flax.errors.FlaxError,)
+
 
 class Pretrained(NamedTuple):
     """A trained network.
 
     Attributes:
-      model: takes and gives images ``[N, H, W, C]`` in [-1, 1], if it is of pictures.
-      variables: its ``params`` and ``batch_stats``, NumPy arrays.
-      info: what is known about it, JSON-able: e.g. ``origin``, ``training_data``,
+      model: The network. Image networks take and give images ``[N, H, W, C]`` in
+        [-1, 1].
+      variables: Its ``params`` and ``batch_stats``, as NumPy arrays.
+      info: What is known about it, as for JSON: e.g. ``origin``, ``training_data``,
         ``metrics``, ``notes``.
     """
 
@@ -59,27 +66,27 @@ def save_pretrained(
     info: Mapping[str, Any] | None = None,
     half: bool = False,
 ) -> None:
-    """Writes a release.
+    """Write a weights file, complete or not at all.
 
     Args:
-      path: of the ``.safetensors`` file. It appears when it is complete.
-      model: the network.
-      variables: its ``params`` and ``batch_stats``, in float32.
-      info: what is known about it, JSON-able.
-      half: whether to store kernels in float16, which halves the file, and takes 13 of
-        their 24 bits.
+      path: Path of the ``.safetensors`` file.
+      model: The network.
+      variables: Its ``params`` and ``batch_stats``, in float32.
+      info: What is known about it, as for JSON. By default nothing.
+      half: Whether to store kernels in float16, with 11 of their 24 significant bits,
+        which halves the file. By default False.
 
     Raises:
-      ValueError: if variables are not the network's, naming all that are missing, too
-        much, mis-shaped or not finite, or not float32; if `info` is not JSON-able.
+      UserError: If the variables are not float32; if they are not the network's, with a
+        list of all arrays that are missing, unexpected, of another shape or not finite;
+        if `info` cannot be written as JSON; or if the file cannot be written.
     """
     path = _check_suffix(path)
-    arrays = traverse_util.flatten_dict(dict(variables), sep="/")
-    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    arrays = {n: np.ascontiguousarray(a) for n, a in flatten(variables).items()}
     others = [f"{n} is {a.dtype}" for n, a in arrays.items() if a.dtype != np.float32]
     if others:
-        raise ValueError(f"variables must be float32, but {'; '.join(others)}.")
-    _to_variables(arrays, model, "what is to be saved")
+        raise UserError(f"variables must be float32, but {'; '.join(others)}.")
+    _to_variables(arrays, model, "variables")
     if half:
         arrays = {
             n: _halve(a) if n.endswith("/kernel") else a for n, a in arrays.items()
@@ -93,39 +100,40 @@ def save_pretrained(
     try:
         metadata = {_KEY: json.dumps(header)}
     except TypeError as error:
-        raise ValueError(f"info must be JSON-able, but: {error}.") from error
+        raise UserError(f"info must be JSON-able, but: {error}.") from error
     write_arrays(path, arrays, metadata)
 
 
-def from_pretrained(source: str | Path | None = None) -> Pretrained:
-    """Reads a release.
+def from_pretrained(name_or_path: str | Path | None = None) -> Pretrained:
+    """Read a weights file.
 
     Args:
-      source: a ``.safetensors`` file; the name of a bundled network; or a repository on
-        the Hugging Face Hub, ``user/name``, whose ``model.safetensors`` is downloaded,
-        once. By default the first of the bundled networks.
+      name_or_path: A ``.safetensors`` file; the name of a bundled file; or a repository
+        on the Hugging Face Hub, ``user/name``, whose ``model.safetensors`` is
+        downloaded, once. By default the first bundled file.
 
     Raises:
-      ValueError: if there is none of that name, saying how to get one; if the file is
-        damaged, of another kind, or has not all of the network.
+      UserError: If there is no such file, with a line that says how to get one; or if
+        the file is damaged, of another kind, or not complete.
     """
-    if source is None:
-        source = next(iter(BUNDLED))
-    path = _find(source)
+    path = _find(next(iter(BUNDLED)) if name_or_path is None else name_or_path)
     header = _read_header(path)
-    model = model_from_config(header.get("model"), path)
+    try:
+        model = model_from_config(header.get("model") or {}, path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     arrays = read_arrays(path)
     variables = _to_variables(arrays, model, path)
     expected = header.get("arrays_sha256")
     if expected and expected != checksum(arrays):
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged: its arrays are not those that it was written with."
         )
     return Pretrained(model, variables, header.get("info", {}))
 
 
-def is_release(path: str | Path) -> bool:
-    """Returns whether a file is a release of this package, by its metadata."""
+def is_weights_file(path: str | Path) -> bool:
+    """Return whether a file is a weights file of this package, by its metadata."""
     try:
         with safe_open(path, framework="np") as file:
             return _KEY in (file.metadata() or {})
@@ -133,46 +141,38 @@ def is_release(path: str | Path) -> bool:
         return False
 
 
-def _find(source: str | Path) -> Path:
-    path = Path(source).expanduser()
+def _find(name_or_path: str | Path) -> Path:
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
     if path.is_file():
         return _check_suffix(path)
-    if str(source) in BUNDLED:
-        return BUNDLED[str(source)]
-    # A folder of that name is meant rather than the Hub.
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or path.exists():
-        raise ValueError(
-            f"source: there is no file {source}, nor a bundled network of that name "
+    if name in BUNDLED:
+        return BUNDLED[name]
+    # An existing folder is no name of a repository.
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or path.exists():
+        raise UserError(
+            f"name_or_path: there is no file {name}, nor a bundled file of that name "
             f"({', '.join(BUNDLED)}). Give the path of a .safetensors file, or a "
-            "repository on the Hugging Face Hub, 'user/name'; or make a file of a run "
-            "or of another project's weights by 'pconv convert SOURCE OUT.safetensors'."
+            "repository on the Hugging Face Hub, 'user/name'. 'pconv convert SOURCE "
+            "OUT.safetensors' makes a weights file of a run or of another project's "
+            "weights."
         )
-    import huggingface_hub  # Not needed by those who have the file.
-
     try:
-        cached = huggingface_hub.try_to_load_from_cache(str(source), _HUB_FILE)
-        if isinstance(cached, str):
-            return Path(cached)
-        # Asked for first, because a download without a network retries for long.
-        url = huggingface_hub.hf_hub_url(str(source), _HUB_FILE)
-        huggingface_hub.get_hf_file_metadata(url, timeout=10)
-        return Path(huggingface_hub.hf_hub_download(str(source), _HUB_FILE))
-    except Exception as error:  # The HTTP client's errors are of many kinds.
-        url = f"https://huggingface.co/{source}/resolve/main/{_HUB_FILE}"
-        raise ValueError(
-            f"source: there is no file {source}, and {_HUB_FILE} of the repository of "
-            f"that name on the Hugging Face Hub cannot be downloaded "
-            f"({type(error).__name__}). Where there is a network, fetch {url}, and "
-            "give its path instead."
+        return hub.download_repository_file(name, _HUB_FILE)
+    except hub.DownloadError as error:
+        raise UserError(
+            f"name_or_path: there is no file {name}, and {_HUB_FILE} of the repository "
+            f"of that name on the Hugging Face Hub cannot be downloaded ({error}). On "
+            f"a machine with a network, fetch {hub.repository_url(name, _HUB_FILE)}, "
+            "and give its path instead."
         ) from error
 
 
 def _check_suffix(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
-        raise ValueError(
-            f"a release is a .safetensors file, got {path}. Weights of other projects "
-            "are made one by 'pconv convert SOURCE OUT.safetensors'."
+        raise UserError(
+            f"a weights file is a .safetensors file, got {path}. 'pconv convert SOURCE "
+            "OUT.safetensors' makes one of other projects' weights."
         )
     return path
 
@@ -182,15 +182,15 @@ def _read_header(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="np") as file:
             header = json.loads((file.metadata() or {})[_KEY])
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
     except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no release of pconv_jax: its metadata lacks {_KEY!r}, or is "
-            "damaged. If it is of another project, see 'pconv convert'."
+        raise UserError(
+            f"{path} is no weights file of pconv_jax: its metadata lacks {_KEY!r}, or "
+            "is damaged. If it is another project's, see 'pconv convert'."
         ) from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} is a release of another version of pconv_jax; this one reads "
+        raise UserError(
+            f"{path} is a weights file of another version of pconv_jax; this one reads "
             f"format {_FORMAT}."
         )
     return header
@@ -201,15 +201,15 @@ def _to_variables(
 ) -> dict[str, Any]:
     kernel = arrays.get("params/pconv1/kernel", np.empty(0))
     channels = kernel.shape[2] if kernel.ndim == 4 else 3
-    channels -= model.conv == "standard"  # Which is given the mask, too.
+    channels -= model.conv == "standard"  # Its first layer takes the mask, too.
     try:
         size = model.size_multiple
         images, mask = (
             jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (channels, 1)
         )
         shapes = jax.eval_shape(model.init, jax.random.key(0), images, mask)
-    except Exception as error:  # JAX's and Flax's are of many kinds.
-        raise ValueError(f"{source} is of an impossible network: {error}") from error
+    except _IMPOSSIBLE as error:
+        raise UserError(f"{source} describes an impossible network: {error}") from error
     return to_tree(arrays, shapes, source, strict=True)
 
 
@@ -217,5 +217,5 @@ def _halve(kernel: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         half = kernel.astype(np.float16)
     if not np.isfinite(half).all():
-        raise ValueError("half: there are kernels beyond 65504, float16's largest.")
+        raise UserError("half: there are kernels beyond 65504, float16's largest.")
     return half

@@ -26,7 +26,7 @@ def test_convert_weights_of_another_project(weights, tmp_path):
     assert result.returncode == 0, result.stderr
     assert not result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "Recognised: open-mmlab/mmagic."
+    assert lines[0] == "Recognized: open-mmlab/mmagic."
     assert lines[1] == (
         "Note: It was trained on BGR in [-1, 1], and takes RGB in [-1, 1] here."
     )
@@ -58,7 +58,7 @@ def test_convert_a_run(tmp_path, capsys):
     results.write_text(json.dumps({"step": 2, "table": [row]}))
     cli.main(["convert", str(workdir), str(out)])
     printed = capsys.readouterr().out
-    assert "Recognised: pconv_jax 0.1.0, step 2." in printed and "Note: Oh!" in printed
+    assert "Recognized: pconv_jax 0.1.0, step 2." in printed and "Note: Oh!" in printed
     network = pretrained.from_pretrained(out)
     jax.tree.map(np.testing.assert_array_equal, network.variables, variables)
     assert network.info["training_data"]["source"] == "bundled"
@@ -68,7 +68,7 @@ def test_convert_a_run(tmp_path, capsys):
     first = pretrained.from_pretrained(out)
     assert not any(np.any(a) for a in jax.tree.leaves(first.variables))
     assert "metrics" not in first.info
-    # A release may be copied, and then be started from.
+    # A weights file can be copied.
     again = tmp_path / "again.safetensors"
     cli.main(["convert", str(out), str(again)])
     assert again.read_bytes() == out.read_bytes()
@@ -85,9 +85,9 @@ def test_what_cannot_be_converted(weights, tmp_path):
         ((tmp_path / "none.pth", out), "there is no file .*none.pth"),
         ((tmp_path, out), "there is no checkpoint in"),
         ((tmp_path / "evil.pth", out), "it asks for 'os.system'"),
-        ((weights, tmp_path / "out.pth"), "a release is a .safetensors file"),
+        ((weights, tmp_path / "out.pth"), "a weights file is a .safetensors file"),
         ((weights, weights), "there is a file .* already; --force replaces it"),
-        ((weights, out, "--step", "3"), "--step is for runs"),
+        ((weights, out, "--step", "3"), "--step requires a run"),
     ]:
         with pytest.raises(SystemExit, match=f"pconv: .*{problem}"):
             cli.main(["convert", *map(str, arguments)])
@@ -98,7 +98,7 @@ def test_force(weights, tmp_path):
     out = tmp_path / "out.safetensors"
     out.write_text("old")
     cli.main(["convert", str(weights), str(out), "--force"])
-    assert pretrained.is_release(out)
+    assert pretrained.is_weights_file(out)
 
 
 def test_mistakes_end_without_a_traceback(tmp_path):

@@ -29,7 +29,7 @@ def run(*arguments):
 
 
 def inpaint(network, *arguments):
-    run("inpaint", "--network", network, *arguments)
+    run("inpaint", "--weights", network, *arguments)
 
 
 def photo(seed=0, size=(30, 40)):
@@ -43,7 +43,7 @@ HOLE[5:15, 10:30] = True
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures, a mask for each, and what is no picture."""
+    """Three images, a mask for each, and files that are not images."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "masks").mkdir()
     for i, name in enumerate(["a.png", "b.webp", "c.tif"]):
@@ -55,10 +55,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_one_picture(network, folder):
+def test_one_image(network, folder):
     out = folder / "new" / "out.png"
     result = pconv(
-        *("inpaint", "--network", network, "--image", folder / "photos" / "a.png"),
+        *("inpaint", "--weights", network, "--image", folder / "photos" / "a.png"),
         *("--mask", folder / "masks" / "a.png", "--output", out),
     )
     assert result.returncode == 0, result.stderr
@@ -102,14 +102,14 @@ def test_a_bad_file_is_named_and_the_rest_goes_on(network, folder, capsys):
     Image.fromarray(HOLE).save(folder / "masks" / "f.png")
     Image.fromarray(photo(6)).save(photos / "g.png")
     Image.fromarray(HOLE & False).save(folder / "masks" / "g.png")
-    with pytest.raises(SystemExit, match="3 of 7 pictures were not repaired") as error:
+    with pytest.raises(SystemExit, match="3 of 7 images were not repaired") as error:
         inpaint(network, "--image", photos, "--mask", folder / "masks", "--output", out)
     assert isinstance(error.value.code, str)  # Which ends a process with 1.
     assert sorted(os.listdir(out)) == ["a.png", "b.webp", "c.tif", "g.png"]
     lines = capsys.readouterr().err.splitlines()
-    assert "d.png: cannot read" in lines[0] and "it is no picture" in lines[0]
-    assert "e.png: it takes one mask e.* in" in lines[1] and "none" in lines[1]
-    assert "f.png: mask is of 40 x 30 pixels, and the picture of 8 x 8" in lines[2]
+    assert "d.png: cannot read" in lines[0] and "it is not an image" in lines[0]
+    assert "e.png: there must be one mask e.* in" in lines[1] and "none" in lines[1]
+    assert "f.png: mask is of 40 x 30 pixels, and the image of 8 x 8" in lines[2]
     assert "g.png: There is nothing to fill." in lines[3]
     # Existing files are left, unless one says so.
     before = (out / "a.png").stat().st_mtime_ns
@@ -122,7 +122,7 @@ def test_a_bad_file_is_named_and_the_rest_goes_on(network, folder, capsys):
     assert (out / "a.png").stat().st_mtime_ns != before
 
 
-def test_masks_of_the_picture_itself(network, folder):
+def test_holes_that_the_image_shows(network, folder):
     inpainter = Inpainter.from_pretrained(network)
     expected = inpainter(photo(0), HOLE)
     marked = photo(0) // 2
@@ -172,9 +172,12 @@ def test_what_cannot_be_repaired(network, folder):
             ("--image", folder / "photos", "--output", image),
             "--output must be a folder",
         ),
-        (("--image", folder / "empty", "--output", out), "no picture in the folder"),
+        (("--image", folder / "empty", "--output", out), "no image in the folder"),
         (("--image", image, "--mask", mask, "--output", mask), "already; --force"),
-        (("--image", folder / "none.png", "--output", "a.doc"), "files alone"),
+        (
+            ("--image", folder / "none.png", "--output", "a.doc"),
+            "images are written ",
+        ),
         (("--image", image, "--output", out, "--invert-mask"), "mask is needed for"),
         (
             ("--image", image, "--mask", mask, "--output", out, "--max-pixels", 9),
@@ -182,15 +185,15 @@ def test_what_cannot_be_repaired(network, folder):
         ),
         (
             ("--image", image, "--mask-color", "pinkish", "--output", out),
-            "color must be one of CSS",
+            "color must be a CSS color",
         ),
         (
             ("--image", image, "--mask", mask, "--output", out, "--tolerance", 5),
-            "--tolerance is of --mask-color",
+            "--tolerance requires --mask-color",
         ),
         (
             ("--image", image, "--mask-color", "red", "--output", out, "--resize-mask"),
-            "--resize-mask is of --mask, ",
+            "--resize-mask requires --mask, ",
         ),
     ]:
         with pytest.raises(SystemExit, match=f"pconv: .*{problem}"):
@@ -219,7 +222,7 @@ def test_example_masks(tmp_path, capsys):
     assert files[0].read_bytes() == before
     for wrong, problem in [
         (("--count", 0), "--count must be 1 or more"),
-        (("--ratio", "0.3", "0.2"), "hole_ratio must be"),
+        (("--ratio", "0.3", "0.2"), "--ratio must be"),
         (("--seed", 2**32), r"--seed must be in \[0, 2\*\*32\)"),
     ]:
         with pytest.raises(SystemExit, match=problem):
@@ -237,4 +240,4 @@ def test_help(command, capsys):
     printed = capsys.readouterr().out
     assert "--output" in printed or "127.0.0.1" in printed
     if command == "inpaint":
-        assert "WHITE IS WHAT IS FILLED" in printed and "examples:" in printed
+        assert "WHITE IS FILLED" in printed and "examples:" in printed

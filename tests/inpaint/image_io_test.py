@@ -16,7 +16,7 @@ from pconv_jax.inpaint.hole import (
     hole_from_color,
     hole_from_mask,
 )
-from pconv_jax.inpaint.image_io import Picture
+from pconv_jax.inpaint.image_io import ImageFile
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -54,10 +54,10 @@ def test_pixels_come_back_bit_for_bit(suffix, mode, tmp_path):
     image = Image.fromarray(noise(9, 7, 3 if mode == "P" else 4)).convert(mode)
     path = tmp_path / f"a{suffix}"
     if suffix == ".bmp" and mode in ("LA", "RGBA"):
-        with pytest.raises(ValueError, match="cannot hold the picture's transparency"):
-            image_io.write(path, Picture(image, {}))
+        with pytest.raises(ValueError, match="cannot hold the image's transparency"):
+            image_io.write(path, ImageFile(image, {}))
         return
-    read = round_trip(path, Picture(image, {})).image
+    read = round_trip(path, ImageFile(image, {})).image
     np.testing.assert_array_equal(read.convert("RGBA"), image.convert("RGBA"))
     if suffix in (".png", ".tif"):
         assert read.mode == mode
@@ -69,7 +69,7 @@ def test_16_bits_come_back_bit_for_bit(suffix, shape, tmp_path):
     array = noise(*shape, dtype=np.uint16)
     info = {"icc_profile": SRGB, "dpi": (300, 300), "exif": camera_exif().tobytes()}
     path = tmp_path / f"a{suffix}"
-    read = round_trip(path, Picture(array, info))
+    read = round_trip(path, ImageFile(array, info))
     np.testing.assert_array_equal(read.image, array)
     if len(shape) == 2:
         assert read.image.mode == "I;16"
@@ -147,7 +147,7 @@ def test_pictures_are_upright(orientation, deep, tmp_path):
     if deep:
         array = array.astype(np.uint16) * 257
         expected = np.asarray(expected).astype(np.uint16) * 257
-    image_io.write(path, Picture(array, {"exif": exif}))
+    image_io.write(path, ImageFile(array, {"exif": exif}))
     read = image_io.read(path)
     np.testing.assert_array_equal(read.image, expected)
     # What is written is not turned a second time.
@@ -229,42 +229,46 @@ def test_a_jpeg_file_is_compressed_as_it_was(
 
 def test_other_pictures_are_compressed_little(tmp_path):
     image = smooth()
-    read = round_trip(tmp_path / "c.jpg", Picture(Image.fromarray(image), {})).image
+    read = round_trip(tmp_path / "c.jpg", ImageFile(Image.fromarray(image), {})).image
     assert np.abs(np.asarray(read, int) - image).max() <= 3
 
 
 def test_kinds_of_file_that_cannot_hold_it(tmp_path):
     deep = noise(5, 5, dtype=np.uint16)
     with pytest.warns(UserWarning, match="rounded to 8, .* .jpg files"):
-        read = round_trip(tmp_path / "a.jpg", Picture(Image.fromarray(deep), {})).image
+        read = round_trip(
+            tmp_path / "a.jpg", ImageFile(Image.fromarray(deep), {})
+        ).image
     assert np.abs(np.asarray(read, int) - deep // 257).mean() < 6
     colour = noise(5, 5, 3, dtype=np.uint16)
     with pytest.warns(UserWarning, match="rounded to 8, .* .webp files"):
-        read = round_trip(tmp_path / "a.webp", Picture(colour, {})).image
+        read = round_trip(tmp_path / "a.webp", ImageFile(colour, {})).image
     np.testing.assert_array_equal(read, np.rint(colour / 257))
     opaque = Image.new("RGBA", (4, 4), (9, 9, 9, 255))
-    assert round_trip(tmp_path / "b.jpg", Picture(opaque, {})).image.mode == "RGB"
+    assert round_trip(tmp_path / "b.jpg", ImageFile(opaque, {})).image.mode == "RGB"
     opaque.putpixel((1, 1), (9, 9, 9, 254))
     with pytest.raises(ValueError, match="name a .png"):
-        image_io.write(tmp_path / "b.jpg", Picture(opaque, {}))
+        image_io.write(tmp_path / "b.jpg", ImageFile(opaque, {}))
     cmyk = Image.fromarray(noise(8, 8, 3)).convert("CMYK")
-    assert round_trip(tmp_path / "c.jpg", Picture(cmyk, {})).image.mode == "CMYK"
-    read = round_trip(tmp_path / "c.png", Picture(cmyk, {"icc_profile": SRGB}))
+    assert round_trip(tmp_path / "c.jpg", ImageFile(cmyk, {})).image.mode == "CMYK"
+    read = round_trip(tmp_path / "c.png", ImageFile(cmyk, {"icc_profile": SRGB}))
     assert read.image.mode == "RGB" and "icc_profile" not in read.info
-    with pytest.raises(ValueError, match="is no picture: name a .npy file"):
-        image_io.write(tmp_path / "d.png", Picture(np.zeros((4, 4)), {}))
+    with pytest.raises(ValueError, match="is not an image: name a .npy file"):
+        image_io.write(tmp_path / "d.png", ImageFile(np.zeros((4, 4)), {}))
     for shape in ((4, 4, 5), (0, 4, 3)):
         for name in ("d.png", "d.tif", "d.webp"):
-            with pytest.raises(ValueError, match="is no picture: name a .npy file"):
-                image_io.write(tmp_path / name, Picture(np.zeros(shape, np.uint8), {}))
-    with pytest.raises(ValueError, match=".png, .* files alone"):
-        image_io.write(tmp_path / "d.xyz", Picture(cmyk, {}))
+            with pytest.raises(ValueError, match="is not an image: name a .npy file"):
+                image_io.write(
+                    tmp_path / name, ImageFile(np.zeros(shape, np.uint8), {})
+                )
+    with pytest.raises(ValueError, match="written only as .png, .* files"):
+        image_io.write(tmp_path / "d.xyz", ImageFile(cmyk, {}))
 
 
 def test_data(tmp_path):
     array = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     for name in ("a.npy", "a.tif"):
-        read = round_trip(tmp_path / name, Picture(array, {})).image
+        read = round_trip(tmp_path / name, ImageFile(array, {})).image
         np.testing.assert_array_equal(read, array)
     np.save(tmp_path / "b.npy", np.array([{}], object), allow_pickle=True)
     np.save(tmp_path / "c.npy", np.zeros(4))
@@ -287,8 +291,8 @@ def test_files_that_are_no_pictures(tmp_path):
     )
     for name, problem in [
         ("empty.png", "it is empty"),
-        ("text.png", "it is no picture"),
-        ("script.png", "it is no picture"),
+        ("text.png", "it is not an image"),
+        ("script.png", "it is not an image"),
         ("cut.png", "truncated"),
         ("folder.png", "Is a directory"),
         ("none.png", "there is no such file"),
@@ -410,14 +414,14 @@ def test_colours():
     np.testing.assert_array_equal(hole_from_color(alpha, "magenta", tolerance=5), HOLE)
     deep = image.astype(np.uint16) * 257
     np.testing.assert_array_equal(hole_from_color(deep, "magenta", tolerance=5), HOLE)
-    with pytest.raises(ValueError, match="color must be one of CSS, .* 'pinkish'"):
+    with pytest.raises(ValueError, match="color must be a CSS color, .* 'pinkish'"):
         hole_from_color(image, "pinkish")
 
 
 def test_colours_are_looked_for_in_pictures_alone():
     with pytest.raises(ValueError, match="tolerance must be 0 or more, got -5"):
         hole_from_color(noise(4, 4, 3), "red", tolerance=-5)
-    with pytest.raises(ValueError, match=r"must have colours, .* \[4, 4, 7\]"):
+    with pytest.raises(ValueError, match=r"must have colors, .* \[4, 4, 7\]"):
         hole_from_color(noise(4, 4, 7), "red")
 
 

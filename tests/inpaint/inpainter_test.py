@@ -129,7 +129,7 @@ def test_jax_arrays_and_batches(inpainter):
     results, depths = inpainter(images, holes[0], return_depth=True)
     np.testing.assert_array_equal(results[1], inpainter(images[1], holes[0]))
     assert depths.shape == (3, 90, 70)
-    with pytest.raises(ValueError, match="one for each of 3 pictures, got 2"):
+    with pytest.raises(ValueError, match="one for each of 3 images, got 2"):
         inpainter(list(images), list(holes[:2]))
 
 
@@ -209,7 +209,7 @@ def test_a_plain_picture_becomes_whole(shape, averaging):
     hole[0, 0] = False
     damaged = np.where(hole[..., None], 0, image).astype(np.uint8)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "..% of the picture", UserWarning)
+        warnings.filterwarnings("ignore", "..% of the image", UserWarning)
         result, depth = averaging(damaged, hole, return_depth=True)
     np.testing.assert_array_equal(result, image)
     np.testing.assert_array_equal(depth > 0, hole)
@@ -302,7 +302,7 @@ def test_ranges_of_floats():
     network = averaging_network()
     image = np.full((40, 40, 3), 80.0, np.float32)
     hole = hole_of(image.shape)
-    with pytest.raises(ValueError, match=r"floats in \[0, 1\], got 80 to 80; say"):
+    with pytest.raises(ValueError, match=r"floats in \[0, 1\], got 80 to 80; set"):
         Inpainter(*network)(image, hole)
     inpainter = Inpainter(*network, value_range=(0, 255))
     np.testing.assert_allclose(inpainter(image, hole), image, rtol=1e-5)
@@ -372,7 +372,7 @@ def test_fifty_sizes_compile_a_handful_of_times():
                     inpainter(image, hole)
                 continue
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "..% of the picture", UserWarning)
+                warnings.filterwarnings("ignore", "..% of the image", UserWarning)
                 result = inpainter(image, hole)
             assert result.shape == image.shape
             np.testing.assert_array_equal(result[~hole], image[~hole])
@@ -496,7 +496,7 @@ def test_nothing_to_fill_and_nothing_to_go_by(inpainter):
     np.testing.assert_array_equal(result, image)
     with pytest.raises(ValueError, match="no valid pixel is left"):
         inpainter(image, np.ones((90, 70), bool))
-    with pytest.warns(UserWarning, match="70% of the picture is to be filled"):
+    with pytest.warns(UserWarning, match="70% of the image is filled"):
         inpainter(image, hole_of(image.shape, 0, 0, 90) & (np.arange(90) < 63)[:, None])
 
 
@@ -548,5 +548,5 @@ def test_an_oriented_pillow_image_is_taken_as_its_pixels_lie(inpainter):
     hole = hole_of((90, 70))
     result = inpainter(image, hole)
     assert result.size == image.size and result.getexif()[274] == 6
-    with pytest.raises(ValueError, match="exif_transpose turns the picture upright"):
+    with pytest.raises(ValueError, match="exif_transpose turns the image upright"):
         inpainter(image, hole.T)

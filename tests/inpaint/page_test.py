@@ -91,7 +91,7 @@ def test_large_pictures_are_shown_small_and_repaired_whole(inpainter, tmp_path):
     y, x = np.mgrid[:900, :2048]
     image = np.stack([x // 32, y // 16, (x + y) // 32], axis=-1).astype(np.uint16) * 500
     path = tmp_path / "a.tif"
-    image_io.write(path, image_io.Picture(image, {}))
+    image_io.write(path, image_io.ImageFile(image, {}))
     shown = page.show(str(path))
     assert shown.size == (1024, 450)
     small = np.zeros((450, 1024), bool)
@@ -119,10 +119,10 @@ def test_examples_come_with_a_mask(index):
 
 def test_mistakes_are_said_on_the_page(inpainter, tmp_path):
     path = tmp_path / "a.png"
-    with pytest.raises(gr.Error, match="Open a picture first"):
+    with pytest.raises(gr.Error, match="Open an image first"):
         page.repair(inpainter, None, None, None, 0, False, None)
     path.write_text("Hello")
-    with pytest.raises(gr.Error, match="it is no picture"):
+    with pytest.raises(gr.Error, match="it is not an image"):
         page.show(str(path))
     Image.fromarray(photo()).save(path)
     with pytest.raises(gr.Error, match="Nothing is painted over yet"):
@@ -193,7 +193,7 @@ def test_it_says_what_is_to_be_installed(network, monkeypatch):
     monkeypatch.delattr(pconv_jax.inpaint, "page")
     monkeypatch.setattr(demo, "_use_temporary_folder", lambda: None)
     with pytest.raises(SystemExit, match=r"pip install 'pconv-jax\[demo\]'"):
-        cli.main(["demo", "--network", str(network)])
+        cli.main(["demo", "--weights", str(network)])
 
 
 # As a process.
@@ -207,7 +207,7 @@ def serve(network, folder):
         port = free.getsockname()[1]
     process = subprocess.Popen(
         [sys.executable, "-m", "pconv_jax.cli", "demo"]
-        + ["--network", str(network), "--port", str(port)],
+        + ["--weights", str(network), "--port", str(port)],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(folder)},
         stdout=subprocess.DEVNULL,
@@ -345,7 +345,7 @@ def test_in_a_browser(tab, address, folder, tmp_path):
     Image.fromarray(image).save(path)
     tab.goto(f"http://{address}")
     with tab.expect_file_chooser() as chooser:
-        tab.click("#photo")
+        tab.click("#image")
     chooser.value.set_files(path)
     canvas = tab.locator("#editor canvas").first
     canvas.wait_for()

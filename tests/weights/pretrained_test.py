@@ -155,7 +155,7 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="info must be JSON-able"):
         pretrained.save_pretrained(path, model, variables, info={"a": np.ones(3)})
     with pytest.raises(
-        ValueError, match="a release is a .safetensors file, got .*m.pth"
+        ValueError, match="a weights file is a .safetensors file, got .*m.pth"
     ):
         pretrained.save_pretrained(tmp_path / "m.pth", model, variables)
     assert not list(tmp_path.iterdir())
@@ -168,10 +168,10 @@ def write(path, metadata, arrays=None):
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
-        (None, "is no release of pconv_jax"),
-        ({"pconv_jax": "{"}, "is no release of pconv_jax"),
-        ({"pconv_jax": "[]"}, "release of another version"),
-        ({"pconv_jax": '{"format": 2}'}, "release of another version"),
+        (None, "is no weights file of pconv_jax"),
+        ({"pconv_jax": "{"}, "is no weights file of pconv_jax"),
+        ({"pconv_jax": "[]"}, "weights file of another version"),
+        ({"pconv_jax": '{"format": 2}'}, "weights file of another version"),
         ({"pconv_jax": '{"format": 1}'}, "the configuration of no network"),
         (
             {"pconv_jax": '{"format": 1, "model": {}}'},
@@ -179,7 +179,7 @@ def write(path, metadata, arrays=None):
         ),
     ],
 )
-def test_files_that_are_no_releases(metadata, problem, tmp_path):
+def test_files_that_are_no_weights_files(metadata, problem, tmp_path):
     path = tmp_path / "m.safetensors"
     write(path, metadata)
     with pytest.raises(ValueError, match=f"m.safetensors .*{problem}"):
@@ -216,7 +216,7 @@ def test_configurations_that_make_no_sense(change, tmp_path):
         pretrained.from_pretrained(path)
 
 
-def test_damaged_releases(tmp_path):
+def test_damaged_files(tmp_path):
     model, variables = make_network()
     path = tmp_path / "m.safetensors"
     pretrained.save_pretrained(path, model, variables)
@@ -232,7 +232,7 @@ def test_damaged_releases(tmp_path):
         pretrained.from_pretrained(path)
 
 
-def test_releases_without_a_checksum(tmp_path):
+def test_files_without_a_checksum(tmp_path):
     model, variables = make_network()
     path = tmp_path / "m.safetensors"
     pretrained.save_pretrained(path, model, variables)
@@ -242,13 +242,13 @@ def test_releases_without_a_checksum(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read.variables, variables)
 
 
-def test_sources_that_are_not_there(tmp_path):
+def test_names_and_paths_that_do_not_exist(tmp_path):
     with pytest.raises(ValueError, match=r"of that name \(photos\).*pconv convert"):
         pretrained.from_pretrained("places")
     with pytest.raises(ValueError, match="there is no file"):
         pretrained.from_pretrained(tmp_path / "none.safetensors")
     (tmp_path / "weights.pth").touch()
-    with pytest.raises(ValueError, match="made one by 'pconv convert"):
+    with pytest.raises(ValueError, match="'pconv convert.* makes one of other projects' weights"):
         pretrained.from_pretrained(tmp_path / "weights.pth")
 
 

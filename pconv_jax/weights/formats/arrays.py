@@ -1,48 +1,76 @@
-"""Weights files to arrays, and arrays to trees."""
+"""Weights files as arrays, and arrays as parameter trees."""
 
 import hashlib
 import re
-from collections.abc import Mapping
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flax import traverse_util
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from pconv_jax import _files
+from pconv_jax._errors import UserError
 from pconv_jax.weights.formats import torch_file
+
+# What the readers of .safetensors, .npz and .h5 files raise if a file is damaged, or
+# says that it holds what it does not.
+_DAMAGED = (
+    *(SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
+    *(AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError),
+)
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads every array of a weights file.
+    """Read every array of a weights file.
 
     Args:
-      path: of a ``.safetensors``, ``.npz``, PyTorch's ``.pth``, ``.pt``, ``.ckpt``,
-        ``.bin`` or ``.pth.tar`` (see `torch_file.read`), or Keras' ``.h5`` (which takes
-        h5py).
+      path: A ``.safetensors`` or ``.npz`` file, a PyTorch file (``.pth``, ``.pt``,
+        ``.ckpt``, ``.bin`` or ``.pth.tar``, see `torch_file.read`), or a Keras file
+        (``.h5``; h5py must be installed).
 
     Returns:
-      Arrays by name; where a file has folders, joined by ``/``.
+      Arrays by name. In files with folders, these are joined by ``/``.
 
     Raises:
-      ValueError: if the file, which it names, is missing, damaged or of another kind,
-        or is not the one whose hash is in its name, as in ``vgg16-397923af.pth``, or
-        is known by its name, as Keras' VGGs are.
+      UserError: If the file is missing, damaged or of another kind, or if its hash is
+        not the one in its name, as in ``vgg16-397923af.pth``, or the one that is known
+        for its name, as for Keras' VGG files. The message names the file.
     """
     path = Path(path).expanduser()
     read = _READERS.get(path.suffix.lower())
     if read is None:
-        raise ValueError(f"weights must be a {', '.join(_READERS)} file, got {path}.")
+        raise UserError(f"weights must be a {', '.join(_READERS)} file, got {path}.")
     if not path.is_file():
-        raise ValueError(f"weights: there is no file {path}.")
+        raise UserError(f"weights: there is no file {path}.")
     check_hash(path)
-    if read is torch_file.read:  # Whose errors say this better.
+    if read is torch_file.read:  # It has its own message.
         return read(path)
     try:
         return read(path)
-    except Exception as error:  # Damaged files raise errors of every kind.
-        raise ValueError(f"weights: {path} cannot be read: {error}") from error
+    except _DAMAGED as error:
+        raise UserError(f"weights: {path} cannot be read: {error}") from error
+
+
+def write_arrays(
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Write a ``.safetensors`` file, complete or not at all, and its parent folders.
+
+    Raises:
+      UserError or RunError: If the file cannot be written.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    data = save(arrays, dict(metadata))
+    try:
+        _files.write_bytes(path, data)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def to_tree(
@@ -53,22 +81,24 @@ def to_tree(
     names: Mapping[str, str] | None = None,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Returns a tree of some shapes, as float32.
+    """Arrange arrays in a tree of the expected shapes, as float32.
 
     Args:
-      arrays: by path, ``'conv1_1/kernel'``.
-      shapes: the tree of what is expected, of anything with a ``shape``.
-      source: where the arrays came from, for the error.
-      names: of arrays, by path, as the source has them, for the error.
-      strict: whether arrays that the tree has no place for are an error; else they are
+      arrays: Arrays by path, ``'conv1_1/kernel'``.
+      shapes: Tree of the expected arrays. Its leaves have a ``shape``.
+      source: Where the arrays came from, for the error message.
+      names: Names of arrays in the source, by path, for the error message. By default
+        the paths.
+      strict: Whether arrays that are not in `shapes` are an error. By default they are
         left out.
 
     Raises:
-      ValueError: naming all that is missing, too much, mis-shaped or not finite.
+      UserError: If arrays are missing, of another shape, not finite or, where strict,
+        unexpected. The message lists all of them.
     """
     flat, problems = {}, []
     names = names or {}
-    expected = traverse_util.flatten_dict(shapes, sep="/")
+    expected = flatten(shapes)
     for path, wanted in expected.items():
         array, name = arrays.get(path), names.get(path, path)
         if array is None:
@@ -85,27 +115,24 @@ def to_tree(
         extra = [names.get(path, path) for path in arrays if path not in expected]
         problems += [f"{name} is not known" for name in extra]
     if problems:
-        raise ValueError(f"weights: {source} does not fit: {'; '.join(problems)}.")
+        raise UserError(f"weights: {source} does not fit: {'; '.join(problems)}.")
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten a tree to its leaves by path, ``{'conv1_1/kernel': leaf}``."""
+    return cast(dict[str, Any], traverse_util.flatten_dict(dict(tree), sep="/"))
+
+
 def from_torch(array: np.ndarray) -> np.ndarray:
-    """Returns weights with their axes in Flax's order: ``[H, W, in, out]``."""
+    """Reorder the axes of PyTorch weights as in Flax: ``[H, W, in, out]``."""
     if array.ndim == 4:
         return array.transpose(2, 3, 1, 0)
     return array.T
 
 
-def write_arrays(
-    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> None:
-    """Writes a ``.safetensors`` file, complete or not at all, and folders above it."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    _files.write_bytes(path, save(arrays, dict(metadata)))
-
-
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """Returns a SHA-256 of arrays and their names, in hexadecimal digits."""
+    """Compute the SHA-256 of arrays and their names, in hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(name.encode())
@@ -113,33 +140,38 @@ def checksum(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _as_float32(array: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # It is found not to be finite then.
-        return array.astype(np.float32, order="C")
-
-
 def check_hash(path: Path, *, written_to: Path | None = None) -> None:
-    """Compares a file with the hash in its name, a custom of torchvision and mmagic.
+    """Compare a file with the hash in its name, a custom of torchvision and mmagic.
 
     Args:
-      path: of the file.
-      written_to: where it is, if it has yet to be given its name.
+      path: Path of the file.
+      written_to: Where the file is now, if it does not have that name yet. By default
+        `path`.
 
     Raises:
-      ValueError: if it is another one.
+      UserError: If the file has another hash.
     """
     kind, expected = "md5", _KERAS_MD5.get(path.name)
     if match := re.search(r"-([0-9a-f]{8})\.pth$", path.name):
         kind, expected = "sha256", match[1]
     if not expected:
         return
-    with open(written_to or path, "rb") as file:
-        actual = hashlib.file_digest(file, kind).hexdigest()
+    try:
+        with open(written_to or path, "rb") as file:
+            actual = hashlib.file_digest(file, kind).hexdigest()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"weights: {path} cannot be read: {reason}.") from error
     if not actual.startswith(expected):
-        raise ValueError(
+        raise UserError(
             f"weights: {path} is not the file of that name, or is damaged: its "
             f"{kind.upper()} begins with {actual[:8]}, not with {expected[:8]}."
         )
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # Such values become infinite, and are reported.
+        return array.astype(np.float32, order="C")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -150,34 +182,32 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _read_h5(path: Path) -> dict[str, np.ndarray]:
     try:
-        import h5py
+        import h5py  # Only Keras' files need it.
     except ImportError:
-        raise ValueError(
-            "Keras' files take h5py: pip install 'pconv-jax[keras]'"
-        ) from None
+        raise UserError("Keras' files need h5py: pip install h5py") from None
     arrays = {}
 
     def visit(name: str, item: Any) -> None:
         if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiub":
             return
-        # Keras does not compress: no dataset is larger than what the file has of it.
+        # Keras does not compress, so a dataset is no larger than its part of the file.
         if item.external or item.id.get_storage_size() < item.nbytes:
             raise ValueError(f"{name} is not stored in the file")
         arrays[name] = item[()]
 
     with h5py.File(path, "r") as file:
-        file.visititems(visit)  # Which does not follow links to other files.
+        file.visititems(visit)  # It does not follow links to other files.
     return arrays
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
     ".safetensors": load_file,
     ".npz": _read_npz,
     **dict.fromkeys((".pth", ".pt", ".ckpt", ".bin", ".tar"), torch_file.read),
     ".h5": _read_h5,
 }
 
-# As Keras itself has them, in keras.applications.
+# As in keras.applications.
 _KERAS_MD5 = {
     "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5": (
         "6d6bbae143d832006294945121d1f1fc"

@@ -1,13 +1,13 @@
 """PyTorch's weights files, ``.pth`` and ``.pt``, read without PyTorch.
 
-Such a file is raw arrays beside a pickle: a program for a small stack machine, which
-may call any function there is. It is run here by a machine of our own, that can build
-plain containers, and tensors of the arrays, and nothing else. What a file asks for
-besides is refused by its name. No more memory is taken than a small multiple of the
-file's size.
+Such a file holds raw arrays and a pickle. A pickle is a program for a small stack
+machine, and Python's own machine lets it call any function. This module has a machine
+that can only build plain containers, and tensors of the file's arrays. If a file asks
+for anything else, reading fails with an error that names it. Memory use is at most a
+small multiple of the file's size.
 
-PyTorch has written three forms of files: a zip archive (since 1.6), a row of pickles
-with the arrays behind them (0.1.10 to 1.5), and a tar archive (before).
+PyTorch has written three forms of files: a zip archive (since 1.6), a sequence of
+pickles followed by the arrays (0.1.10 to 1.5), and a tar archive (before).
 """
 
 import dataclasses
@@ -22,6 +22,8 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+
+from pconv_jax._errors import UserError
 
 _DTYPES = {
     "Double": np.float64,
@@ -40,10 +42,10 @@ _STORAGES = {
     for name, dtype in _DTYPES.items()
     for module in ("torch", "torch.cuda")
 }
-# Values that some checkpoints hold besides tensors; nothing is made of them.
+# Some checkpoints hold these besides tensors. They are accepted and ignored.
 _NAMES = {f"torch.{d}" for d in ("float64", "float32", "float16", "bfloat16", "int64")}
 
-# Bounds of time and memory. A tensor takes about 25 operations.
+# Limits of time and memory. A tensor takes about 25 operations.
 _MAX_OPERATIONS = 1_000_000
 _MAX_NODES = 200_000
 _MAX_PATH = 1000
@@ -51,30 +53,38 @@ _MAX_RANK = 32
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
+# What reading raises if a file is damaged. A damaged pickle may do any operation to any
+# value, so the errors of Python's own values are among them. pickletools warns about
+# escape sequences, and warnings may be errors.
+_DAMAGED = (
+    *(zipfile.BadZipFile, struct.error, EOFError, OSError, RuntimeError, Warning),
+    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+)
+
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads every tensor of a PyTorch file.
+    """Read every tensor of a PyTorch file.
 
     Args:
-      path: of the file.
+      path: Path of the file.
 
     Returns:
-      Read-only arrays, by their keys from the outermost container to the innermost,
-      joined by ``/``: ``'state_dict/conv1.weight'``. Tensors that share memory do so
-      here too.
+      Read-only arrays by name. A name joins the keys from the outermost container to
+      the innermost by ``/``: ``'state_dict/conv1.weight'``. Tensors that share memory
+      give arrays that share memory.
 
     Raises:
-      ValueError: if the file, which it names, is damaged, no file of PyTorch's, or asks
-        for anything but tensors and plain containers.
+      UserError: If the file is damaged, is no PyTorch file, or asks for anything but
+        tensors and plain containers. The message names the file.
     """
     path = Path(path)
     try:
         with open(path, "rb") as file:
             tree, storages = _load(file)
         return {name: _to_array(t, storages) for name, t in _flatten(tree).items()}
-    except Exception as error:  # Damaged files raise errors of every kind.
+    except _DAMAGED as error:
         reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as a file of PyTorch: {reason[:300]}"
         ) from error
 
@@ -104,12 +114,12 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-# Returns the bytes of a storage, and no more than the file has.
+# Gives the bytes of a storage, at most as many as the file has.
 _Storages = Callable[[_Storage], bytes]
 
 
 def _load(file: BinaryIO) -> tuple[Any, _Storages]:
-    """Returns what the file's pickle builds, and where its storages are."""
+    """Run the file's pickle; return its result, and a function that reads storages."""
     start = file.read(512)
     file.seek(0)
     if start.startswith(b"PK\x03\x04"):
@@ -122,7 +132,8 @@ def _load(file: BinaryIO) -> tuple[Any, _Storages]:
 def _load_zip(file: BinaryIO) -> tuple[Any, _Storages]:
     archive = zipfile.ZipFile(file)
     members = archive.infolist()
-    # PyTorch does not compress. Without compression and overlaps no bombs.
+    # PyTorch does not compress. Without compression and overlaps, a small file cannot
+    # become large.
     if any(m.compress_type != zipfile.ZIP_STORED for m in members):
         raise ValueError("it is a compressed archive, which PyTorch does not write")
     if sum(m.file_size for m in members) > _size(file):
@@ -154,7 +165,7 @@ def _load_legacy(file: BinaryIO) -> tuple[Any, _Storages]:
     storages = {}
 
     def load_persistent(saved_id: Any) -> Any:
-        if saved_id[0] == "module":  # A class, with its source: refused, by name.
+        if saved_id[0] == "module":  # A class and its source. Using it is an error.
             return saved_id[1]
         storage = _storage_of_id(saved_id)
         storages[storage.key] = storage
@@ -202,8 +213,8 @@ def _load_tar(file: BinaryIO) -> tuple[Any, _Storages]:
 
 
 def _tar_members(file: BinaryIO) -> dict[str, int]:
-    """Returns where the members of a tar archive begin."""
-    members = {}  # By our own hand: Python's tarfile can be made to hang.
+    """Find where the members of a tar archive begin."""
+    members = {}  # Without Python's tarfile, which a damaged file can make hang.
     while len(header := file.read(512)) == 512 and header.strip(b"\0"):
         name = header[:100].split(b"\0")[0].decode()
         size = int(header[124:136].strip(b" \0"), 8)
@@ -215,7 +226,8 @@ def _tar_members(file: BinaryIO) -> dict[str, int]:
 
 
 def _storage_of_id(saved_id: Any) -> _Storage:
-    kind, storage_type, key, _, size, view = (*saved_id[:6], None)[:6]
+    fields: tuple[Any, ...] = (*saved_id[:6], None)
+    kind, storage_type, key, _, size, view = fields[:6]
     if kind != "storage" or storage_type.name not in _STORAGES:
         raise ValueError("it has an unknown kind of storage")
     offset = 0 if view is None else view[1]
@@ -224,7 +236,7 @@ def _storage_of_id(saved_id: Any) -> _Storage:
 
 
 def _check_key(*keys: Any) -> None:
-    """Admits strings and numbers alone: it may take for ever to hash other things."""
+    """Check that keys are strings or numbers; hashing other values may never end."""
     if any(type(k) not in (str, int, float, bool, type(None)) for k in keys):
         raise ValueError("it has keys that are neither strings nor numbers")
 
@@ -271,7 +283,7 @@ def _to_array(tensor: _Tensor, storages: _Storages) -> np.ndarray:
 
 
 def _flatten(tree: Any) -> dict[str, _Tensor]:
-    """Returns tensors by their path. Containers may hold each other, or themselves."""
+    """Collect tensors by path. Containers may hold each other, or themselves."""
     flat, nodes = {}, [("", tree)]
     for _ in range(_MAX_NODES):
         if not nodes:
@@ -293,14 +305,16 @@ def _flatten(tree: Any) -> dict[str, _Tensor]:
 def _unpickle(
     pickle: bytes | BinaryIO, load_persistent: Callable[[Any], Any] | None = None
 ) -> Any:
-    """Runs a pickle on a machine that can do nothing but build containers.
+    """Run a pickle on a machine that can only build containers and tensors.
 
     Args:
-      pickle: of a file, what comes next is run.
-      load_persistent: makes an object of what a pickle calls a persistent id.
+      pickle: The pickle. In a file, it begins at the current position.
+      load_persistent: Makes an object of what a pickle calls a persistent id. None (the
+        default) refuses such ids.
 
     Raises:
-      Exception: of any kind, if the pickle is damaged or asks for something else.
+      ValueError: If the pickle asks for anything else.
+      One of `_DAMAGED`: If it is damaged.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -312,6 +326,7 @@ def _unpickle(
         del stack[mark:]
         return values
 
+    argument: Any  # Its type depends on the operation.
     for number, (operation, argument, _) in enumerate(pickletools.genops(pickle)):
         if number > _MAX_OPERATIONS:
             raise ValueError("its pickle is too long")
@@ -371,7 +386,7 @@ def _unpickle(
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_CALLS[function.name](*arguments[:8]))
-            case "BUILD":  # Attributes of a dict, such as versions of modules.
+            case "BUILD":  # Attributes of a dict, such as the versions of modules.
                 stack.pop()
                 _container(stack[-1], dict)
             case "BINPERSID" if load_persistent:
@@ -410,21 +425,23 @@ def _pairs(pairs: Any) -> dict[Any, Any]:
 def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
     result = _pairs(pairs)
     if result:
-        pairs.clear()  # Else a pickle could copy one list over and over.
+        pairs.clear()  # Otherwise, a pickle could copy one list over and over.
     return result
 
 
 def _admit(name: str) -> _Global:
     if name not in _CALLS and name not in _STORAGES and name not in _NAMES:
         raise ValueError(
-            f"it asks for {name[:100]!r}, and only tensors and plain containers are "
-            "read. Nothing of it was run. Where PyTorch is at hand and the file is to "
-            "be trusted, load it there and save its state_dict() alone."
+            f"it asks for {name[:100]!r}, but only tensors and plain containers are "
+            "read. No part of it was run. If you trust the file, load it with PyTorch "
+            "and save only its state_dict()."
         )
     return _Global(name)
 
 
-def _make_tensor(storage, offset, shape, strides, *_) -> _Tensor:
+def _make_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
+) -> _Tensor:
     if (
         type(storage) is not _Storage
         or max(len(shape), len(strides)) > _MAX_RANK
@@ -434,10 +451,10 @@ def _make_tensor(storage, offset, shape, strides, *_) -> _Tensor:
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-# What a pickle may call, and what is done instead.
+# The functions that a pickle may call, and what runs instead of each.
 _CALLS: Mapping[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered_dict,
-    # What a scheduler's state has, of milestones. A copy would take memory.
+    # A scheduler's milestones. Not copied, because copies would take memory.
     "collections.Counter": lambda counts=None: counts,
     "__builtin__.set": lambda items=None: items,
     "builtins.set": lambda items=None: items,

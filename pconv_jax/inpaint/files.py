@@ -1,0 +1,68 @@
+"""Repair of image files, with the options of the command ``pconv inpaint``."""
+
+import warnings
+from pathlib import Path
+
+from pconv_jax._errors import UserError
+from pconv_jax.inpaint import image_io
+from pconv_jax.inpaint.formats import MAX_PIXELS
+from pconv_jax.inpaint.hole import hole_from_color
+from pconv_jax.inpaint.inpainter import Inpainter
+
+
+def repair_file(
+    inpainter: Inpainter,
+    image: Path,
+    output: Path,
+    *,
+    mask: Path | None = None,
+    mask_color: str | None = None,
+    tolerance: int = 0,
+    invert_mask: bool = False,
+    resize_mask: bool = False,
+    dilate: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    force: bool = False,
+) -> list[str]:
+    """Fill the hole of an image file, and write the result with the file's metadata.
+
+    The hole comes from a mask or a color. Without either, it is where the image is
+    transparent, or not finite.
+
+    Args:
+      inpainter: Repairs the image.
+      image: Path of the image.
+      output: Path of the file to write.
+      mask: Path of a mask. By default there is none.
+      mask_color: CSS color of the hole. By default there is none.
+      tolerance: See `hole_from_color`. By default 0.
+      invert_mask: See `Inpainter`. By default False.
+      resize_mask: See `Inpainter`. By default False.
+      dilate: See `Inpainter`. By default 0.
+      max_pixels: Larger images are refused. By default 100,000,000.
+      force: Whether to replace an existing file. By default False.
+
+    Returns:
+      Warnings, each once.
+
+    Raises:
+      UserError: If the image cannot be read or repaired, or the file exists.
+      RunError: If the file cannot be written.
+    """
+    if output.exists() and not force:
+        raise UserError(f"there is a file {output} already; --force replaces it.")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        file = image_io.read(image, max_pixels=max_pixels)
+        hole = mask
+        if mask_color is not None:
+            hole = hole_from_color(file.image, mask_color, tolerance=tolerance)
+        repaired = inpainter(
+            file.image,
+            hole,
+            invert_mask=invert_mask,
+            resize_mask=resize_mask,
+            dilate=dilate,
+        )
+        image_io.write(output, file._replace(image=repaired))
+    return list(dict.fromkeys(str(warning.message) for warning in caught))

@@ -1,0 +1,135 @@
+"""Filling of holes of any size by a network, from coarse to fine."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+
+from pconv_jax.inpaint.tiling import SIDES, Tile, divide, double, halve
+from pconv_jax.unet import PConvUNet, fill_depth
+
+
+class HoleFiller:
+    """Fills the holes of images in a network's range of values.
+
+    Squares around the holes are cut from the image and repaired one after the other.
+    They have a few fixed sizes, so that the network is compiled only a few times. Where
+    only the network's innermost encoder stage closes a hole, or none, its center is
+    filled at half the resolution, recursively.
+    """
+
+    def __init__(self, model: PConvUNet, variables: Mapping[str, Any]):
+        """Prepare a network.
+
+        Args:
+          model: The network.
+          variables: Its ``params`` and ``batch_stats``.
+        """
+        # The innermost stage sees so little around what it alone closes that it fills
+        # it with the mean of all images, gray. At half the size the result is better.
+        self._trusted_depth = max(len(model.encoder) - 1, 1)
+        step = model.size_multiple
+        self._sides = sorted({-(-side // step) * step for side in SIDES})
+        self._variables = jax.device_put(variables)
+        self._run = jax.jit(functools.partial(_run, model))
+
+    def fill(
+        self, values: np.ndarray, known: np.ndarray, hole: np.ndarray
+    ) -> np.ndarray:
+        """Fill a hole in place, and compute the fill depth.
+
+        Args:
+          values: Float32 ``[H, W, C]``, in place filled in the hole.
+          known: Bool ``[H, W]``, True where values are valid.
+          hole: Bool ``[H, W]``, True where to fill.
+
+        Returns:
+          Uint8 ``[H, W]``: the encoder stage at which a pixel becomes valid; 0 outside
+          the hole. Halving the image counts as a stage.
+        """
+        valid = known  # As given; below, `known` grows by what has been filled.
+        known, depth = known.copy(), np.zeros(hole.shape, np.uint8)
+        wide = []
+        for tile in divide(hole, self._sides):
+            output, levels = self._apply(values, known, valid, tile)
+            part = hole[tile.box]
+            depth[tile.box][part] = levels[part]
+            if levels[part].max() > self._trusted_depth:
+                wide.append(tile)
+            else:
+                values[tile.box][part] = output[part]
+                known[tile.box] |= part  # The next tiles continue it without a seam.
+        if wide:
+            center = self._fill_center(values, known, hole, depth)
+            for tile in wide:
+                output, _ = self._apply(values, known, valid, tile)
+                part = hole[tile.box] & ~center[tile.box]
+                values[tile.box][part] = output[part]
+                known[tile.box] |= part
+        return depth
+
+    def _fill_center(
+        self,
+        values: np.ndarray,
+        known: np.ndarray,
+        hole: np.ndarray,
+        depth: np.ndarray,
+    ) -> np.ndarray:
+        """Fill, in place, where a hole is too deep, from the image at half the size.
+
+        Returns:
+          Where that is, bool ``[H, W]``.
+        """
+        center = hole & (depth > self._trusted_depth)
+        half, half_known = halve(values, known)
+        half_depth = self.fill(half, half_known, ~half_known)
+        values[center] = double(half, hole.shape)[center]
+        half_depth = double(half_depth, hole.shape, interpolation=cv2.INTER_NEAREST)
+        depth[center] = np.maximum(half_depth, self._trusted_depth)[center] + 1
+        known |= center
+        return center
+
+    def _apply(
+        self, values: np.ndarray, known: np.ndarray, valid: np.ndarray, tile: Tile
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Apply the network to a tile.
+
+        Args:
+          values: Float32 ``[H, W, C]``.
+          known: Bool ``[H, W]``, the network's mask.
+          valid: Bool ``[H, W]``, the mask of the fill depth.
+          tile: The tile.
+
+        Returns:
+          The network's output and the fill depth, in the tile's box.
+        """
+        top, left, side = tile.window
+        window = np.s_[top : top + side, left : left + side]
+
+        def cut(array: np.ndarray) -> np.ndarray:  # Outside the image all is hole.
+            part = array[window]
+            pads = [(0, side - n) for n in part.shape[:2]] + [(0, 0)] * (part.ndim - 2)
+            return np.pad(part, pads)[None]
+
+        masks = (cut(m).astype(np.float32)[..., None] for m in (known, valid))
+        output, depth = jax.device_get(self._run(self._variables, cut(values), *masks))
+        rows, columns = tile.box
+        inside = np.s_[
+            rows.start - top : rows.stop - top,
+            columns.start - left : columns.stop - left,
+        ]
+        return output[inside], depth[inside]
+
+
+def _run(
+    model: PConvUNet,
+    variables: Mapping[str, Any],
+    images: jax.Array,
+    mask: jax.Array,
+    valid: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    output, _ = model.apply(variables, images, mask)
+    return output[0], fill_depth(model, valid)[0]

@@ -1,0 +1,29 @@
+"""The image files that can be read and written.
+
+This module imports nothing heavy, so that a command's help can list them at once.
+"""
+
+import os
+from pathlib import Path
+
+from pconv_jax._errors import UserError
+
+MAX_PIXELS = 100_000_000
+"""Default limit of an image's number of pixels."""
+
+SUFFIXES: tuple[str, ...] = (
+    *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy"),
+)
+"""Suffixes of the files that can be read and written."""
+
+
+def check_suffix(path: str | os.PathLike[str]) -> None:
+    """Check that a file's suffix is one of `SUFFIXES`.
+
+    Raises:
+      UserError: If it is not.
+    """
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{path}: images are written only as {', '.join(SUFFIXES)} files."
+        )
