@@ -7,7 +7,7 @@ from typing import Any
 
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.cli._options import Subparsers, add_force, add_weights
-from pconv_jax.inpaint.formats import MAX_PIXELS, SUFFIXES, check_suffix
+from pconv_jax.inpaint.formats import MAX_PIXELS, SUFFIXES, check_suffix, find_images
 
 _DESCRIPTION = """\
 Fills the hole of an image. Only the hole changes. PNG, TIFF, WebP and BMP files keep
@@ -143,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> None:
     for image, output in progress:
         try:
             messages = repair_file(
-                inpainter, image, output, **_repair_options(image, arguments)
+                inpainter, image, output, **_repair_options(arguments)
             )
         except (RunError, UserError) as error:
             if not arguments.image.is_dir():
@@ -173,28 +173,15 @@ def _pair_files(image: Path, output: Path) -> list[tuple[Path, Path]]:
         raise UserError(
             f"--output must be a folder where --image is one, but {output} is a file."
         )
-    found = _find_images(image)
+    found = find_images(image)
     if not found:
         raise UserError(f"--image: there is no image in the folder {image}.")
     return [(path, output / path.name) for path in found]
 
 
-def _find_images(folder: Path) -> list[Path]:
-    try:
-        files = sorted(folder.iterdir())
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot read the folder {folder}: {reason}.") from error
-    return [
-        path
-        for path in files
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    ]
-
-
-def _repair_options(image: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def _repair_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
-        "mask": _find_mask(image, arguments.mask),
+        "mask": arguments.mask,
         "mask_color": arguments.mask_color,
         "tolerance": arguments.tolerance or 0,
         "invert_mask": arguments.invert_mask,
@@ -203,16 +190,3 @@ def _repair_options(image: Path, arguments: argparse.Namespace) -> dict[str, Any
         "max_pixels": arguments.max_pixels,
         "force": arguments.force,
     }
-
-
-def _find_mask(image: Path, mask: Path | None) -> Path | None:
-    """Find an image's mask in a folder, if `mask` is one."""
-    if mask is None or not mask.is_dir():
-        return mask
-    found = [path for path in _find_images(mask) if path.stem == image.stem]
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise UserError(
-            f"there must be one mask {image.stem}.* in {mask}; found: {names}."
-        )
-    return found[0]

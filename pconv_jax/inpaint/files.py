@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pconv_jax._errors import UserError
 from pconv_jax.inpaint import image_io
-from pconv_jax.inpaint.formats import MAX_PIXELS
+from pconv_jax.inpaint.formats import MAX_PIXELS, find_images
 from pconv_jax.inpaint.hole import hole_from_color
 from pconv_jax.inpaint.inpainter import Inpainter
 
@@ -33,7 +33,8 @@ def repair_file(
       inpainter: Repairs the image.
       image: Path of the image.
       output: Path of the file to write.
-      mask: Path of a mask. By default there is none.
+      mask: Path of a mask, or of a folder with a mask of the image's name, with any
+        suffix. By default there is none.
       mask_color: CSS color of the hole. By default there is none.
       tolerance: See `hole_from_color`. By default 0.
       invert_mask: See `Inpainter`. By default False.
@@ -54,9 +55,10 @@ def repair_file(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         file = image_io.read(image, max_pixels=max_pixels)
-        hole = mask
         if mask_color is not None:
             hole = hole_from_color(file.image, mask_color, tolerance=tolerance)
+        else:
+            hole = _find_mask(image, mask)
         repaired = inpainter(
             file.image,
             hole,
@@ -66,3 +68,15 @@ def repair_file(
         )
         image_io.write(output, file._replace(image=repaired))
     return list(dict.fromkeys(str(warning.message) for warning in caught))
+
+
+def _find_mask(image: Path, mask: Path | None) -> Path | None:
+    if mask is None or not mask.is_dir():
+        return mask
+    found = [path for path in find_images(mask) if path.stem == image.stem]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(
+            f"there must be one mask {image.stem}.* in {mask}; found: {names}."
+        )
+    return found[0]

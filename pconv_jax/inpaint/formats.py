@@ -27,3 +27,21 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
         raise UserError(
             f"{path}: images are written only as {', '.join(SUFFIXES)} files."
         )
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Find the image files of a folder, except hidden ones, in alphabetical order.
+
+    Raises:
+      UserError: If the folder cannot be read.
+    """
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot read the folder {folder}: {reason}.") from error
+    return [
+        path
+        for path in files
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    ]

@@ -269,7 +269,7 @@ def test_names_of_this_machine(address, host):
 )
 def test_other_names_are_refused(address, host):
     status, text = ask(address, Host=host)
-    assert status == 403 and "localhost alone" in text
+    assert status == 403 and "only to localhost" in text
 
 
 def test_other_sites_post_nothing(address, folder):
