@@ -28,8 +28,8 @@ class HoleFiller:
           model: The network.
           variables: Its ``params`` and ``batch_stats``.
         """
-        # The innermost stage sees so little around what it alone closes that it fills
-        # it with the mean of all images, gray. At half the size the result is better.
+        # Where the innermost stage alone closes a hole, it sees so little of the image
+        # that it gives the mean of all images, gray. At half the size it sees more.
         self._trusted_depth = max(len(model.encoder) - 1, 1)
         step = model.size_multiple
         self._sides = sorted({-(-side // step) * step for side in SIDES})

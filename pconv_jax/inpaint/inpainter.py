@@ -54,7 +54,7 @@ class Inpainter:
 
     Attributes:
       model: The network.
-      info: What is known about it; see `pretrained.Pretrained`.
+      info: Facts about it; see `pretrained.Pretrained`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Inpainter:
         Args:
           model: Network with as many output channels as input channels.
           variables: Its ``params`` and ``batch_stats``.
-          info: What is known about it. By default nothing.
+          info: Facts about it. By default none.
           value_range: Values of float images that are the network's -1 and 1. By
             default (0, 1). None gives the network floats as they are, for data that are
             not images.
@@ -213,9 +213,9 @@ class Inpainter:
           return_depth: Whether to return the fill depth, too. By default False.
 
         Returns:
-          The image, of the same type, size and dtype. Of a file, an upright Pillow
-          image, or an array if it has 16-bit color or is a ``.npy`` file. The EXIF
-          orientation of a given Pillow image is ignored. Of a sequence, a list.
+          The image, of the same type, size and dtype. A file gives an upright Pillow
+          image, or an array if it has 16-bit color or is a ``.npy`` file. A sequence
+          gives a list. The EXIF orientation of a Pillow image is ignored.
 
           With `return_depth`, a pair of it and uint8 ``[H, W]``: the stage of the
           network's encoder at which a pixel becomes valid, 0 outside the hole. Where

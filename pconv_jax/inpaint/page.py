@@ -5,7 +5,7 @@ size, and only its hole has changed. Nothing leaves the machine that serves the 
 """
 
 import functools
-import importlib.resources
+import importlib.util
 import ipaddress
 import shutil
 import socket
@@ -112,12 +112,14 @@ def build(inpainter: Inpainter) -> gr.Blocks:
                 inputs = _build_inputs()
             with gr.Column():
                 results = _build_results()
-        gr.Markdown("Examples")
+        example_paths = _find_examples()
+        gr.Markdown("Examples", visible=bool(example_paths))
         examples = gr.Dataset(
             components=["image"],
-            samples=[[str(_example(name))] for name in _EXAMPLES],
+            samples=[[str(path)] for path in example_paths],
             type="index",
             show_label=False,
+            visible=bool(example_paths),
             elem_id="examples",
         )
 
@@ -222,7 +224,7 @@ def show(
 
 def open_example(index: int) -> tuple[str, str, Image.Image | None]:
     """Open an example: the paths of its image and mask, and the image to paint on."""
-    path = str(_example(_EXAMPLES[index]))
+    path = str(_find_examples()[index])
     mask = masks.random_mask(
         jax.random.key(index), (512, 512), hole_ratio=0.12, border=False
     )
@@ -326,7 +328,7 @@ def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -
         show_error=True,
         theme=Soft(font=fonts, font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
-        allowed_paths=[str(_example("").parent)],
+        allowed_paths=[str(path) for path in _find_examples()],
         max_file_size=_MAX_UPLOAD,
         app_kwargs={"middleware": guards},
     )
@@ -466,5 +468,10 @@ def _suffix(path: str) -> str:
     return suffix if suffix in _SUFFIXES else ".png"
 
 
-def _example(name: str) -> Path:
-    return Path(str(importlib.resources.files("skimage") / "data" / name))
+def _find_examples() -> list[Path]:
+    """Find the photos of scikit-image, if it is installed."""
+    spec = importlib.util.find_spec("skimage")
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        return []
+    return [Path(folders[0], "data", name) for name in _EXAMPLES]

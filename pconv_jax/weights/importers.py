@@ -147,7 +147,7 @@ def import_network(
     known = ", ".join(project_names.PROJECT_NAMES)
     examples = ", ".join(list(arrays)[:3]) or "nothing"
     raise UserError(
-        f"weights: {source} is of no project that is known ({known}); it has {examples}"
+        f"weights: {source} is from no known project ({known}); it has {examples}"
         f"{', ...' if len(arrays) > 3 else ''}."
     )
 

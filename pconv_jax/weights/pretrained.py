@@ -49,7 +49,7 @@ class Pretrained(NamedTuple):
       model: The network. Image networks take and give images ``[N, H, W, C]`` in
         [-1, 1].
       variables: Its ``params`` and ``batch_stats``, as NumPy arrays.
-      info: What is known about it, as for JSON: e.g. ``origin``, ``training_data``,
+      info: Facts about it, as for JSON: e.g. ``origin``, ``training_data``,
         ``metrics``, ``notes``.
     """
 
@@ -72,7 +72,7 @@ def save_pretrained(
       path: Path of the ``.safetensors`` file.
       model: The network.
       variables: Its ``params`` and ``batch_stats``, in float32.
-      info: What is known about it, as for JSON. By default nothing.
+      info: Facts about it, as for JSON. By default none.
       half: Whether to store kernels in float16, with 11 of their 24 significant bits,
         which halves the file. By default False.
 

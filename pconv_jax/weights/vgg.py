@@ -186,7 +186,7 @@ def _from_keras(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             renamed[f"conv{block}_{conv}/{leaf}"] = array
     kernel, bias = renamed.get("conv1_1/kernel"), renamed.get("conv1_1/bias")
     if kernel is None or bias is None or kernel.shape != (3, 3, 3, *bias.shape):
-        return renamed  # `to_tree` says what is wrong.
+        return renamed  # `to_tree` reports the problem.
     kernel = kernel[:, :, ::-1].astype(np.float64)
     shift = np.einsum("hwio,i->o", kernel, _TORCH_MEAN - _CAFFE_MEAN)
     renamed["conv1_1/kernel"] = kernel * _TORCH_STD[:, None]

@@ -1,13 +1,11 @@
 import os
-import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pconv_jax import cli, masks
-from pconv_jax.inpaint import image_io
-from pconv_jax.inpaint.hole import hole_from_mask, resize_hole
+from pconv_jax import cli
+from pconv_jax.inpaint.hole import resize_hole
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.weights import pretrained
 from tests.helpers.commands import pconv
@@ -199,37 +197,6 @@ def test_what_cannot_be_repaired(network, folder):
         with pytest.raises(SystemExit, match=f"pconv: .*{problem}"):
             inpaint(network, *arguments)
     assert not out.exists()
-
-
-def test_example_masks(tmp_path, capsys):
-    out = tmp_path / "masks"
-    arguments = ("masks", "--output", out, "--count", 2, "--size", "48x32", "--seed", 1)
-    run(*arguments, "--ratio", "0.2", "0.3", "--no-border")
-    assert "2 masks" in capsys.readouterr().out
-    files = sorted(out.iterdir())
-    assert [path.name for path in files] == ["mask_00000.png", "mask_00001.png"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        holes = [hole_from_mask(image_io.read(path).image) for path in files]
-    for hole in holes:
-        assert hole.shape == (32, 48) and 0.2 < hole.mean() <= 0.3
-        assert not masks.touches_border(~hole[..., None])
-    assert np.any(holes[0] != holes[1])
-    with pytest.raises(SystemExit, match="already; --force replaces it"):
-        run(*arguments)
-    before = files[0].read_bytes()
-    run(*arguments, "--ratio", "0.2", "0.3", "--no-border", "--force")
-    assert files[0].read_bytes() == before
-    for wrong, problem in [
-        (("--count", 0), "--count must be 1 or more"),
-        (("--ratio", "0.3", "0.2"), "--ratio must be"),
-        (("--seed", 2**32), r"--seed must be in \[0, 2\*\*32\)"),
-    ]:
-        with pytest.raises(SystemExit, match=problem):
-            run("masks", "--output", tmp_path / "other", *wrong)
-    with pytest.raises(SystemExit) as error:
-        run("masks", "--output", out, "--size", "big")
-    assert error.value.code == 2
 
 
 @pytest.mark.parametrize("command", ["inpaint", "masks", "demo"])

@@ -8,7 +8,7 @@ import threading
 
 @contextlib.contextmanager
 def serve(files, ranges=True):
-    """Serves bytes by path. Yields its address and the log of (path, range, bytes)."""
+    """Serve bytes by path; yield the address and a log of (path, range, bytes)."""
     log = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

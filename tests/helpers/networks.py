@@ -15,7 +15,7 @@ def norm_shapes(block, features):
 
 
 def small_mmagic(depth=2, width=4, seed=0):
-    """Returns weights of a small network in the form of mmagic's."""
+    """Make weights of a small network in mmagic's form."""
     features = [width * 2 ** min(i, 3) for i in range(depth)]
     channels = [3, *features[:-1]]
     shapes = []
@@ -38,7 +38,7 @@ def small_mmagic(depth=2, width=4, seed=0):
 
 
 def make_network(channels=3, seed=0, **fields):
-    """Returns a small network and variables, of which no two numbers are alike."""
+    """Make a small network, and variables of random numbers."""
     model = PConvUNet(**(dict(depth=2, width=4) | fields))
     images = jnp.zeros((1, 16, 16, channels))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images, images[..., :1])

@@ -1,4 +1,4 @@
-"""Writes files in PyTorch's three forms, byte by byte and without PyTorch."""
+"""Files in PyTorch's three forms, byte by byte and without PyTorch."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ STORAGES = {
 
 
 class Op(bytes):
-    """A piece of a pickle, taken as it is."""
+    """A piece of a pickle, which `encode` does not change."""
 
 
 def call(module, name, *arguments):
@@ -32,7 +32,7 @@ def pickled(value):
 
 
 def encode(value):
-    """Returns the operations by which a pickle builds a value."""
+    """Encode the operations with which a pickle builds a value."""
     match value:
         case Op():
             return bytes(value)
@@ -64,7 +64,7 @@ def storage_id(array, key, view=()):
 
 
 def tensor(saved_id, shape, strides=None, offset=0):
-    """Returns the pickle of a tensor; strides in elements, by default of C order."""
+    """Pickle a tensor. Strides are in elements, by default those of C order."""
     if strides is None:
         strides = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
     return call(
@@ -81,7 +81,7 @@ def map_arrays(tree, function):
 
 
 def zip_bytes(pickle, storages, root="archive", byteorder=b"little", **options):
-    """Returns the newest form, of a pickle and the bytes of storages by key."""
+    """Encode the newest form, from a pickle and the bytes of storages by key."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", **options) as archive:
         archive.writestr(f"{root}/data.pkl", pickle)
@@ -93,7 +93,7 @@ def zip_bytes(pickle, storages, root="archive", byteorder=b"little", **options):
 
 
 def legacy_bytes(pickle, storages, magic=0x1950A86A20F9469CFC6C):
-    """Returns the older form, of a pickle and storages, ``(data, size)`` by key."""
+    """Encode the older form, from a pickle and storages, ``(data, size)`` by key."""
     info = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
     head = pickled(magic) + pickled(1001) + pickled(info) + pickle
     return head + pickled(list(storages)) + storage_bytes(storages.values())
@@ -126,7 +126,7 @@ def dump_legacy(tree):
 
 
 def dump_tar(tree):
-    """Returns the form of PyTorch before 0.1.10."""
+    """Encode the form of PyTorch before 0.1.10."""
     arrays = []
 
     def save(array):

@@ -10,7 +10,6 @@ from PIL import Image
 
 import pconv_jax
 from pconv_jax.inpaint.inpainter import Inpainter
-from pconv_jax.inpaint.tiling import divide
 from pconv_jax.unet import Normalization, PConvUNet, Stage, fill_depth
 from pconv_jax.weights import pretrained
 from tests.helpers.networks import make_network
@@ -65,7 +64,7 @@ def hole_of(shape, top=20, left=30, size=12):
     return hole
 
 
-# What comes back.
+# Results.
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float16, bool])
@@ -80,8 +79,8 @@ def test_arrays_come_back_as_they_came(dtype, channels, inpainter):
     assert result.dtype == image.dtype and result.shape == image.shape
     np.testing.assert_array_equal(image, before)
     np.testing.assert_array_equal(result[~hole], image[~hole])
-    colours = np.s_[:] if channels in (0, 1, 3) else np.s_[..., :-1]
-    assert np.mean(result[hole][colours] != image[hole][colours]) > 0.2
+    colors = np.s_[:] if channels in (0, 1, 3) else np.s_[..., :-1]
+    assert np.mean(result[hole][colors] != image[hole][colors]) > 0.2
     if channels in (2, 4):
         np.testing.assert_array_equal(result[..., -1], image[..., -1])
 
@@ -167,11 +166,11 @@ def test_the_package_exports_it_but_imports_it_late():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-# What is filled, and by what.
+# Holes and masks.
 
 
 @pytest.mark.parametrize("content", [0, 255])
-def test_what_is_in_the_hole_does_not_matter(content, inpainter):
+def test_the_content_of_a_hole_does_not_matter(content, inpainter):
     image = photo(150, 140)
     hole = hole_of(image.shape, size=60)  # Wider than the network closes.
     other = image.copy()
@@ -184,8 +183,8 @@ def test_what_is_in_the_hole_does_not_matter(content, inpainter):
     np.testing.assert_array_equal(inpainter(data), expected)
 
 
-def test_what_is_beyond_the_picture_does_not_matter(inpainter):
-    """A picture is as good as one with a margin of which nothing is known."""
+def test_pixels_outside_the_image_do_not_matter(inpainter):
+    """An image gives the same as one with an unknown margin."""
     image, hole = photo(90, 70), hole_of((90, 70))
     wider = np.full((100, 110, 3), np.nan, np.float32)
     wider[:90, :70] = image / np.float32(255)
@@ -201,8 +200,8 @@ def test_what_is_beyond_the_picture_does_not_matter(inpainter):
 @pytest.mark.parametrize(
     "shape", [(1, 9), (9, 2), (3, 700), (1300, 5), (257, 255), (300, 1100)]
 )
-def test_a_plain_picture_becomes_whole(shape, averaging):
-    """At any size, and however wide the hole is: no grey, no seam, no rim."""
+def test_a_plain_image_becomes_whole(shape, averaging):
+    """At any size, and however wide the hole is: no gray, no seam, no rim."""
     image = np.broadcast_to(np.uint8([200, 30, 90]), (*shape, 3)).copy()
     hole = np.zeros(shape, bool)
     hole[shape[0] // 8 :, shape[1] // 4 :] = True
@@ -230,7 +229,7 @@ def test_a_slope_is_continued(averaging):
     assert np.abs(np.diff(result, axis=1))[110:290, 130:350].max() < 0.03
 
 
-def test_masks_are_white_where_to_fill_unless_one_says_so(inpainter):
+def test_masks_are_white_where_to_fill_unless_inverted(inpainter):
     image = photo()
     hole = hole_of(image.shape)
     expected = inpainter(image, hole)
@@ -260,7 +259,7 @@ def test_dilate_and_resize(inpainter):
     np.testing.assert_array_equal(result, inpainter(image, hole))
 
 
-def test_the_hole_may_be_what_is_transparent(inpainter):
+def test_transparent_pixels_are_filled_without_a_mask(inpainter):
     image = photo(channels=4)
     image[..., 3] = 255
     hole = hole_of(image.shape)
@@ -275,7 +274,7 @@ def test_the_hole_may_be_what_is_transparent(inpainter):
         inpainter(image[..., :3])
 
 
-def test_colours_that_cannot_be_seen_are_no_help(inpainter):
+def test_colors_of_transparent_pixels_do_not_matter(inpainter):
     image = photo(channels=4)
     image[..., 3] = 255
     image[:, 45:, 3] = 0
@@ -287,7 +286,7 @@ def test_colours_that_cannot_be_seen_are_no_help(inpainter):
     np.testing.assert_array_equal(a[seen], b[seen])
 
 
-def test_data_that_is_no_picture():
+def test_data_that_are_not_images():
     model, variables = averaging_network(channels=1)
     model = model.clone(normalization=Normalization((-400.0,), (1.0,)))
     data = np.full((72, 72), 273.15, np.float64)
@@ -338,18 +337,11 @@ def test_an_alpha_that_is_not_a_number_is_transparent(inpainter):
     assert np.isfinite(result).all() and np.all(result[..., 3] == 1)
 
 
-def test_no_pictures(inpainter):
+def test_no_images(inpainter):
     image = np.zeros((0, 20, 20, 3), np.uint8)
     result, depth = inpainter(image, np.zeros((20, 20)), return_depth=True)
     assert (result.shape, depth.shape) == (image.shape, (0, 20, 20))
     assert inpainter([], np.zeros((20, 20)), return_depth=True) == ([], [])
-
-
-def test_many_specks_in_a_strip_are_divided_evenly():
-    hole = np.zeros((4, 140_000), bool)
-    hole[0, ::131] = True
-    tiles = divide(hole, [256])
-    assert sum(hole[tile.box].sum() for tile in tiles) == hole.sum()
 
 
 def test_fifty_sizes_compile_a_handful_of_times():
@@ -383,7 +375,7 @@ def test_fifty_sizes_compile_a_handful_of_times():
 
 
 @pytest.mark.slow
-def test_memory_for_a_large_picture():
+def test_memory_for_a_large_image():
     """The paper's network, and 6 million pixels with a few small holes."""
     code = """
 import resource, jax, numpy as np
@@ -407,47 +399,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         [sys.executable, "-c", code], check=True, capture_output=True, timeout=300
     )
     assert int(result.stdout) * 1024 < 3e9
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_tiles_hold_all_of_the_hole_once(seed):
-    rng = np.random.default_rng(seed)
-    shape = (1500, 2100)
-    hole = np.zeros(shape, bool)
-    if seed < 3:  # Spots, few or many.
-        for top, left in rng.integers(0, shape, (10 ** (seed + 1), 2)):
-            hole[top : top + 5, left : left + 5] = True
-    elif seed == 3:  # A scratch across.
-        hole[np.arange(1500), np.arange(1500)] = True
-    elif seed == 4:
-        hole[100:1400, 50:1900] = True
-    else:
-        hole = np.ones(shape, bool)
-    sides = (128, 256, 384, 512, 768, 1024)
-    tiles = divide(hole, sides)
-    count = np.zeros(shape, int)
-    for (rows, columns), (top, left, side) in tiles:
-        count[rows, columns] += 1
-        assert side in sides
-        assert top <= rows.start and rows.stop <= min(top + side, shape[0])
-        assert left <= columns.start and columns.stop <= min(left + side, shape[1])
-        # The network is shown what is around, as far as there is any.
-        assert rows.start - top >= min(64, rows.start)
-        assert left + side - columns.stop >= min(64, shape[1] - columns.stop)
-    assert count.max() == 1 and np.all(count[hole] == 1)
-    pixels = sum(side**2 for _, (_, _, side) in tiles)
-    assert pixels <= [7e5, 6e6, 9e6, 3e6, 9e6, 9e6][seed]
-
-
-def test_holes_far_apart_are_repaired_apart():
-    hole = np.zeros((2000, 3000), bool)
-    hole[10:14, 20:30] = hole[1700:1750, 2900:2950] = True
-    hole[1990:, :3] = True
-    sides = (128, 256, 384, 512, 768, 1024)
-    assert [t.window for t in divide(hole, sides)] == [
-        *((0, 0, 256), (1744, 0, 256), (1597, 2744, 256))
-    ]
-    assert not divide(np.zeros((3, 3), bool), sides)
 
 
 # The fill depth.
@@ -518,20 +469,20 @@ def test_what_cannot_be_repaired(image, mask, problem, inpainter):
         inpainter(image, mask)
 
 
-def test_what_is_said_of_a_mask_needs_one(inpainter):
+def test_options_of_a_mask_need_one(inpainter):
     for option in ("invert_mask", "resize_mask"):
         with pytest.raises(ValueError, match="mask is needed for invert_mask"):
             inpainter(photo(channels=4), **{option: True})
 
 
-def test_networks_of_no_use():
+def test_networks_that_cannot_repair():
     with pytest.raises(ValueError, match="takes 5 and gives 2"):
         Inpainter(*make_network(5, out_features=2))
     with pytest.raises(ValueError, match="value_range must be"):
         Inpainter(*averaging_network(), value_range=(1, 1))
 
 
-def test_networks_of_ordinary_convolutions_do_as_well():
+def test_networks_of_ordinary_convolutions():
     inpainter = Inpainter(*make_network(conv="standard"))
     image = photo()
     hole = hole_of(image.shape, size=40)

@@ -54,13 +54,13 @@ def photo(height=60, width=80):
 
 
 def drawing(hole):
-    """What Gradio's editor gives, of a layer that was painted on."""
+    """A painted layer, as Gradio's editor gives it."""
     layer = np.zeros((*hole.shape, 4), np.uint8)
     layer[hole] = (255, 45, 149, 255)
     return {"background": None, "layers": [Image.fromarray(layer)], "composite": None}
 
 
-def test_what_is_painted_over_is_filled(inpainter, tmp_path):
+def test_the_painted_area_is_filled(inpainter, tmp_path):
     image = photo()
     path = tmp_path / "a.png"
     Image.fromarray(image).save(path)
@@ -87,7 +87,7 @@ def test_what_is_painted_over_is_filled(inpainter, tmp_path):
     ]
 
 
-def test_large_pictures_are_shown_small_and_repaired_whole(inpainter, tmp_path):
+def test_large_images_are_shown_small_and_repaired_whole(inpainter, tmp_path):
     y, x = np.mgrid[:900, :2048]
     image = np.stack([x // 32, y // 16, (x + y) // 32], axis=-1).astype(np.uint16) * 500
     path = tmp_path / "a.tif"
@@ -117,7 +117,7 @@ def test_examples_come_with_a_mask(index):
     assert 0.08 < different.mean() < 0.15
 
 
-def test_mistakes_are_said_on_the_page(inpainter, tmp_path):
+def test_mistakes_are_shown_on_the_page(inpainter, tmp_path):
     path = tmp_path / "a.png"
     with pytest.raises(gr.Error, match="Open an image first"):
         page.repair(inpainter, None, None, None, 0, False, None)
@@ -132,7 +132,7 @@ def test_mistakes_are_said_on_the_page(inpainter, tmp_path):
         page.repair(inpainter, str(path), None, everything, 0, False, None)
 
 
-def test_a_result_goes_with_the_next(inpainter, tmp_path):
+def test_a_result_is_deleted_with_the_next(inpainter, tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(photo()).save(path)
     hole = np.zeros((60, 80), bool)
@@ -141,7 +141,7 @@ def test_a_result_goes_with_the_next(inpainter, tmp_path):
     *_, first = page.repair(inpainter, str(path), None, drawing(hole), 0, False, None)
     *_, second = page.repair(inpainter, str(path), None, drawing(hole), 0, False, first)
     assert set(tmp_path.iterdir()) - before == {pathlib.Path(second).parent}
-    # Of a mistake, nothing goes.
+    # A mistake deletes nothing.
     with pytest.raises(gr.Error):
         page.repair(inpainter, str(path), None, None, 0, False, second)
     assert pathlib.Path(second).is_file()
@@ -187,7 +187,7 @@ def test_ports_that_are_taken(inpainter):
         page.launch(inpainter, port=70_000)
 
 
-def test_it_says_what_is_to_be_installed(network, monkeypatch):
+def test_without_gradio(network, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "pconv_jax.inpaint.page")
     monkeypatch.delattr(pconv_jax.inpaint, "page")
@@ -201,7 +201,7 @@ def test_it_says_what_is_to_be_installed(network, monkeypatch):
 
 @contextlib.contextmanager
 def serve(network, folder):
-    """Gives a process, and its address; its temporary files are in the folder."""
+    """Start a process with temporary files in a folder; yield it and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -239,7 +239,7 @@ def address(network, folder):
 
 
 def ask(address, method="GET", path="/", body=None, **headers):
-    """Gives the status and the text of an answer."""
+    """Send a request; return the status and the text of the answer."""
     connection = http.client.HTTPConnection(address, timeout=60)
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     with contextlib.closing(connection):
@@ -294,7 +294,7 @@ def test_no_file_outlives_the_process(network, tmp_path):
         assert upload(address)[0] == 200
         (uploaded,) = tmp_path.rglob("uploaded.png")
         assert uploaded.relative_to(tmp_path).parts[0].startswith("pconv-")
-        # As a page that is still open.
+        # Like a page that is still open.
         url = f"http://{address}/gradio_api/heartbeat/a"
         with urllib.request.urlopen(url, timeout=60):
             process.terminate()
@@ -307,7 +307,7 @@ def test_no_file_outlives_the_process(network, tmp_path):
 
 @pytest.fixture
 def tab():
-    """A page of a browser, and all the hosts that it asks for something."""
+    """A page of a browser, with the set of all hosts that it sends requests to."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="the extra [browser] is not installed"
     )
@@ -324,7 +324,7 @@ def tab():
 
 
 def wait_until_shown(tab, canvas, image):
-    """Waits until a canvas has the picture in its middle, and moves no more."""
+    """Wait until a canvas shows the image in its center, and moves no more."""
     shots = []
     for _ in range(100):
         shots.append(canvas.screenshot())
@@ -335,7 +335,7 @@ def wait_until_shown(tab, canvas, image):
         if shown and len(set(shots[-4:])) == 1 and len(shots) > 4:
             return
         tab.wait_for_timeout(400)
-    raise AssertionError("The picture does not come to rest on the canvas.")
+    raise AssertionError("The image does not come to rest on the canvas.")
 
 
 @pytest.mark.slow
@@ -373,12 +373,12 @@ def test_in_a_browser(tab, address, folder, tmp_path):
     assert changed[140:160, 180:220].mean() > 0.9
     assert 60 < columns.min() < columns.max() < 340
     assert 60 < rows.min() < rows.max() < 240
-    # What the page shows is what is downloaded.
+    # The page shows the image that is downloaded.
     source = tab.get_attribute("#repaired img", "src")
     with urllib.request.urlopen(source) as response:
         (tmp_path / "shown.png").write_bytes(response.read())
     np.testing.assert_array_equal(Image.open(tmp_path / "shown.png"), result)
-    # The next result takes its place.
+    # The next result replaces it.
     (first,) = folder.rglob("photo-repaired.png")
     tab.click("#run")
     for _ in range(100):
@@ -387,5 +387,5 @@ def test_in_a_browser(tab, address, folder, tmp_path):
             break
     (second,) = folder.rglob("photo-repaired.png")
     assert second != first
-    # Nothing is asked of any other machine.
+    # No request goes to another machine.
     assert tab.hosts == {address}

@@ -248,7 +248,7 @@ def test_names_and_paths_that_do_not_exist(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         pretrained.from_pretrained(tmp_path / "none.safetensors")
     (tmp_path / "weights.pth").touch()
-    with pytest.raises(ValueError, match="'pconv convert.* makes one of other projects' weights"):
+    with pytest.raises(ValueError, match="'pconv convert.* makes one of other"):
         pretrained.from_pretrained(tmp_path / "weights.pth")
 
 

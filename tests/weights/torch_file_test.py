@@ -35,7 +35,7 @@ TREE = {
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads bytes as the content of a file."""
+    """A function that reads bytes as the content of a file."""
 
     def read(data, name="weights.pth"):
         (tmp_path / name).write_bytes(data)
@@ -263,7 +263,7 @@ def test_other_parts_of_the_older_form_are_no_way_in(read):
 
 
 def pickles_of(data):
-    """Returns the pickles that a file of the older form begins with."""
+    """Build the pickles at the beginning of a file of the older form."""
     info = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
     head = [pickled(0x1950A86A20F9469CFC6C), pickled(1001), pickled(info)]
     start = sum(map(len, head))
@@ -276,7 +276,7 @@ def nested(count, opening, closing):
 
 
 def doubling(count, collect):
-    """Returns a container of 2**count empty ones, by way of the memo."""
+    """Build a container of 2**count empty ones, by the memo."""
     return b")" + (b"q\x00h\x00" + collect) * count
 
 
@@ -465,7 +465,7 @@ SMALL = {"a": {"b": ARRAY[:6].reshape(2, 3)}, "c": np.array([1, 2], np.int64)}
 
 
 def read_or_error(path, data):
-    """Reads a file. No error but one that names it may come."""
+    """Read a file, or raise an error that names it; then return None."""
     path.write_bytes(data)
     try:
         return torch_file.read(path)

@@ -22,7 +22,7 @@ HUB_PATH = "/timm/vgg16.tv_in1k/resolve/main/model.safetensors"
 
 
 def make_arrays(kind="VGG16"):
-    """Returns arrays up to pool3, ``{'conv1_1': (kernel, bias)}``."""
+    """Make arrays up to pool3, ``{'conv1_1': (kernel, bias)}``."""
     rng = np.random.default_rng(0)
     arrays, channels = {}, 3
     for block, convs in enumerate(BLOCKS[kind], 1):
@@ -37,7 +37,7 @@ def make_arrays(kind="VGG16"):
 
 
 def torch_arrays(kind="VGG16"):
-    """Returns arrays as torchvision and timm name them, with more than is wanted."""
+    """Make arrays with the names of torchvision and timm, and some unused ones."""
     arrays, index = {}, 0
     pairs = iter(make_arrays(kind).values())
     for convs in BLOCKS[kind]:
@@ -127,7 +127,7 @@ def test_our_own_names(separator, tmp_path):
 
 
 def caffe_features(arrays, images):
-    """Returns the features of Keras' network, which takes BGR without the mean."""
+    """Compute the features of Keras' network, which takes BGR minus the mean."""
     x = (images[..., ::-1] + 1) * 127.5 - np.array([103.939, 116.779, 123.68])
     x = x.astype(np.float32)
     pools = []
@@ -161,7 +161,7 @@ def test_keras(style, tmp_path, caplog):
     expected = caffe_features(make_arrays(), images)
     for a, b in zip(actual, expected, strict=True):
         scale = np.abs(b).max()
-        # At the border the zeros that pad are of another colour.
+        # At the border, the zeros of the padding have another color.
         inside = np.s_[:, 8:-8, 8:-8] if a.shape[1] > 16 else np.s_[:, 3:-3, 3:-3]
         assert np.abs(a[inside] - b[inside]).max() < 2e-6 * scale
         assert np.abs(a - b).max() < 1e-2 * scale
@@ -251,7 +251,7 @@ def test_a_damaged_cache_is_noticed(tmp_path):
 
 
 def load_in_a_process(address, tmp_path, **environment):
-    """Loads 'imagenet' where the Hub is at an address, and returns what is printed."""
+    """Load 'imagenet' in a process from a Hub at an address."""
     code = """
 import sys
 from pconv_jax.weights.vgg import load_vgg_params

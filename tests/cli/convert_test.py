@@ -1,5 +1,4 @@
 import json
-import os
 
 import jax
 import numpy as np
@@ -50,7 +49,7 @@ def test_convert_a_run(tmp_path, capsys):
         zeros = jax.tree.map(np.zeros_like, variables)
         items = {"opt_state": {}, "average": {}}
         checkpoints.save(1, zeros | items, meta=meta)
-        # Of two networks, the averaged one is the run's.
+        # The averaged network is the run's.
         checkpoints.save(2, zeros | items | {"average": variables}, meta=meta)
     row = {"hole": "all", "psnr dB": 12.5}
     (workdir / "evaluation").mkdir()
@@ -99,30 +98,3 @@ def test_force(weights, tmp_path):
     out.write_text("old")
     cli.main(["convert", str(weights), str(out), "--force"])
     assert pretrained.is_weights_file(out)
-
-
-def test_mistakes_end_without_a_traceback(tmp_path):
-    result = pconv("convert", tmp_path / "none.pth", tmp_path / "out.safetensors")
-    assert result.returncode == 1
-    assert result.stderr.startswith("pconv: weights: there is no file")
-    assert len(result.stderr.splitlines()) == 1
-    assert not os.listdir(tmp_path)
-
-
-def test_files_that_cannot_be_written(weights, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="pconv: .*Not a directory|pconv: .*exists"):
-        cli.main(["convert", str(weights), str(tmp_path / "file" / "out.safetensors")])
-    with pytest.raises(SystemExit, match="pconv: .*[Ee]xists"):
-        cli.main(["masks", "--output", str(tmp_path / "file"), "--count", "1"])
-
-
-def test_help(capsys):
-    for arguments in (["--help"], ["convert", "--help"]):
-        with pytest.raises(SystemExit) as error:
-            cli.main(arguments)
-        assert error.value.code == 0
-    assert "open-mmlab/mmagic" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as error:
-        cli.main([])
-    assert error.value.code == 2

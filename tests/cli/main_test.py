@@ -1,0 +1,111 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pconv_jax import cli
+from pconv_jax._errors import RunError, UserError
+from tests.helpers import ROOT
+from tests.helpers.commands import pconv
+
+
+def test_mistakes_end_without_a_traceback(tmp_path):
+    result = pconv("convert", tmp_path / "none.pth", tmp_path / "out.safetensors")
+    assert result.returncode == 1
+    assert result.stderr.startswith("pconv: weights: there is no file")
+    assert len(result.stderr.splitlines()) == 1
+    assert not os.listdir(tmp_path)
+
+
+def test_files_that_cannot_be_written(weights, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="pconv: .*Not a directory|pconv: .*exists"):
+        cli.main(["convert", str(weights), str(tmp_path / "file" / "out.safetensors")])
+    with pytest.raises(SystemExit, match="pconv: .*[Ee]xists"):
+        cli.main(["masks", "--output", str(tmp_path / "file"), "--count", "1"])
+
+
+def test_help(capsys):
+    for arguments in (["--help"], ["convert", "--help"]):
+        with pytest.raises(SystemExit) as error:
+            cli.main(arguments)
+        assert error.value.code == 0
+    assert "open-mmlab/mmagic" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as error:
+        cli.main([])
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("error", [UserError("a mistake"), RunError("a full disk")])
+def test_user_and_run_errors_become_one_sentence(error, monkeypatch):
+    monkeypatch.setattr(cli.masks, "_check", fail_with(error))
+    with pytest.raises(SystemExit, match=f"^pconv: {error}$"):
+        cli.main(["masks", "--output", "masks"])
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("a bug"), KeyError(1)])
+def test_bugs_keep_their_traceback(error, monkeypatch):
+    monkeypatch.setattr(cli.masks, "_check", fail_with(error))
+    with pytest.raises(type(error)) as raised:
+        cli.main(["masks", "--output", "masks"])
+    assert raised.value is error
+
+
+def fail_with(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+# What commands import. flax itself imports absl.
+
+TRAINING = (
+    *("optax", "orbax", "grain", "tensorflow_datasets", "ml_collections", "skimage"),
+    *("tensorboardX", "torch", "tensorflow", "matplotlib", "gradio"),
+)
+
+
+def imported_by(code):
+    """Run code in a process; return the names of all modules that it imports."""
+    code += "\nimport sys\nsys.stderr.write('\\n'.join(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return set(result.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["inpaint", "--help"], ["masks", "--help"]]
+)
+def test_help_imports_nothing_heavy(arguments):
+    modules = imported_by(f"""
+from pconv_jax import cli
+try:
+    cli.main({arguments})
+except SystemExit as error:
+    assert error.code == 0
+""")
+    heavy = {"jax", "flax", "numpy", "cv2", "PIL", "tqdm", "tifffile", *TRAINING}
+    assert "pconv_jax.cli.inpaint" in modules and not heavy & modules
+
+
+def test_a_repair_imports_nothing_of_training(tmp_path):
+    image = np.zeros((16, 16, 3), np.uint8)
+    Image.fromarray(image + 200).save(tmp_path / "image.png")
+    image[4:8, 4:8] = 255
+    Image.fromarray(image).save(tmp_path / "mask.png")
+    arguments = ["inpaint"]
+    for name in ("image", "mask", "output"):
+        arguments += [f"--{name}", str(tmp_path / f"{name}.png")]
+    modules = imported_by(f"from pconv_jax import cli\ncli.main({arguments})")
+    assert (tmp_path / "output.png").is_file()
+    assert "pconv_jax.inpaint.inpainter" in modules and not set(TRAINING) & modules
