@@ -8,7 +8,7 @@ from pconv_jax.runs.settings import FIELDS, Field, Paths, suggest_field
 
 
 def add_config_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Adds ``--config`` and a ``--config.NAME`` for every setting to a command."""
+    """Add ``--config`` and a ``--config.NAME`` for every setting to a command."""
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -29,7 +29,7 @@ def add_config_options(parser: argparse.ArgumentParser, *, required: bool) -> No
 
 
 def read_config(arguments: argparse.Namespace) -> Any:
-    """Loads the config file of a command line, and changes the fields it sets.
+    """Load the config file of a command line, and change the fields it sets.
 
     Args:
       arguments: Parsed by a parser with `add_config_options`.
@@ -39,7 +39,7 @@ def read_config(arguments: argparse.Namespace) -> Any:
 
     Raises:
       UserError: If a value is of the wrong type, or fields are set without a file; or
-        As `load_config`.
+        as `load_config`.
     """
     changes = {
         name: given
@@ -65,7 +65,7 @@ def read_config(arguments: argparse.Namespace) -> Any:
 
 
 def explain_unknown(argument: str) -> str:
-    """Returns the message for an argument that a command does not know."""
+    """Explain that a command does not know an argument."""
     name = argument.partition("=")[0]
     hint = ""
     if name.startswith("--config."):

@@ -1,9 +1,9 @@
 """``pconv eval``: evaluates networks and baselines by hole bin."""
 
 import argparse
-from typing import Any
 
 from pconv_jax.cli import config_options
+from pconv_jax.cli._options import Subparsers
 
 _DESCRIPTION = """\
 Evaluates a trained network by hole bin, beside the methods that need no network.
@@ -22,8 +22,8 @@ examples:
 """
 
 
-def add(commands: Any) -> None:
-    """Adds the command to those of ``pconv``."""
+def add(commands: Subparsers) -> None:
+    """Add the command to those of ``pconv``."""
     command = commands.add_parser(
         "eval",
         help="evaluate a network beside others and beside baselines",

@@ -1,10 +1,10 @@
 """``pconv train``: trains an inpainting network."""
 
 import argparse
-from typing import Any
 
 from pconv_jax._errors import UserError
 from pconv_jax.cli import config_options
+from pconv_jax.cli._options import Subparsers
 
 _DESCRIPTION = """\
 Trains an inpainting network.
@@ -23,8 +23,8 @@ examples:
 """
 
 
-def add(commands: Any) -> None:
-    """Adds the command to those of ``pconv``."""
+def add(commands: Subparsers) -> None:
+    """Add the command to those of ``pconv``."""
     command = commands.add_parser(
         "train",
         help="train a network",

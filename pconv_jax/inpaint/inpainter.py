@@ -37,6 +37,7 @@ LoadedImage = Image.Image | np.ndarray | jax.Array
 ImageLike = LoadedImage | PathLike
 # Not Sequence[ImageLike], of which every str is one.
 ImageSequence = Sequence[LoadedImage | os.PathLike[str]] | list[str] | tuple[str, ...]
+MaskLike = ImageLike | ImageSequence | None
 ImageT = TypeVar("ImageT", Image.Image, np.ndarray, jax.Array)
 
 
@@ -120,7 +121,7 @@ class Inpainter:
     def __call__(
         self,
         image: ImageT,
-        mask: ImageLike | ImageSequence | None = None,
+        mask: MaskLike = None,
         *,
         invert_mask: bool = False,
         resize_mask: bool = False,
@@ -142,7 +143,7 @@ class Inpainter:
     def __call__(
         self,
         image: ImageSequence,
-        mask: ImageLike | ImageSequence | None = None,
+        mask: MaskLike = None,
         *,
         invert_mask: bool = False,
         resize_mask: bool = False,
@@ -153,7 +154,7 @@ class Inpainter:
     def __call__(
         self,
         image: ImageT,
-        mask: ImageLike | ImageSequence | None = None,
+        mask: MaskLike = None,
         *,
         invert_mask: bool = False,
         resize_mask: bool = False,
@@ -175,7 +176,7 @@ class Inpainter:
     def __call__(
         self,
         image: ImageSequence,
-        mask: ImageLike | ImageSequence | None = None,
+        mask: MaskLike = None,
         *,
         invert_mask: bool = False,
         resize_mask: bool = False,
@@ -185,7 +186,7 @@ class Inpainter:
     def __call__(
         self,
         image: ImageLike | ImageSequence,
-        mask: ImageLike | ImageSequence | None = None,
+        mask: MaskLike = None,
         *,
         invert_mask: bool = False,
         resize_mask: bool = False,
@@ -236,25 +237,25 @@ class Inpainter:
         return (result, depth) if return_depth else result
 
     def _repair_sequence(
-        self, images: Sequence[ImageLike], mask: Any, options: _MaskOptions
+        self, images: Sequence[ImageLike], mask: MaskLike, options: _MaskOptions
     ) -> tuple[list[LoadedImage], list[np.ndarray]]:
         masks = _split_masks(mask, len(images))
         pairs = [self._repair(x, m, options) for x, m in zip(images, masks)]
         return [image for image, _ in pairs], [depth for _, depth in pairs]
 
     def _repair_batch(
-        self, images: np.ndarray | jax.Array, mask: Any, options: _MaskOptions
+        self, images: np.ndarray | jax.Array, mask: MaskLike, options: _MaskOptions
     ) -> tuple[np.ndarray | jax.Array, np.ndarray]:
         if not len(images):
             return images, np.zeros(images.shape[:3], np.uint8)
-        if getattr(mask, "shape", ()) == images.shape[:3]:
+        if isinstance(mask, np.ndarray | jax.Array) and mask.shape == images.shape[:3]:
             mask = list(mask)  # One for each image.
         results, depths = self._repair_sequence(list(images), mask, options)
         xp = jnp if isinstance(images, jax.Array) else np
         return xp.stack(cast(list[np.ndarray], results)), np.stack(depths)
 
     def _repair(
-        self, image: ImageLike, mask: Any, options: _MaskOptions
+        self, image: ImageLike, mask: MaskLike, options: _MaskOptions
     ) -> tuple[LoadedImage, np.ndarray]:
         """Fill the hole of one image, and compute the fill depth."""
         if isinstance(image, str | os.PathLike):
@@ -315,7 +316,7 @@ class Inpainter:
         image: LoadedImage,
         color: np.ndarray,
         alpha: np.ndarray | None,
-        mask: Any,
+        mask: MaskLike,
         options: _MaskOptions,
     ) -> np.ndarray:
         """Find where to fill: in the mask, or where the image shows it."""
@@ -343,10 +344,12 @@ class Inpainter:
             )
         return dilate_hole(hole, options.dilate) | missing
 
-    def _read_mask(self, mask: Any, options: _MaskOptions) -> np.ndarray:
+    def _read_mask(
+        self, mask: ImageLike | ImageSequence, options: _MaskOptions
+    ) -> np.ndarray:
         if isinstance(mask, str | os.PathLike):
             mask = image_io.read(mask, max_pixels=self._max_pixels).image
-        elif isinstance(mask, jax.Array | np.ndarray):
+        if not isinstance(mask, Image.Image):
             mask = np.asarray(mask)
             if values.is_float(mask):
                 mask = mask.astype(np.float32)
@@ -375,15 +378,17 @@ def _to_numpy(image: LoadedImage) -> np.ndarray:
     return np.asarray(image)
 
 
-def _split_masks(mask: Any, count: int) -> Sequence[Any]:
+def _split_masks(mask: MaskLike, count: int) -> Sequence[ImageLike | None]:
     """Split masks for several images, or repeat one mask for all."""
-    if not isinstance(mask, list | tuple) and len(getattr(mask, "shape", ())) != 4:
-        return [mask] * count
-    if count and len(mask) != count:
-        raise UserError(
-            f"mask must be one, or one for each of {count} images, got {len(mask)}."
-        )
-    return mask
+    if isinstance(mask, list | tuple) or len(getattr(mask, "shape", ())) == 4:
+        masks = list(cast(Sequence[ImageLike], mask))
+        if count and len(masks) != count:
+            raise UserError(
+                f"mask must be one, or one for each of {count} images, got "
+                f"{len(masks)}."
+            )
+        return masks
+    return [cast(ImageLike | None, mask)] * count
 
 
 def _check_hole(hole: np.ndarray, known: np.ndarray) -> None:
