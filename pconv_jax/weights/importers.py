@@ -19,7 +19,7 @@ from flax import traverse_util
 from pconv_jax._errors import UserError
 from pconv_jax.unet import IMAGENET, Normalization, PConvUNet, Stage, make_network
 from pconv_jax.weights import project_names
-from pconv_jax.weights.formats.arrays import flatten, read_arrays, to_tree
+from pconv_jax.weights.formats.arrays import flatten, from_torch, read_arrays, to_tree
 
 # Flax's epsilon of batch normalization, which the networks here use.
 _EPSILON = 1e-5
@@ -209,30 +209,33 @@ def _convert(
     found = {path: arrays[key] for path, key in names.keys.items() if key in arrays}
     for path, kernel in found.items():
         if path.endswith("/kernel") and kernel.ndim == 4 and project.layout == "OIHW":
-            found[path] = kernel.transpose(2, 3, 1, 0)
+            found[path] = from_torch(kernel)
     stages = [_stage(project, names.depth, i, found) for i in _numbers(names.depth)]
     model = make_network(
         (tuple(stages[: names.depth]), tuple(stages[names.depth :])),
         normalization=project.normalization,
         sigmoid_head=project.sigmoid_head,
     )
-    first = found.get("pconv1/kernel", np.empty(0))
-    expected = _expected(model, first.shape[2] if first.ndim == 4 else 3)
-    for i, stage in enumerate(stages, 1):
-        bias = f"pconv{i}/bias"
-        if stage.batch_norm and bias in found:
-            expected[bias] = jax.ShapeDtypeStruct((stage.features,), np.float32)
-        elif not project.encoder_bias and i <= names.depth and bias not in found:
-            expected.pop(bias, None)
-    used = set(names.keys.values())
-    for key in arrays:
-        inside = key.startswith(names.prefix) and not re.search(project.ignored, key)
-        if inside and key not in used:
-            found[key] = arrays[key]  # `to_tree` reports it as unexpected.
+    expected = _expected_shapes(project, model, found)
+    found |= _find_unexpected(project, names, arrays)  # `to_tree` reports them.
     flat = flatten(to_tree(found, expected, source, names=names.keys, strict=True))
     for i, stage in enumerate(stages, 1):
         _convert_stage(project, names.depth, i, stage, flat)
     return Imported(project.name, model, _to_variables(flat), project.notes)
+
+
+def _find_unexpected(
+    project: Project, names: _Names, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Find arrays of the network that have no place in it."""
+    used = set(names.keys.values())
+    return {
+        key: array
+        for key, array in arrays.items()
+        if key.startswith(names.prefix)
+        and key not in used
+        and not re.search(project.ignored, key)
+    }
 
 
 def _numbers(depth: int) -> range:
@@ -257,17 +260,26 @@ def _stage(
     )
 
 
-def _expected(model: PConvUNet, channels: int) -> dict[str, Any]:
-    """Compute shapes by path, without the collection: the names do not collide."""
-    size = model.size_multiple
+def _expected_shapes(
+    project: Project, model: PConvUNet, found: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Compute the shapes of a project's arrays, by path without the collection."""
+    first, size = found.get("pconv1/kernel", np.empty(0)), model.size_multiple
+    channels = first.shape[2] if first.ndim == 4 else 3
     images, mask = (
         jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (channels, 1)
     )
     variables = jax.eval_shape(model.init, jax.random.key(0), images, mask)
-    flat = {}
-    for tree in variables.values():
-        flat |= flatten(tree)
-    return flat
+    expected = {}
+    for tree in variables.values():  # Names of different collections differ.
+        expected |= flatten(tree)
+    for i, stage in enumerate((*model.encoder, *model.decoder), 1):
+        bias = f"pconv{i}/bias"
+        if stage.batch_norm and bias in found:
+            expected[bias] = jax.ShapeDtypeStruct((stage.features,), np.float32)
+        elif not project.encoder_bias and i <= model.depth and bias not in found:
+            expected.pop(bias, None)
+    return expected
 
 
 def _convert_stage(

@@ -98,3 +98,9 @@ def test_force(weights, tmp_path):
     out.write_text("old")
     cli.main(["convert", str(weights), str(out), "--force"])
     assert pretrained.is_weights_file(out)
+
+
+def test_files_that_cannot_be_written(weights, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="pconv: .*Not a directory|pconv: .*exists"):
+        cli.main(["convert", str(weights), str(tmp_path / "file" / "out.safetensors")])

@@ -20,14 +20,6 @@ def test_mistakes_end_without_a_traceback(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_files_that_cannot_be_written(weights, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="pconv: .*Not a directory|pconv: .*exists"):
-        cli.main(["convert", str(weights), str(tmp_path / "file" / "out.safetensors")])
-    with pytest.raises(SystemExit, match="pconv: .*[Ee]xists"):
-        cli.main(["masks", "--output", str(tmp_path / "file"), "--count", "1"])
-
-
 def test_help(capsys):
     for arguments in (["--help"], ["convert", "--help"]):
         with pytest.raises(SystemExit) as error:

@@ -59,3 +59,9 @@ def test_holes_that_cannot_be_drawn(arguments, problem, tmp_path):
     with pytest.raises(SystemExit, match=f"pconv: .*{problem}"):
         run("masks", "--output", tmp_path / "other", *arguments)
     assert not (tmp_path / "other").exists()
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="pconv: .*[Ee]xists"):
+        cli.main(["masks", "--output", str(tmp_path / "file"), "--count", "1"])
