@@ -54,8 +54,8 @@ _MAX_RANK = 32
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 # What reading raises if a file is damaged. A damaged pickle may do any operation to any
-# value, so the errors of Python's own values are among them. A damaged length may ask for
-# more memory than there is, and pickletools warns about escape sequences, which is an
+# value, so the errors of Python's own values are among them. A damaged length may ask
+# for more memory than there is. pickletools warns about escape sequences, which is an
 # error under -W error.
 _DAMAGED = (
     *(zipfile.BadZipFile, struct.error, EOFError, MemoryError, OSError, RuntimeError),
