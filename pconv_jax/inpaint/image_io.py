@@ -8,6 +8,7 @@ import io
 import os
 import struct
 import threading
+import tokenize
 import warnings
 import zlib
 from pathlib import Path
@@ -28,9 +29,14 @@ _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 
 # What Pillow, OpenCV, tifffile and NumPy raise if a file is damaged or is no image.
 _DECODER_ERRORS = (
-    *(cv2.error, struct.error, zlib.error, EOFError, MemoryError, OSError, SyntaxError),
-    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    *(cv2.error, struct.error, zlib.error, tokenize.TokenError, EOFError, OSError),
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, SyntaxError),
+    *(TypeError, ValueError),
 )
+
+# What Pillow raises if a kind of file cannot hold an image, such as one of more than
+# 16,383 pixels a side in a WebP file, and what the file system raises.
+_ENCODER_ERRORS = (OSError, ValueError, struct.error)
 
 # Modes that JPEG and BMP files can hold, and suffixes of files without CMYK. Pillow
 # itself does the other conversions.
@@ -110,8 +116,11 @@ def write(path: str | os.PathLike[str], file: ImageFile) -> None:
     check_suffix(path)
     try:
         _files.write_bytes(path, _encode(path.suffix.lower(), *file))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+    except UserError:
+        raise
+    except _ENCODER_ERRORS as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}.") from error
 
 
 def to_array(image: Image.Image) -> np.ndarray:

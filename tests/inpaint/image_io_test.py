@@ -8,6 +8,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps
 
+from pconv_jax._errors import UserError
 from pconv_jax.inpaint import image_io
 from pconv_jax.inpaint.image_io import ImageFile
 
@@ -358,3 +359,11 @@ def test_filled_pixels_of_a_palette_with_alpha_are_opaque():
     alpha = image_io.to_array(result)[..., 3]
     assert np.all(alpha[hole] == 255) and len(np.unique(np.asarray(result)[hole])) > 2
     np.testing.assert_array_equal(np.asarray(result)[~hole], np.asarray(image)[~hole])
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif", ".jpg"])
+def test_images_that_are_too_large_for_a_kind_of_file(suffix, tmp_path):
+    file = ImageFile(Image.new("L", (70_000, 1)), {})
+    with pytest.raises(UserError, match=f"cannot write .*a{suffix}: "):
+        image_io.write(tmp_path / f"a{suffix}", file)
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,8 +22,9 @@ from pconv_jax.weights.formats import torch_file
 # What the readers of .safetensors, .npz and .h5 files raise if a file is damaged, or
 # says that it holds what it does not.
 _DAMAGED = (
-    *(SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
-    *(AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError),
+    *(SafetensorError, zipfile.BadZipFile, zlib.error, struct.error),
+    *(tokenize.TokenError, SyntaxError, EOFError, OSError, RuntimeError),
+    *(AttributeError, LookupError, MemoryError, TypeError, ValueError),
 )
 
 
