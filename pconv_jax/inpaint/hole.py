@@ -36,7 +36,7 @@ def hole_from_mask(
     array = as_array(mask)
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (2,), (3,), (4,)):
         raise UserError(
-            "mask must be of shape [H, W] or [H, W, C] with C = 1, 2, 3 or 4, got "
+            "mask must have the shape [H, W] or [H, W, C] with C = 1, 2, 3 or 4, got "
             f"{list(array.shape)}."
         )
     gray = _to_gray(array.reshape(*array.shape[:2], -1))
@@ -69,7 +69,7 @@ def _to_gray(mask: np.ndarray) -> np.ndarray:
     gray = to_fraction(array)
     if gray.min(initial=0) < 0 or gray.max(initial=0) > 1:
         raise UserError(
-            "mask must be of integers, 0 or 1 or up to 255, of bools, or of floats in "
+            "mask must have integers, 0 or 1 or up to 255, or bools, or floats in "
             f"[0, 1], got {mask.dtype} from {mask.min()} to {mask.max()}."
         )
     return gray
@@ -109,7 +109,7 @@ def hole_from_color(
     array = as_array(image)
     if array.shape[2:] not in ((), (1,), (2,), (3,), (4,)):
         raise UserError(
-            f"image must have colors, but it is of shape {list(array.shape)}."
+            f"image must have colors, but its shape is {list(array.shape)}."
         )
     values = to_fraction(array.reshape(*array.shape[:2], -1)) * 255
     values = values[..., :-1] if alpha_of(values) is not None else values

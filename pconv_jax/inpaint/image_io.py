@@ -150,7 +150,7 @@ def to_array(image: Image.Image) -> np.ndarray:
         if array.min(initial=0) >= 0 and array.max(initial=0) < 2**16:
             return array.astype(np.uint16)
     raise UserError(
-        f"image is of Pillow's mode {mode!r}, which cannot be repaired; convert it, "
+        f"image has Pillow's mode {mode!r}, which cannot be repaired; convert it, "
         "e.g. image.convert('RGB')."
     )
 
@@ -211,7 +211,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 def _read_npy(path: Path, max_pixels: int) -> np.ndarray:
     shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
     if len(shape) not in (2, 3):
-        raise ValueError(f"it must be of shape [H, W] or [H, W, C], not {list(shape)}")
+        raise ValueError(f"its shape must be [H, W] or [H, W, C], not {list(shape)}")
     _check_size(shape[1], shape[0], max_pixels)
     return np.load(path, allow_pickle=False)
 

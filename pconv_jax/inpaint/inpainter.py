@@ -35,8 +35,10 @@ _SUSPICIOUS_RATIO = 0.6
 PathLike = str | os.PathLike[str]
 LoadedImage = Image.Image | np.ndarray | jax.Array
 ImageLike = LoadedImage | PathLike
-# Not Sequence[ImageLike], of which every str is one.
-ImageSequence = Sequence[LoadedImage | os.PathLike[str]] | list[str] | tuple[str, ...]
+# Not Sequence[ImageLike], because a str is a sequence of str.
+ImageSequence = (
+    Sequence[LoadedImage | os.PathLike[str]] | list[str] | tuple[ImageLike, ...]
+)
 MaskLike = ImageLike | ImageSequence | None
 ImageT = TypeVar("ImageT", Image.Image, np.ndarray, jax.Array)
 
@@ -198,7 +200,7 @@ class Inpainter:
         Args:
           image: A Pillow image of (almost) any mode; an array ``[H, W]``, ``[H, W, C]``
             or ``[N, H, W, C]``, of uint8, uint16, bool, or floats in `value_range`; the
-            path of a file; or a sequence of such. One channel more than the network
+            path of a file; or a sequence of these. One channel more than the network
             takes is alpha. A color network takes gray images, too. Floats that are not
             finite are part of the hole.
           mask: Mask, **white, 255, 1 or True where to fill**, of any kind that `image`
@@ -289,14 +291,14 @@ class Inpainter:
         gray = {1, 2} if n == 3 else set()  # A color network takes gray images, too.
         if channels not in {n, n + 1} | gray:
             raise UserError(
-                f"image must be of shape [H, W, {n}], or have alpha as one channel "
+                f"image must have the shape [H, W, {n}], or alpha as one channel "
                 f"more, for this network, got {list(shape)}."
             )
         if array.dtype not in (bool, np.uint8, np.uint16) and not values.is_float(
             array
         ):
             raise UserError(
-                f"image must be uint8, uint16, bool or of floats, got {array.dtype}."
+                f"image must be uint8, uint16, bool or floats, got {array.dtype}."
             )
         if channels == n or channels == 1:
             return array, None
@@ -306,7 +308,7 @@ class Inpainter:
             finite = alpha[np.isfinite(alpha)]  # NaN is transparent.
             if finite.min(initial=0) < 0 or finite.max(initial=0) > 1:
                 raise UserError(
-                    "image must have an alpha in [0, 1] where it is of floats, got "
+                    "image must have an alpha in [0, 1] if it has floats, got "
                     f"{finite.min():g} to {finite.max():g}."
                 )
         return color, alpha
@@ -416,7 +418,7 @@ def _check_range(known: np.ndarray, value_range: tuple[float, float]) -> None:
     rounding = 1e-5 * (high - low)
     if least < low - rounding or most > high + rounding:
         raise UserError(
-            f"image must be of floats in [{low:g}, {high:g}], got {least:g} to "
+            f"image must have floats in [{low:g}, {high:g}], got {least:g} to "
             f"{most:g}; set value_range, or None for data that are not images."
         )
 
@@ -430,6 +432,6 @@ def _sizes_differ(
         if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:
             hint = "PIL.ImageOps.exif_transpose turns the image upright"
     return (
-        f"mask is of {mask[1]} x {mask[0]} pixels, and the image of {width} x "
+        f"mask has {mask[1]} x {mask[0]} pixels, and the image has {width} x "
         f"{height}; {hint}."
     )

@@ -84,7 +84,7 @@ def _tighten_slice(old: slice, used: np.ndarray) -> slice:
 
 
 def _find_window(box: Box, shape: Sequence[int], sides: Sequence[int]) -> Window | None:
-    """Find the smallest square with a box and its margin, or None if none is enough."""
+    """Find the smallest square with a box and its margin, or None if all are small."""
     extents = [s.stop - s.start for s in box]
     margin = int(np.clip(max(extents) // 4, *MARGINS))
     needed = max(min(e + 2 * margin, n) for e, n in zip(extents, shape))

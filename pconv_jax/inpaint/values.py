@@ -7,7 +7,7 @@ ValueRange = tuple[float, float]
 
 
 def is_float(array: np.ndarray) -> bool:
-    """Return whether an array has floats, of which bfloat16 is one."""
+    """Return whether an array has floats, including bfloat16."""
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 

@@ -220,7 +220,7 @@ def _read_safetensors(
     arrays = {}
     for name in sorted(set(names) & set(header)):
         if header[name]["dtype"] != "F32":
-            raise ValueError(f"{name} is of type {header[name]['dtype']}, not F32")
+            raise ValueError(f"{name} has type {header[name]['dtype']}, not F32")
         start, stop = (8 + size + offset for offset in header[name]["data_offsets"])
         data = np.frombuffer(read(start, stop), "<f4")
         arrays[name] = data.reshape(header[name]["shape"])

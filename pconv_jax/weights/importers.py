@@ -107,7 +107,7 @@ class Project(NamedTuple):
 
 def import_network(
     weights: str | Path | Mapping[str, np.ndarray],
-    source: str | Path = "what was given",
+    source: str | Path = "the given arrays",
     *,
     raw: bool = False,
 ) -> Imported:

@@ -107,7 +107,7 @@ def test_a_bad_file_is_named_and_the_rest_goes_on(network, folder, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert "d.png: cannot read" in lines[0] and "it is not an image" in lines[0]
     assert "e.png: there must be one mask e.* in" in lines[1] and "none" in lines[1]
-    assert "f.png: mask is of 40 x 30 pixels, and the image of 8 x 8" in lines[2]
+    assert "f.png: mask has 40 x 30 pixels, and the image has 8 x 8" in lines[2]
     assert "g.png: There is nothing to fill." in lines[3]
     # Existing files are left, unless one says so.
     before = (out / "a.png").stat().st_mtime_ns

@@ -268,7 +268,7 @@ def test_data(tmp_path):
     np.save(tmp_path / "c.npy", np.zeros(4))
     with pytest.raises(ValueError, match="cannot read .*b.npy"):
         image_io.read(tmp_path / "b.npy")
-    with pytest.raises(ValueError, match=r"c.npy: it must be of shape \[H, W\]"):
+    with pytest.raises(ValueError, match=r"c.npy: its shape must be \[H, W\]"):
         image_io.read(tmp_path / "c.npy")
 
 

@@ -253,7 +253,7 @@ def test_dilate_and_resize(inpainter):
     wider = inpainter(image, hole, dilate=3)
     assert np.any(wider[17, 35] != image[17, 35]) and np.all(wider[16] == image[16])
     small = hole[::2, ::2]
-    with pytest.raises(ValueError, match="mask is of 30 x 40 pixels, .* of 60 x 80"):
+    with pytest.raises(ValueError, match="mask has 30 x 40 pixels, .* has 60 x 80"):
         inpainter(image, small)
     result = inpainter(image, small, resize_mask=True)
     np.testing.assert_array_equal(result, inpainter(image, hole))
@@ -454,13 +454,13 @@ def test_nothing_to_fill_and_nothing_to_go_by(inpainter):
 @pytest.mark.parametrize(
     ("image", "mask", "problem"),
     [
-        (np.zeros((8, 8, 5), np.uint8), np.eye(8), r"image must be .*\[H, W, 3\]"),
-        (np.zeros((8, 0, 3), np.uint8), np.eye(8), "image must be of shape"),
+        (np.zeros((8, 8, 5), np.uint8), np.eye(8), r"image must have .*\[H, W, 3\]"),
+        (np.zeros((8, 0, 3), np.uint8), np.eye(8), "image must have the shape"),
         (np.zeros((8, 8, 3), np.int64), np.eye(8), "got int64"),
-        (np.zeros((8, 8, 3), np.uint8), np.zeros(8), "mask must be of shape"),
+        (np.zeros((8, 8, 3), np.uint8), np.zeros(8), "mask must have the shape"),
         (255 * np.ones((8, 8, 4)), np.eye(8), "an alpha in .0, 1. .* got 255 to 255"),
         (np.zeros((8, 8, 3), np.uint8), 3 * np.eye(8), "floats in .* from 0.0 to 3.0"),
-        (np.zeros((8, 8, 3), np.uint8), np.eye(9), "mask is of 9 x 9 pixels"),
+        (np.zeros((8, 8, 3), np.uint8), np.eye(9), "mask has 9 x 9 pixels"),
         (Image.new("LAB", (8, 8)), np.eye(8), "mode 'LAB'"),
     ],
 )

@@ -526,7 +526,5 @@ def test_arrays_of_no_numbers(tmp_path):
     name = "encoder.enc1.conv.bias"
     weights[name] = weights[name].astype(ml_dtypes.bfloat16)  # NumPy's has no such.
     np.savez(path, **weights)
-    with pytest.raises(
-        ValueError, match=rf"weights.npz does not fit: {name} is of typ"
-    ):
+    with pytest.raises(ValueError, match=rf"weights.npz does not fit: {name} has typ"):
         importers.import_network(path)

@@ -108,7 +108,7 @@ def to_tree(
         elif array.shape != wanted.shape:
             problems.append(f"{name} is {array.shape}, not {wanted.shape}")
         elif issubclass(array.dtype.type, np.flexible):
-            problems.append(f"{name} is of type {array.dtype}, not of numbers")
+            problems.append(f"{name} has type {array.dtype}, which is no number")
         elif not np.isfinite(array := _as_float32(array)).all():
             problems.append(f"{name} is not finite")
         else:

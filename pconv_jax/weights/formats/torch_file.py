@@ -160,7 +160,7 @@ def _load_zip(file: BinaryIO) -> tuple[Any, _Storages]:
 
 def _load_legacy(file: BinaryIO) -> tuple[Any, _Storages]:
     if _unpickle(file) != _LEGACY_MAGIC:
-        raise ValueError("it has not the magic number of PyTorch's files")
+        raise ValueError("it does not have the magic number of PyTorch's files")
     _unpickle(file)  # Version of the protocol.
     _unpickle(file)  # Facts about the writer's machine.
     storages = {}
