@@ -35,7 +35,7 @@ _DECODER_ERRORS = (
 )
 
 # What Pillow raises if a kind of file cannot hold an image, such as one of more than
-# 16,383 pixels a side in a WebP file, and what the file system raises.
+# 16,383 pixels a side in a WebP file.
 _ENCODER_ERRORS = (OSError, ValueError, struct.error)
 
 # Modes that JPEG and BMP files can hold, and suffixes of files without CMYK. Pillow
@@ -108,19 +108,19 @@ def write(path: str | os.PathLike[str], file: ImageFile) -> None:
       file: The image and its metadata.
 
     Raises:
-      UserError: If the suffix is another one; if the image is transparent and the file
-        cannot be; or if the file cannot be written.
+      UserError: If the suffix is another one, or such a file cannot hold the image, for
+        example its transparency.
       RunError: If the file cannot be written.
     """
     path = Path(path).expanduser()
     check_suffix(path)
     try:
-        _files.write_bytes(path, _encode(path.suffix.lower(), *file))
+        data = _encode(path.suffix.lower(), *file)
     except UserError:
         raise
     except _ENCODER_ERRORS as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}.") from error
+        raise UserError(f"cannot write {path}: {error}.") from error
+    _files.write_bytes(path, data)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -17,7 +17,13 @@ import numpy as np
 from flax import traverse_util
 
 from pconv_jax._errors import UserError
-from pconv_jax.unet import IMAGENET, Normalization, PConvUNet, Stage, make_network
+from pconv_jax.unet import (
+    IMAGENET,
+    Normalization,
+    PConvUNet,
+    Stage,
+    unet_from_stages,
+)
 from pconv_jax.weights import project_names
 from pconv_jax.weights.formats.arrays import flatten, from_torch, read_arrays, to_tree
 
@@ -211,8 +217,9 @@ def _convert(
         if path.endswith("/kernel") and kernel.ndim == 4 and project.layout == "OIHW":
             found[path] = from_torch(kernel)
     stages = [_stage(project, names.depth, i, found) for i in _numbers(names.depth)]
-    model = make_network(
-        (tuple(stages[: names.depth]), tuple(stages[names.depth :])),
+    model = unet_from_stages(
+        tuple(stages[: names.depth]),
+        tuple(stages[names.depth :]),
         normalization=project.normalization,
         sigmoid_head=project.sigmoid_head,
     )

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pconv_jax.metrics.inception import InceptionV3, Params
+from pconv_jax.metrics.inception import IMAGE_SIZE, InceptionV3, Params
 from pconv_jax.weights import hub
 from pconv_jax.weights.formats.arrays import flatten, from_torch, read_arrays, to_tree
 
@@ -13,8 +13,6 @@ _PUBLISHED = hub.Published(
     name="pt_inception-2015-12-05-6726825d.pth",
     variable="PCONV_INCEPTION",
 )
-
-_IMAGE_SIZE = 299  # Pixels, as in training. The weights' shapes do not depend on it.
 
 _TORCH_LEAVES = {
     "kernel": "weight",
@@ -40,7 +38,7 @@ def load_inception_params() -> Params:
         another shape or not finite.
     """
     (path,) = hub.find_published(_PUBLISHED)
-    image = jnp.zeros((1, _IMAGE_SIZE, _IMAGE_SIZE, 3))
+    image = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
     shapes = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)
     names = {name: _torch_name(name) for name in flatten(shapes)}
     stored = read_arrays(path)

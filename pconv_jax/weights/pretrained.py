@@ -79,7 +79,8 @@ def save_pretrained(
     Raises:
       UserError: If the variables are not float32; if they are not the network's, with a
         list of all arrays that are missing, unexpected, of another shape or not finite;
-        if `info` cannot be written as JSON; or if the file cannot be written.
+        or if `info` cannot be written as JSON.
+      RunError: If the file cannot be written.
     """
     path = _check_suffix(path)
     arrays = {n: np.ascontiguousarray(a) for n, a in flatten(variables).items()}
@@ -118,10 +119,7 @@ def from_pretrained(name_or_path: str | Path | None = None) -> Pretrained:
     """
     path = _find(next(iter(BUNDLED)) if name_or_path is None else name_or_path)
     header = _read_header(path)
-    try:
-        model = model_from_config(header.get("model") or {}, path)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    model = model_from_config(header.get("model") or {}, path)
     arrays = read_arrays(path)
     variables = _to_variables(arrays, model, path)
     expected = header.get("arrays_sha256")

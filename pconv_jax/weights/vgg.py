@@ -88,7 +88,7 @@ def load_vgg_params(source: str | Path = "imagenet") -> Params:
     params = _to_params(arrays, VGG16_URL)
     try:
         write_cache(path, flatten(params))
-    except (RunError, UserError) as error:
+    except RunError as error:
         _logger.warning("The VGG16 is not kept for the next time: %s", error)
     return params
 

@@ -65,14 +65,10 @@ def write_arrays(
     """Write a ``.safetensors`` file, complete or not at all, and its parent folders.
 
     Raises:
-      UserError or RunError: If the file cannot be written.
+      RunError: If the file cannot be written.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    data = save(arrays, dict(metadata))
-    try:
-        _files.write_bytes(path, data)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+    _files.write_bytes(path, save(arrays, dict(metadata)))
 
 
 def to_tree(
