@@ -215,7 +215,7 @@ def _load_features(
         return None, None
     try:
         params = load_vgg_params("imagenet" if source == "auto" else source)
-    except ValueError as error:
+    except UserError as error:
         if source != "auto":
             raise
         warning = (
