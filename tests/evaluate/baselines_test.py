@@ -25,7 +25,7 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
 
 
-@pytest.mark.parametrize("method", classical.METHODS)
+@pytest.mark.parametrize("method", classical.BASELINES)
 def test_a_hole_is_filled_and_what_it_held_does_not_matter(method):
     image, mask = photo(), border_mask()
     filled = classical.fill(image, mask, method=method)
@@ -63,7 +63,7 @@ def test_methods_are_those_of_the_libraries():
         (photo(), border_mask(), "magic", "method must be one of mean, telea"),
         (photo() / 255, border_mask(), "mean", "must be uint8 .*float64"),
         (photo(), border_mask(32), "mean", r"mask must be .*\[64, 64, 3\].*\[32, 32\]"),
-        (photo(), np.zeros((64, 64)), "telea", "picture is all hole"),
+        (photo(), np.zeros((64, 64)), "telea", "image is all hole"),
         (photo(), np.eye(64), "patchmatch", "patch of 3 x 3 valid pixels"),
     ],
 )

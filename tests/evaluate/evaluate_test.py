@@ -19,13 +19,14 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from pconv_jax import masks, vgg
+from pconv_jax._errors import UserError
 from pconv_jax.data import pipeline, sources
 from pconv_jax.data.mask_folder import MaskFolder
+from pconv_jax.evaluate import eval_set, examples, methods, output, results, runner
 from pconv_jax.evaluate import learned as learned_lib
-from pconv_jax.evaluate import methods, report, results, runner
-from pconv_jax.evaluate import protocol as protocol_lib
-from pconv_jax.evaluate.learned import Learned
-from pconv_jax.evaluate.protocol import MASK_CLASSES, EvalSet, draw_masks
+from pconv_jax.evaluate.eval_set import MASK_CLASSES, EvalSet, draw_masks
+from pconv_jax.evaluate.learned import LearnedMetrics
+from pconv_jax.evaluate.runner import EvalData
 from pconv_jax.evaluate.store import Store
 from pconv_jax.metrics import inception, lpips
 from pconv_jax.runs import opening
@@ -54,13 +55,13 @@ def bundled():
     return sources.open_source("bundled", split="validation")
 
 
-def make_protocol(**options):
+def make_eval_set(**options):
     return EvalSet(bundled(), **(dict(image_size=SIZE, examples=5) | options))
 
 
 @pytest.fixture(scope="module")
 def evaluation(variables):
-    return runner.evaluate(
+    return runner.evaluate_network(
         MODEL, variables, bundled(), image_size=SIZE, examples=5, progress=False
     )
 
@@ -68,7 +69,7 @@ def evaluation(variables):
 class Fake:
     """A method that does as it is told, and keeps what it was given."""
 
-    is_network = False
+    model = None
     description = "A method for tests."
 
     def __init__(self, name, fill=lambda image, mask: image * mask, fails=lambda i: ""):
@@ -79,8 +80,8 @@ class Fake:
         start = len(self.given)
         self.given += list(zip(images, mask))
         errors = [self._fails(start + i) for i in range(len(images))]
-        pictures = np.stack([self._fill(*pair) for pair in zip(images, mask)])
-        return methods.InpaintResult(pictures, np.full(len(images), 0.5), errors)
+        filled = np.stack([self._fill(*pair) for pair in zip(images, mask)])
+        return methods.InpaintResult(filled, np.full(len(images), 0.5), errors)
 
     def close(self):
         pass
@@ -116,7 +117,7 @@ def test_masks_keep_to_their_class_and_depend_on_the_seed_alone(border):
 
 def test_all_methods_are_given_the_same_pairs():
     a, b = Fake("a"), Fake("b")
-    runner.compare([a, b], make_protocol(), progress=False)
+    runner.compare([a, b], make_eval_set(), progress=False)
     assert len(a.given) == len(b.given) == 60
     for (image, mask), (other_image, other_mask) in zip(a.given, b.given):
         np.testing.assert_array_equal(image, other_image)
@@ -142,23 +143,23 @@ def write_mask_folder(folder, classes, size=128, per_class=2):
 
 def test_masks_of_a_folder_fall_into_their_classes(tmp_path):
     written = write_mask_folder(tmp_path / "m", MASK_CLASSES)
-    pairs = make_protocol(mask_folder=MaskFolder(tmp_path / "m"), image_size=128)
+    pairs = make_eval_set(mask_folder=MaskFolder(tmp_path / "m"), image_size=128)
     assert pairs.classes == MASK_CLASSES and not pairs.left_out
     for hole_bin, border in MASK_CLASSES:
         drawn = pairs.masks(np.arange(3), hole_bin, border)
         for i in range(3):  # By turns: the third is the first again.
             np.testing.assert_array_equal(drawn[i], written[hole_bin, border, i % 2])
-    small = make_protocol(mask_folder=MaskFolder(tmp_path / "m"))
+    small = make_eval_set(mask_folder=MaskFolder(tmp_path / "m"))
     assert small.masks(np.arange(1), 3, True).shape == (1, SIZE, SIZE, 1)
-    with pytest.raises(ValueError, match="none of the 2 masks .* are their holes"):
+    with pytest.raises(UserError, match="none of the 2 masks .* holes really black"):
         write_mask_folder(tmp_path / "other", [(0, False)])
         folder = MaskFolder(tmp_path / "other", hole_color="black")
-        make_protocol(mask_folder=folder)
+        make_eval_set(mask_folder=folder)
 
 
 def test_empty_classes_of_a_folder_are_left_out_and_told_of(tmp_path):
     write_mask_folder(tmp_path / "m", [(0, False), (5, True)], per_class=1)
-    pairs = make_protocol(mask_folder=MaskFolder(tmp_path / "m"))
+    pairs = make_eval_set(mask_folder=MaskFolder(tmp_path / "m"))
     evaluation = runner.compare([Fake("a")], pairs, progress=False)
     assert len(evaluation.examples) == 10
     (note,) = evaluation.left_out
@@ -172,7 +173,7 @@ def test_masks_and_pictures_of_other_shapes(tmp_path):
     tall = np.zeros((90, 40), np.uint8)
     tall[40:50, 15:25] = 255  # Of the central square of 40: 100 of 1600 pixels.
     cv2.imwrite(str(tmp_path / "m" / "a.png"), tall)
-    pairs = make_protocol(mask_folder=MaskFolder(tmp_path / "m"))
+    pairs = make_eval_set(mask_folder=MaskFolder(tmp_path / "m"))
     assert pairs.classes == ((0, False),)
     assert pairs.masks(np.arange(1), 0, False).shape == (1, SIZE, SIZE, 1)
 
@@ -182,19 +183,19 @@ def test_fingerprints_tell_protocols_apart(tmp_path, monkeypatch):
     folder = MaskFolder(tmp_path / "m")
     options = [{}, {"seed": 1}, {"examples": 6}, {"image_size": 16}]
     options += [{"mask_folder": folder}]
-    prints = [make_protocol(**o).fingerprint for o in options]
+    prints = [make_eval_set(**o).fingerprint for o in options]
     train = sources.open_source("bundled", split="train")
     prints += [EvalSet(train, image_size=SIZE, examples=5).fingerprint]
     assert len(set(prints)) == len(prints)
-    assert make_protocol().fingerprint == prints[0]
+    assert make_eval_set().fingerprint == prints[0]
     # Masks that are drawn in another way are others.
     otherwise = functools.partial(masks.random_mask, kind="rectangles")
     with monkeypatch.context() as patch:
         patch.setattr(masks, "random_mask", otherwise)
-        protocol_lib._draw.clear_cache()
-        changed = make_protocol().fingerprint
-    protocol_lib._draw.clear_cache()
-    assert changed != prints[0] == make_protocol().fingerprint
+        eval_set._draw.clear_cache()
+        changed = make_eval_set().fingerprint
+    eval_set._draw.clear_cache()
+    assert changed != prints[0] == make_eval_set().fingerprint
 
 
 # Numbers.
@@ -233,7 +234,7 @@ def test_numbers_are_those_of_the_examples(evaluation, variables):
 def test_a_wrong_value_has_the_numbers_of_the_closed_form():
     """Off by 51 of 255 in the hole: all follows from the hole ratio."""
     off = Fake("off", lambda image, mask: np.where(image < 128, image + 51, image - 51))
-    evaluation = runner.compare([off], make_protocol(), progress=False)
+    evaluation = runner.compare([off], make_eval_set(), progress=False)
     for example in evaluation.examples:
         ratio = example["hole_ratio"]
         assert example["l1_hole"] == pytest.approx(20, rel=1e-4)
@@ -263,7 +264,7 @@ def test_perfect_composites_are_null_and_left_out_of_means(tmp_path):
         perfect, first[0] = first[0], False
         return image if perfect else image // 2
 
-    pairs = make_protocol()
+    pairs = make_eval_set()
     perfect, other = Fake("now_and_then", fill), Fake("always", lambda i, m: i)
     evaluation = runner.compare([perfect, other], pairs, progress=False)
     assert evaluation.examples[0]["psnr"] is None
@@ -271,7 +272,7 @@ def test_perfect_composites_are_null_and_left_out_of_means(tmp_path):
     psnr = [e["psnr"] for e in evaluation.select(method="now_and_then")[1:]]
     assert evaluation.mean(method="now_and_then")["psnr"] == np.mean(psnr)
     assert np.isnan(evaluation.mean(method="always")["psnr"])
-    runner.write_results(tmp_path, evaluation, pairs, [perfect, other], about={})
+    output.write_results(tmp_path, evaluation, pairs, [perfect, other], about={})
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -279,7 +280,7 @@ def test_perfect_composites_are_null_and_left_out_of_means(tmp_path):
     text = (tmp_path / "results.json").read_text()
     results = json.loads(text, parse_constant=refuse)  # NaN and Infinity are no JSON.
     assert results["examples"][0]["psnr"] is None
-    assert "null where pictures are equal" in results["metrics"]["psnr"]["definition"]
+    assert "null if both images are equal" in results["metrics"]["psnr"]["definition"]
     assert results["table"][-1]["psnr dB"] is None
     assert "∞" in (tmp_path / "report.html").read_text()
 
@@ -332,7 +333,7 @@ def test_differences_are_paired():
 
 def test_a_method_may_fail_and_the_rest_goes_on(tmp_path):
     flaky = Fake("flaky", fails=lambda i: "ValueError: no" if i % 10 == 7 else "")
-    pairs = make_protocol()
+    pairs = make_eval_set()
     evaluation = runner.compare([flaky, Fake("sure")], pairs, progress=False)
     assert len(evaluation.select(method="sure")) == 60
     assert len(evaluation.select(method="flaky")) == 54
@@ -348,14 +349,14 @@ def test_a_method_may_fail_and_the_rest_goes_on(tmp_path):
     assert len(rows) == 120 and sum(row["error"] != "" for row in rows) == 6
     hopeless = Fake("hopeless", fails=lambda i: "no")
     evaluation = runner.compare([hopeless, flaky], pairs, progress=False)
-    runner.write_results(tmp_path, evaluation, pairs, [hopeless, flaky], about={})
+    output.write_results(tmp_path, evaluation, pairs, [hopeless, flaky], about={})
     assert "hopeless failed on 60 of 60" in (tmp_path / "report.html").read_text()
 
 
 def test_output_that_is_not_finite_is_a_failure(variables):
     broken = jax.tree.map(np.copy, variables)
     broken["params"]["pconv4"]["bias"][0] = np.nan
-    evaluation = runner.evaluate(
+    evaluation = runner.evaluate_network(
         MODEL, broken, bundled(), image_size=SIZE, examples=1, progress=False
     )
     assert not evaluation.examples and len(evaluation.failures) == 12
@@ -365,11 +366,11 @@ def test_output_that_is_not_finite_is_a_failure(variables):
 
 def test_sizes_that_do_not_suit_end_in_a_sentence(variables):
     with pytest.raises(ValueError, match="image_size = 34 .* use 32 or 36"):
-        runner.evaluate(MODEL, variables, bundled(), image_size=34, examples=1)
+        runner.evaluate_network(MODEL, variables, bundled(), image_size=34, examples=1)
     with pytest.raises(ValueError, match="at least 11 pixels"):
-        make_protocol(image_size=8)
+        make_eval_set(image_size=8)
     with pytest.raises(ValueError, match="examples must be positive, got 0"):
-        make_protocol(examples=0)
+        make_eval_set(examples=0)
 
 
 # Networks of other people.
@@ -385,16 +386,17 @@ def test_metrics_with_networks_are_left_out_where_there_are_no_weights(
     monkeypatch.setenv("PCONV_CACHE", str(tmp_path))
     for name in ("ALEXNET", "LPIPS_ALEX", "INCEPTION"):
         monkeypatch.delenv(f"PCONV_{name}", raising=False)
-    learned = Learned(image_size=SIZE)
+    learned = LearnedMetrics(image_size=SIZE)
     evaluation = runner.compare(
-        [Fake("a")], make_protocol(examples=1), learned=learned, progress=False
+        [Fake("a")], make_eval_set(examples=1), learned=learned, progress=False
     )
     assert evaluation.metrics == ["l1", "l1_hole", "psnr", "ssim"]
     first, second = evaluation.left_out
     assert first.startswith("lpips: There is no ") and "PCONV_ALEXNET" in first
     assert second.startswith("fid, inception_score: There is no ")
     assert first in str(evaluation)
-    assert "lpips: it takes pictures of 31 pixels" in Learned(image_size=16).left_out[0]
+    small = LearnedMetrics(image_size=16)
+    assert "lpips: it needs images of at least 31 pixels" in small.left_out[0]
 
 
 @pytest.fixture
@@ -431,11 +433,11 @@ def stand_ins(monkeypatch):
 
 def test_metrics_with_networks_are_of_the_composites(stand_ins, tmp_path):
     distance, features_and_logits = stand_ins
-    half, pairs = Fake("half", lambda image, mask: image // 2), make_protocol()
-    learned = Learned(image_size=SIZE)
+    half, pairs = Fake("half", lambda image, mask: image // 2), make_eval_set()
+    learned = LearnedMetrics(image_size=SIZE)
     evaluate = functools.partial(
         runner.compare,
-        protocol=pairs,
+        eval_set=pairs,
         learned=learned,
         directory=tmp_path,
         progress=False,
@@ -464,15 +466,15 @@ def test_metrics_with_networks_are_of_the_composites(stand_ins, tmp_path):
     assert "fid (lower is better)" in str(evaluation.format(markdown=True))
     # One example is no set.
     alone = runner.compare(
-        [half], make_protocol(examples=1), learned=learned, progress=False
+        [half], make_eval_set(examples=1), learned=learned, progress=False
     )
     assert "fid" not in alone.mean(**place) and "lpips" in alone.mean(**place)
     # Features are kept, too.
     again = evaluate([Fake("half", fails=lambda i: "must not be asked again")])
     assert again.sets == evaluation.sets
-    runner.write_results(tmp_path, again, pairs, [half], about={})
+    output.write_results(tmp_path, again, pairs, [half], about={})
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg viewBox='0 0") == 7
+    assert page.count('<figure class="plot">') == 7
 
 
 # Records.
@@ -499,13 +501,13 @@ def test_a_store_goes_on_after_a_kill(tmp_path):
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     first, second = Fake("a"), Fake("a")
-    whole = runner.compare([first], make_protocol(), directory=tmp_path, progress=False)
+    whole = runner.compare([first], make_eval_set(), directory=tmp_path, progress=False)
     again = runner.compare(
-        [second], make_protocol(), directory=tmp_path, progress=False
+        [second], make_eval_set(), directory=tmp_path, progress=False
     )
     assert not second.given and again.examples == whole.examples
     assert again.seconds == whole.seconds
-    other = make_protocol(seed=1)
+    other = make_eval_set(seed=1)
     runner.compare([second], other, directory=tmp_path, progress=False)
     assert len(second.given) == 60
     # Other code may give other numbers.
@@ -518,7 +520,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
 
 
 def test_pictures_show_every_bin(variables):
-    grid = runner.draw_pictures(MODEL, variables, bundled(), image_size=SIZE)
+    grid = examples.draw_examples(MODEL, variables, bundled(), image_size=SIZE)
     assert grid.shape[1] == 4 * SIZE + 3 * 2
     rows = [grid[18 + i * (SIZE + 2) :][:SIZE] for i in range(6)]
     whites = [(row[:, :SIZE] == 255).all(-1).mean() for row in rows]
@@ -532,16 +534,16 @@ def test_pictures_show_every_bin(variables):
 
 
 def test_best_median_and_worst_are_shown_as_they_were_scored():
-    pairs = make_protocol()
+    pairs = make_eval_set()
     half = Fake("half", lambda image, mask: image // 2)
     evaluation = runner.compare([half], pairs, progress=False)
-    shown = runner.choose_examples(evaluation)
+    shown = examples.choose_examples(evaluation)
     assert [rank for rank, _ in shown] == ["best", "median", "worst"] * 6
     for b in range(6):
         psnr = sorted(e["psnr"] for e in evaluation.select(hole_bin=b))
         chosen = [e["psnr"] for _, e in shown[3 * b : 3 * b + 3]]
         assert chosen == [psnr[-1], psnr[-len(psnr) // 2 - 1], psnr[0]]
-    pictures = runner.fill_examples([half], pairs, [e for _, e in shown])
+    pictures = examples.fill_examples([half], pairs, [e for _, e in shown])
     for (_, example), columns in zip(shown, pictures):
         assert list(columns) == ["input", "half", "truth"]
         error = (columns["half"] / 255 - columns["truth"] / 255) ** 2
@@ -549,14 +551,14 @@ def test_best_median_and_worst_are_shown_as_they_were_scored():
 
 
 def test_few_examples_are_shown_once_and_failures_not_tried_again():
-    pairs = make_protocol(examples=1)
+    pairs = make_eval_set(examples=1)
     first = Fake("first", lambda image, mask: image // 2)
     flaky = Fake("flaky", fails=lambda i: "no" if i == 0 else "")
     evaluation = runner.compare([first, flaky], pairs, progress=False)
-    shown = runner.choose_examples(evaluation)
+    shown = examples.choose_examples(evaluation)
     # There are two in a bin, of which the worse one is the median, too.
     assert len({(e["hole_bin"], e["border"]) for _, e in shown}) == 12 == len(shown)
-    pictures = runner.fill_examples(
+    pictures = examples.fill_examples(
         [first, flaky],
         pairs,
         [example for _, example in shown],
@@ -572,26 +574,17 @@ def test_few_examples_are_shown_once_and_failures_not_tried_again():
 
 def test_the_page_needs_nothing_else(tmp_path):
     name = "<b>&"
-    pairs, odd = make_protocol(), Fake(name, lambda image, mask: image // 2)
+    pairs, odd = make_eval_set(), Fake(name, lambda image, mask: image // 2)
     evaluation = runner.compare([odd, Fake("b")], pairs, progress=False)
-    runner.write_results(tmp_path, evaluation, pairs, [odd, Fake("b")], about={})
+    output.write_results(tmp_path, evaluation, pairs, [odd, Fake("b")], about={})
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and name not in page and "&lt;b&gt;&amp;" in page
     links = page.replace("data:image/png;base64", "")
-    assert not any(x in links for x in ("http:", "https:", "src='/", "url(", "@import"))
-    assert page.count("<svg viewBox='0 0") == 4  # A plot of each metric.
-    assert page.count("<img ") == 18 * 4
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.812, 0.994), (17.2, 39.9), (5, 5), (-3, 1e-3)]
-)
-def test_ticks_are_round_and_enclose(low, high):
-    ticks = report._ticks(low, high)
-    assert ticks[0] <= low and ticks[-1] >= high and 1 <= len(ticks) <= 8
-    if len(ticks) > 1:
-        mantissa = float(f"{ticks[1] - ticks[0]:e}".split("e")[0])
-        assert round(mantissa, 6) in (1, 2, 5)
+    links = links.replace("data:image/svg+xml;base64", "")
+    outside = ("http:", "https:", "src='/", 'src="/', "url(", "@import")
+    assert not any(x in links for x in outside)
+    assert page.count('<figure class="plot">') == 4  # A plot of each metric.
+    assert page.count('<img src="data:image/png') == 18 * 4
 
 
 # Runs and releases.
@@ -626,7 +619,7 @@ def test_a_run_is_evaluated_as_it_was_trained(run):
     assert set(results["metrics"]["l1"]) == {"definition", "unit", "better"}
     assert "difference" in results["summary"][-1]
     page = (out / "report.html").read_text()
-    assert "<td>–</td>" in page and "<td class='best'>–" not in page
+    assert "<td>–</td>" in page and '<td class="best">–' not in page
     timing = json.loads((out / "timing.json").read_text())
     assert timing["methods"]["telea"]["pictures"] == 24
     assert "seconds" not in (out / "results.json").read_text()
@@ -646,7 +639,7 @@ def test_networks_of_releases_beside_each_other(run, variables, tmp_path):
         weights=str(weights),
         config=tiny_config(),
         methods=["pconv", f"again={run}", f"third={weights}"],
-        examples=1,
+        data=EvalData(examples=1),
         learned=False,
         out=tmp_path / "out",
     )
@@ -661,7 +654,8 @@ def test_a_release_is_evaluated_on_pictures_that_everyone_has(variables, tmp_pat
     weights = tmp_path / "net.safetensors"
     info = {"experiment": config.to_dict()}
     pretrained.save_pretrained(weights, MODEL, variables, info=info)
-    options = dict(weights=str(weights), methods=["pconv"], examples=1, learned=False)
+    options = dict(weights=str(weights), methods=["pconv"], learned=False)
+    options["data"] = EvalData(examples=1)
     runner.evaluate_run(**options, out=tmp_path / "out")
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["protocol"]["pictures"]["names"] == ["coffee.png"]
@@ -676,7 +670,7 @@ def test_a_perceptual_distance_by_any_vgg(run, tmp_path):
     evaluation = runner.evaluate_run(
         run,
         methods=["network", "mean"],
-        examples=1,
+        data=EvalData(examples=1),
         learned=False,
         vgg=str(weights),
         out=tmp_path / "out",
@@ -691,7 +685,7 @@ def test_a_perceptual_distance_by_any_vgg(run, tmp_path):
     mask = protocol.masks(index, 4, True)
     (fill,) = methods.get_methods(["mean"], None, time_budget=9.0)
     with contextlib.closing(fill):
-        comp = np.where(mask == 0, fill.fill(truth, mask).pictures, truth)
+        comp = np.where(mask == 0, fill.fill(truth, mask).images, truth)
     expected = lpips.vgg_distance(
         params, comp / np.float32(255), truth / np.float32(255)
     )
@@ -705,20 +699,26 @@ def test_a_perceptual_distance_by_any_vgg(run, tmp_path):
     ("options", "message"),
     [
         ({"workdir": "nowhere"}, "workdir: there is no checkpoint in"),
-        ({}, "give either a workdir or weights"),
+        ({}, "give either workdir or weights"),
         ({"weights": "none.safetensors"}, "there is no file none.safetensors"),
-        ({"workdir": None, "methods": ["tela"]}, "methods: 'tela' is unknown; there"),
-        ({"workdir": None, "methods": ["mean", "mean"]}, "each once, got mean, mean"),
-        ({"workdir": None, "methods": []}, "methods must be some"),
-        ({"workdir": None, "methods": ["a/b=c"]}, "the name in 'a/b=c' may have"),
-        ({"workdir": None, "images": "nowhere.tar"}, "there is no 'nowhere.tar'"),
-        ({"workdir": None, "mask_folder": "nowhere"}, "there is no such folder"),
-        ({"workdir": None, "image_size": 33}, "use 32 or 36"),
+        (
+            {"workdir": None, "methods": ["tela"]},
+            "methods: 'tela' is unknown; use",
+        ),
+        (
+            {"workdir": None, "methods": ["mean", "mean"]},
+            "unique, got mean, mean",
+        ),
+        ({"workdir": None, "methods": []}, "non-empty and unique, got none"),
+        ({"workdir": None, "methods": ["a/b=c"]}, "the name in 'a/b=c' may contain"),
+        ({"data": EvalData(images="nowhere.tar")}, "there is no 'nowhere.tar'"),
+        ({"data": EvalData(masks="nowhere")}, "there is no such folder"),
+        ({"data": EvalData(image_size=33)}, "use 32 or 36"),
     ],
 )
 def test_mistakes_end_in_a_sentence(run, options, message):
-    if "workdir" in options:
-        options = options | {"workdir": options["workdir"] or run}
+    if "workdir" in options or "data" in options:
+        options = options | {"workdir": options.get("workdir") or run}
     with pytest.raises(ValueError, match=message):
         runner.evaluate_run(**options, learned=False)
 
@@ -732,7 +732,7 @@ def test_the_bundled_network_is_better_than_what_needs_none():
         *methods.get_methods(names, None, time_budget=60.0),
     ]
     try:
-        protocol = make_protocol(image_size=256, examples=2)
+        protocol = make_eval_set(image_size=256, examples=2)
         evaluation = runner.compare(compared, protocol, progress=False)
     finally:
         for method in compared:
@@ -818,7 +818,7 @@ def test_devices_and_kills_change_nothing_and_opencv_agrees(run, tmp_path):
     assert results[0] == results[1]
     tables = [(tmp_path / n / "examples.csv").read_bytes() for n in ("one", "four")]
     assert tables[0] == tables[1]
-    assert "navier_stokes" in printed and "s/picture" in printed
+    assert "navier_stokes" in printed and "s/image" in printed
 
     examples = json.loads(results[0])["examples"]
     assert len(examples) == 3 * 36
