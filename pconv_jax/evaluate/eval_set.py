@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import jax
@@ -261,8 +261,10 @@ def _draw(
 ) -> jax.Array:
     def draw(i: jax.Array, b: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
         example = jax.random.fold_in(jax.random.fold_in(key, i), 2 * b + border)
+        # random_mask also accepts traced ratios.
+        hole_ratio = cast(tuple[float, float], (low, high))
         return masks.random_mask(
-            example, (size, size), hole_ratio=(low, high), border=border
+            example, (size, size), hole_ratio=hole_ratio, border=border
         )
 
     return jax.vmap(draw)(index, hole_bin, low, high).astype(jnp.uint8)

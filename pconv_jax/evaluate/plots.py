@@ -103,15 +103,21 @@ def draw_key(style: LineStyle) -> bytes:
     return to_svg(figure)
 
 
-def to_svg(figure: Figure) -> bytes:
-    """Save a figure as an SVG file with a transparent background.
+def to_svg(figure: Figure, *, transparent: bool = True) -> bytes:
+    """Save a figure as an SVG file.
 
     Equal figures give equal bytes: the file has neither a date nor random ids.
+
+    Args:
+      figure: The figure.
+      transparent: Whether the background is transparent (the default).
     """
     file = io.BytesIO()
     # Text stays text. Without a salt, element ids would be random.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pconv_jax"}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(
+            file, format="svg", transparent=transparent, metadata={"Date": None}
+        )
     return file.getvalue()
 
 

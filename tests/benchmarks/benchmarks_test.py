@@ -108,8 +108,8 @@ def test_a_variant_that_fails_is_named_and_the_others_are_measured():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--suite speed", "there is no 'speed', only layer, inference"),
-        ("--only (", "is no pattern"),
+        ("--suite speed", "unknown suite 'speed'; the suites are layer, inference"),
+        ("--only (", "is not a valid pattern"),
         ("--rounds 0", "--rounds must be positive, got 0"),
         ("--against torch --torch-python nowhere", "nowhere has no PyTorch"),
     ],
