@@ -17,10 +17,8 @@ def test_perfect_composites_are_null_in_json_and_left_out_of_means(tmp_path):
         return image if perfect else image // 2
 
     pairs = make_eval_set()
-    perfect, other = (
-        FakeMethod("now_and_then", fill),
-        FakeMethod("always", lambda i, m: i),
-    )
+    perfect = FakeMethod("now_and_then", fill)
+    other = FakeMethod("always", lambda image, mask: image)
     evaluation = runner.compare([perfect, other], pairs, progress=False)
     assert evaluation.examples[0]["psnr"] is None
     assert evaluation.examples[0]["ssim"] == 1

@@ -103,10 +103,12 @@ def test_metrics_equal_those_computed_by_hand(evaluation, variables):
 
 
 def test_a_constant_error_gives_the_closed_form_metrics():
-    """Off by 51 of 255 in the hole: all follows from the hole ratio."""
-    off = FakeMethod(
-        "off", lambda image, mask: np.where(image < 128, image + 51, image - 51)
-    )
+    """With an error of 51 / 255 in the hole, they follow from the hole ratio."""
+
+    def fill(image, mask):
+        return np.where(image < 128, image + 51, image - 51)
+
+    off = FakeMethod("off", fill)
     evaluation = runner.compare([off], make_eval_set(), progress=False)
     for example in evaluation.examples:
         ratio = example["hole_ratio"]

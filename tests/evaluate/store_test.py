@@ -1,5 +1,6 @@
 import pytest
 
+from pconv_jax._errors import UserError
 from pconv_jax.evaluate.store import Store
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -22,3 +23,12 @@ def test_a_store_resumes_after_a_kill(tmp_path):
     assert [r["l1"] for r in third.get("a", keys)] == [0.1, 0.3]
     third.open("a", "other pictures")
     assert not third.has("a", keys[:1])
+
+
+def test_two_evaluations_cannot_share_a_directory(tmp_path):
+    with Store(tmp_path).locked():
+        with pytest.raises(UserError, match="another evaluation is writing to"):
+            with Store(tmp_path).locked():
+                pass
+    with Store(tmp_path).locked():  # The lock ends with the block.
+        pass
