@@ -185,8 +185,8 @@ def _check_torch(python: str) -> None:
         subprocess.run([python, "-c", "import torch"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         sys.exit(
-            f"benchmarks.run: {python} has no PyTorch. Install '.[bench]', or set "
-            "--torch-python to another interpreter."
+            f"benchmarks.run: {python} has no PyTorch. Install torch, onnx and "
+            "onnxruntime, or set --torch-python to another interpreter."
         )
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pconv_jax._errors import RunError, UserError
 from pconv_jax.metrics import inception, lpips
 from pconv_jax.runs import parallel
 from pconv_jax.weights.inception import load_inception_params
@@ -105,7 +106,7 @@ class LearnedMetrics:
     ) -> Mapping[str, Any] | None:
         try:
             return load()
-        except ValueError as error:
+        except (UserError, RunError) as error:
             self.left_out.append(f"{name}: {error}")
             return None
 

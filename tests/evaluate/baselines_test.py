@@ -96,7 +96,7 @@ def test_patchmatch_continues_a_texture(height, width):
 
 
 def test_patchmatch_search_is_nearly_exhaustive():
-    """Against all patches of the picture, one by one."""
+    """Against all patches of the image, one by one."""
     image = cv2.GaussianBlur(photo(40), (0, 0), 1.0).astype(np.float32)
     hole = np.zeros((40, 40), bool)
     hole[15:22, 12:26] = True

@@ -36,8 +36,8 @@ def test_best_median_and_worst_examples_match_their_scores():
         psnr = sorted(e["psnr"] for e in evaluation.select(hole_bin=b))
         chosen = [e["psnr"] for _, e in shown[3 * b : 3 * b + 3]]
         assert chosen == [psnr[-1], psnr[-len(psnr) // 2 - 1], psnr[0]]
-    pictures = examples.fill_examples([half], pairs, [e for _, e in shown])
-    for (_, example), columns in zip(shown, pictures):
+    filled = examples.fill_examples([half], pairs, [e for _, e in shown])
+    for (_, example), columns in zip(shown, filled):
         assert list(columns) == ["input", "half", "truth"]
         error = (columns["half"] / 255 - columns["truth"] / 255) ** 2
         assert -10 * np.log10(error.mean()) == pytest.approx(example["psnr"], rel=1e-4)
@@ -51,7 +51,7 @@ def test_few_examples_are_shown_once_and_failures_are_not_tried_again():
     shown = examples.choose_examples(evaluation)
     # There are two in a bin, of which the worse one is the median, too.
     assert len({(e["hole_bin"], e["border"]) for _, e in shown}) == 12 == len(shown)
-    pictures = examples.fill_examples(
+    filled = examples.fill_examples(
         [first, flaky],
         pairs,
         [example for _, example in shown],
@@ -59,7 +59,7 @@ def test_few_examples_are_shown_once_and_failures_are_not_tried_again():
     )
     blank = [
         (e["hole_bin"], e["border"])
-        for (_, e), p in zip(shown, pictures)
+        for (_, e), p in zip(shown, filled)
         if p["flaky"] is None
     ]
     assert blank == [(0, False)] and len(flaky.given) == 12 + 11

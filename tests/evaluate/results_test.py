@@ -6,12 +6,12 @@ from pconv_jax.evaluate import results
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
-def make_evaluation(values, pictures, method="a", **more):
+def make_evaluation(values, images, method="a", **more):
     return results.Evaluation(
         [
             {"method": method, "hole_bin": 0, "border": False, "index": i}
             | {"picture": p, "l1": v}
-            for i, (v, p) in enumerate(zip(values, pictures))
+            for i, (v, p) in enumerate(zip(values, images))
         ],
         **more,
     )
@@ -60,4 +60,4 @@ def test_differences_are_paired():
     theirs = make_evaluation(values[:40] + 0.5, range(40), "b").examples
     both = results.Evaluation([*ours, *theirs])
     difference = both.differences("b", "a")["l1"]
-    np.testing.assert_allclose(difference, 0.5)  # However much pictures differ.
+    np.testing.assert_allclose(difference, 0.5)  # However much the images differ.

@@ -84,17 +84,17 @@ def test_metrics_equal_those_computed_by_hand(evaluation, variables):
     output, _ = jax.jit(MODEL.apply)(variables, truth, mask)
     output = np.rint((np.clip(output, -1, 1) + 1) * 127.5) / 255
     comp, truth = np.where(mask == 1, image / 255, output), image / 255
-    for prefix, picture in {"": comp, "output_": output}.items():
-        error = np.abs(picture - truth)
+    for prefix, filled in {"": comp, "output_": output}.items():
+        error = np.abs(filled - truth)
         ssim = skimage.metrics.structural_similarity(
-            picture[0],
+            filled[0],
             truth[0],
             data_range=1,
             channel_axis=-1,
             gaussian_weights=True,
             use_sample_covariance=False,
         )
-        psnr = skimage.metrics.peak_signal_noise_ratio(truth, picture, data_range=1)
+        psnr = skimage.metrics.peak_signal_noise_ratio(truth, filled, data_range=1)
         assert example[f"{prefix}l1"] == pytest.approx(100 * error.mean(), rel=1e-4)
         assert example[f"{prefix}psnr"] == pytest.approx(psnr, rel=1e-4)
         assert example[f"{prefix}ssim"] == pytest.approx(ssim, abs=1e-4)
@@ -334,7 +334,7 @@ def test_the_bundled_network_beats_the_baselines():
         assert network["psnr"] > other["psnr"] + 0.3
 
 
-def write_pictures(folder, count=3, size=48):
+def write_images(folder, count=3, size=48):
     folder.mkdir()
     for i in range(count):
         image = bundled()[i % 2][: 4 * size, i * 40 : i * 40 + 4 * size]
@@ -374,7 +374,7 @@ def finish(process):
 @pytest.mark.slow
 def test_devices_and_kills_do_not_change_results_and_opencv_agrees(run, tmp_path):
     """On one device, on four, and on four after a kill; and on other people's code."""
-    write_pictures(tmp_path / "photos")
+    write_images(tmp_path / "photos")
     written = write_mask_folder(tmp_path / "masks", MASK_CLASSES, size=48, per_class=2)
     arguments = [f"--workdir={run}", "--image_size=48", "--examples=3"]
     arguments += [f"--images={tmp_path / 'photos'}", f"--masks={tmp_path / 'masks'}"]

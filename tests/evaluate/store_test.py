@@ -21,7 +21,7 @@ def test_a_store_resumes_after_a_kill(tmp_path):
     third.open("a", "x")
     keys = [(0, True, 0), (0, True, 1)]
     assert [r["l1"] for r in third.get("a", keys)] == [0.1, 0.3]
-    third.open("a", "other pictures")
+    third.open("a", "other images")
     assert not third.has("a", keys[:1])
 
 
