@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -437,5 +437,5 @@ def _score_sets(
 
 
 @functools.cache
-def _compile_score_step():
+def _compile_score_step() -> Callable[..., Any]:
     return parallel.compile_eval_step(lambda _, batch: score_step(batch))
