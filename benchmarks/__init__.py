@@ -1,1 +1,1 @@
-"""How fast the package is, and how it compares: ``python -m benchmarks.run --help``."""
+"""Benchmarks of the package: ``python -m benchmarks.run --help``."""

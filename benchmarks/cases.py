@@ -1,33 +1,33 @@
-"""What is measured: the cases of each suite, as plain data.
+"""The cases of each suite, as plain data.
 
-A case is one piece of work, and its variants are ways to do it, which are measured in
-turn. A variant is all that `benchmarks.worker` needs to know: the framework, the
-program to build, and its settings. The first variant is what the others are related to.
+A case is a task, and its variants are ways to do it, which are measured in turns. A
+variant is everything that `benchmarks.worker` needs: the framework, the program to
+build, and its settings. The first variant is the reference of the others.
 
-FLOPs are nominal: two for each multiplication of the network's convolutions as the
-paper has them. That a program gets by with fewer, as the low-resolution decoder does,
-or does more, as convolutions of masks do, shows in its rate.
+FLOPs are nominal: two for each multiplication of the network's convolutions as in the
+paper. A program that needs fewer, such as the low-resolution decoder, or that computes
+more, such as convolutions of masks, has a higher or lower rate.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Variant = dict[str, Any]
 
-SUITES = ("layer", "inference", "train", "data", "growth", "profile")
 TORCH_MODES = ("eager", "channels-last", "compile", "autocast", "compile-autocast")
 
 
 class Case(NamedTuple):
-    """One piece of work.
+    """A task to measure.
 
     Attributes:
-      suite: one of `SUITES`.
-      name: of the case, unique within the suite.
-      variants: by name, what is measured in turn.
-      items: how many things of which kind a call works on, such as ``(8, 'images')``.
-      flops: nominal, of a call; None where they say nothing.
-      large: whether the variants do not fit into memory together. Each turn then has a
-        process of its own.
+      suite: One of `SUITES`, or 'machine'.
+      name: Name of the case, unique within the suite.
+      variants: The variants by name.
+      items: Number and kind of items that a call processes, such as ``(8, 'images')``.
+      flops: Nominal FLOPs of a call; None if they are meaningless.
+      large: Whether the variants do not fit into memory together. Each turn then has
+        its own process.
     """
 
     suite: str
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 def matmul(*, platform: str, torch: bool, smoke: bool) -> list[Case]:
-    """Returns the cases that measure the machine's rate of matrix products."""
+    """Make the cases that measure the machine's rate of matrix products."""
     n = 64 if smoke else 2048 if platform == "cpu" else 8192
     cases = []
     for dtype in _dtypes(platform):
@@ -53,22 +53,23 @@ def matmul(*, platform: str, torch: bool, smoke: bool) -> list[Case]:
 
 
 def make(suite: str, *, platform: str, torch: bool, smoke: bool) -> list[Case]:
-    """Returns the cases of a suite.
+    """Make the cases of a suite.
 
     Args:
-      suite: one of `SUITES`.
-      platform: JAX's: 'cpu', 'gpu' or 'tpu'. All but CPUs also compute in bfloat16.
-      torch: whether to compare with PyTorch.
-      smoke: whether to take tiny sizes, to try that everything works.
+      suite: One of `SUITES`.
+      platform: Platform of JAX: 'cpu', 'gpu' or 'tpu'. All but CPUs also compute in
+        bfloat16.
+      torch: Whether to compare with PyTorch.
+      smoke: Whether to use tiny sizes, to test that everything works.
     """
-    cases = globals()[f"_{suite}"](platform, smoke)
+    cases = _SUITES[suite](platform, smoke)
     if torch:
         return cases
     return [c._replace(variants=_of_jax(c.variants)) for c in cases]
 
 
 def unet_flops(size: int, *, depth: int = 8, width: int = 64) -> int:
-    """Returns the FLOPs of the network's convolutions, for one square image."""
+    """Count the FLOPs of the network's convolutions, for one square image."""
     return sum(
         2 * kernel**2 * inputs * features * side**2
         for inputs, features, kernel, side in stages(size, depth=depth, width=width)
@@ -76,7 +77,7 @@ def unet_flops(size: int, *, depth: int = 8, width: int = 64) -> int:
 
 
 def stages(size: int, *, depth: int = 8, width: int = 64) -> list[tuple[int, ...]]:
-    """Returns (input channels, features, kernel size, output side) of all stages."""
+    """List (input channels, features, kernel size, output side) of all stages."""
     features = [3, *(width * 2 ** min(level, 3) for level in range(depth))]
     kernels = [7, 5, 5] + [3] * depth
     encoder = [
@@ -91,7 +92,7 @@ def stages(size: int, *, depth: int = 8, width: int = 64) -> list[tuple[int, ...
 
 
 def vgg_flops(size: int) -> int:
-    """Returns the FLOPs of VGG16's convolutions up to pool3, for one square image."""
+    """Count the FLOPs of VGG16's convolutions up to pool3, for one square image."""
     channels = ((3, 64), (64, 64)), ((64, 128), (128, 128))
     channels += (((128, 256), (256, 256), (256, 256)),)
     return sum(
@@ -102,15 +103,16 @@ def vgg_flops(size: int) -> int:
 
 
 def train_flops(size: int, *, depth: int, width: int = 64) -> int:
-    """Returns the FLOPs of a training step, for one square image.
+    """Count the FLOPs of a training step, for one square image.
 
-    The network's convolutions are done forward, and backward by their inputs and by
-    their kernels; VGG16's forward for three images, and backward by the inputs of two.
+    The network's convolutions run forward, and backward with respect to their inputs
+    and kernels. Those of VGG16 run forward for three images, and backward with respect
+    to the inputs of two.
     """
     return 3 * unet_flops(size, depth=depth, width=width) + 5 * vgg_flops(size)
 
 
-def _layer(platform, smoke):
+def _layer(platform: str, smoke: bool) -> list[Case]:
     shapes = [(64, 128, 64), (64, 128, 256), (256, 256, 64), (256, 256, 128)]
     cases = []
     for inputs, features, size in [(4, 8, 16)] if smoke else shapes:
@@ -152,14 +154,16 @@ def _layer(platform, smoke):
     return cases
 
 
-def _inference(platform, smoke):
+def _inference(platform: str, smoke: bool) -> list[Case]:
     if smoke:
         return [_unet_case(platform, 16, 1, depth=2, width=4)]
     sizes = (256, 512, 1024)
     return [_unet_case(platform, size, batch) for batch in (1, 8) for size in sizes]
 
 
-def _unet_case(platform, size, batch, suite="inference", **network):
+def _unet_case(
+    platform: str, size: int, batch: int, suite: str = "inference", **network: int
+) -> Case:
     settings = {"program": "inference", "size": size, "batch": batch, **network}
     modes = (*TORCH_MODES, "onnxruntime")
     return Case(
@@ -172,8 +176,8 @@ def _unet_case(platform, size, batch, suite="inference", **network):
     )
 
 
-def _train(platform, smoke):
-    # The paper's setting, and one that fits small machines.
+def _train(platform: str, smoke: bool) -> list[Case]:
+    # A setting that fits small machines, and the paper's.
     settings = [(256, 2, 7), (512, 6, 8)]
     cases = []
     for size, batch, depth in [(16, 2, 2)] if smoke else settings:
@@ -192,7 +196,7 @@ def _train(platform, smoke):
     return cases
 
 
-def _data(platform, smoke):
+def _data(platform: str, smoke: bool) -> list[Case]:
     cases = []
     count = 8 if smoke else 320
     for size in (16,) if smoke else (256, 512):
@@ -216,8 +220,8 @@ def _data(platform, smoke):
     return cases
 
 
-def _growth(platform, smoke):
-    """What `inference` lacks to see how time grows."""
+def _growth(platform: str, smoke: bool) -> list[Case]:
+    """The sizes that `inference` lacks to show how the time grows."""
     network = {"depth": 2, "width": 4} if smoke else {}
     size = 16 if smoke else 512
     settings = {"framework": "jax", "program": "inference", "size": size, "batch": 1}
@@ -235,8 +239,8 @@ def _growth(platform, smoke):
     return [holes] + [_unet_case(platform, *other, "growth") for other in others]
 
 
-def _profile(platform, smoke):
-    """Where the time of inference and of a training step goes."""
+def _profile(platform: str, smoke: bool) -> list[Case]:
+    """The parts of inference and of a training step."""
     network = {"depth": 2, "width": 4} if smoke else {"depth": 8, "width": 64}
     size = 16 if smoke else 512
     settings = {"framework": "jax", "size": size, "batch": 1, **network}
@@ -261,20 +265,34 @@ def _profile(platform, smoke):
     return [inference, train]
 
 
-def _jax_and_torch(settings, platform, modes):
+def _jax_and_torch(
+    settings: Mapping[str, Any], platform: str, modes: Sequence[str]
+) -> dict[str, Variant]:
     variants = {}
     for dtype in _dtypes(platform):
         variants[f"jax {dtype}"] = {"framework": "jax", "dtype": dtype, **settings}
     for mode in modes:
         dtype = "bfloat16" if "autocast" in mode else "float32"
         fields = {"framework": "torch", "mode": mode, "dtype": dtype}
-        variants[f"torch {mode}"] = fields | settings
+        variants[f"torch {mode}"] = {**fields, **settings}
     return variants
 
 
-def _of_jax(variants):
+def _of_jax(variants: Mapping[str, Variant]) -> dict[str, Variant]:
     return {n: v for n, v in variants.items() if v["framework"] == "jax"}
 
 
-def _dtypes(platform):
+def _dtypes(platform: str) -> tuple[str, ...]:
     return ("float32",) if platform == "cpu" else ("float32", "bfloat16")
+
+
+_SUITES: Mapping[str, Callable[[str, bool], list[Case]]] = {
+    "layer": _layer,
+    "inference": _inference,
+    "train": _train,
+    "data": _data,
+    "growth": _growth,
+    "profile": _profile,
+}
+
+SUITES = tuple(_SUITES)

@@ -1,4 +1,4 @@
-"""What is measured, in JAX: programs by name, built from their settings."""
+"""The measured programs in JAX, by name, built from their settings."""
 
 import functools
 import importlib.metadata
@@ -18,7 +18,7 @@ from pconv_jax import layers, ops, unet
 
 
 def describe() -> dict[str, Any]:
-    """Returns the versions, and the device that the programs run on."""
+    """Describe the versions and the device that the programs run on."""
     device = jax.devices()[0]
     names = ("jax", "jaxlib", "flax", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
@@ -30,41 +30,49 @@ def describe() -> dict[str, Any]:
 
 
 def peak_device_memory() -> int | None:
-    """Returns the most bytes in use on the device so far; None on CPUs."""
+    """Get the peak bytes in use on the device so far; None on CPUs."""
     stats = jax.devices()[0].memory_stats()
     return stats and stats.get("peak_bytes_in_use")
 
 
 def build(program: str, **settings: Any) -> Program:
-    """Builds and compiles a program."""
+    """Build and compile a program."""
     return _PROGRAMS[program](**settings)
 
 
-def _matmul(n, dtype):
+def _matmul(n: int, dtype: str) -> Program:
     x = jnp.asarray(inputs.normal(n, n), dtype)
     return _compiled(jnp.matmul, x, x)
 
 
-def _layer(conv, size, batch, channels, features, backward, dtype):
+def _layer(
+    conv: str,
+    size: int,
+    batch: int,
+    channels: int,
+    features: int,
+    backward: bool,
+    dtype: str,
+) -> Program:
     x = jnp.asarray(inputs.normal(batch, size, size, channels), dtype)
     mask = jnp.asarray(inputs.mask(batch, size))
-    fields = dict(features=features, kernel_size=(3, 3), padding=1, dtype=dtype)
-    if conv == "standard":
-        module = nn.Conv(**fields)
+    standard = nn.Conv(features, (3, 3), padding=1, dtype=jnp.dtype(dtype))
+    partial = layers.PartialConv(features, (3, 3), padding=1, dtype=jnp.dtype(dtype))
 
-        def forward(params, x, mask):
-            return module.apply({"params": params}, x), mask
+    def forward_standard(params, x, mask):
+        return standard.apply({"params": params}, x), mask
 
-    elif conv == "partial":
-        module = layers.PartialConv(**fields)
+    def forward_partial(params, x, mask):
+        return partial.apply({"params": params}, x, mask)
 
-        def forward(params, x, mask):
-            return module.apply({"params": params}, x, mask)
-
-    else:
-        module, mask = nn.Conv(**fields), jnp.repeat(mask, channels, -1)
-        forward = _dense_partial_conv
-    params = nn.Conv(**fields).init(jax.random.key(0), x)["params"]
+    forward = {
+        "standard": forward_standard,
+        "partial": forward_partial,
+        "dense": _dense_partial_conv,
+    }[conv]
+    if conv == "dense":
+        mask = jnp.repeat(mask, channels, -1)
+    params = standard.init(jax.random.key(0), x)["params"]
     if not backward:
         return _compiled(forward, params, x, mask)
 
@@ -79,7 +87,7 @@ def _layer(conv, size, batch, channels, features, backward, dtype):
 
 
 def _dense_partial_conv(params, x, mask):
-    """Partial convolution as others have it, with masks as wide as the features."""
+    """The usual partial convolution, with masks as wide as the features."""
     conv = functools.partial(
         lax.conv_general_dilated,
         window_strides=(1, 1),
@@ -95,9 +103,14 @@ def _dense_partial_conv(params, x, mask):
 
 
 def _inference(
-    size, batch, dtype="float32", depth=8, width=64, hole_ratio=inputs.HOLE_RATIO
-):
-    model = unet.PConvUNet(depth=depth, width=width, dtype=dtype)
+    size: int,
+    batch: int,
+    dtype: str = "float32",
+    depth: int = 8,
+    width: int = 64,
+    hole_ratio: float = inputs.HOLE_RATIO,
+) -> Program:
+    model = unet.PConvUNet(depth=depth, width=width, dtype=jnp.dtype(dtype))
     images = jnp.asarray(inputs.images(batch, size))
     mask = jnp.asarray(inputs.mask(batch, size, hole_ratio))
     variables = jax.jit(model.init)(jax.random.key(0), images, mask)
@@ -109,7 +122,7 @@ def _inference(
     )
 
 
-def _stage(stage, size, batch, depth, width):
+def _stage(stage: int, size: int, batch: int, depth: int, width: int) -> Program:
     """One stage of the network, with normalization and activation."""
     channels, features, kernel_size, side = cases.stages(
         size, depth=depth, width=width
@@ -141,8 +154,8 @@ def _stage(stage, size, batch, depth, width):
     return _compiled(forward, variables, args, scale, shift)
 
 
-def _training(size, batch, depth, width, dtype):
-    """Returns a state, a batch, VGG16's parameters and the step."""
+def _training(size: int, batch: int, depth: int, width: int, dtype: str):
+    """Make a state, a batch, VGG16's parameters and the training step."""
     from pconv_jax import vgg
     from pconv_jax.train import optim
     from pconv_jax.train.step import create_state, train_step
@@ -152,7 +165,7 @@ def _training(size, batch, depth, width, dtype):
     state = create_state(
         jax.random.key(0), model=model, optimizer=optimizer, image_size=size
     )
-    pictures = {
+    images = {
         "image": np.uint8(inputs.images(batch, size) * 127.5 + 127.5),
         "mask": np.uint8(inputs.mask(batch, size)),
     }
@@ -161,30 +174,32 @@ def _training(size, batch, depth, width, dtype):
     step = functools.partial(
         train_step, model=model, optimizer=optimizer, apply_features=features
     )
-    return state, jax.device_put(pictures), params, step
+    return state, jax.device_put(images), params, step
 
 
-def _train(size, batch, depth, width, dtype="float32"):
-    state, pictures, params, step = _training(size, batch, depth, width, dtype)
-    compiled, seconds = _compile(step, state, pictures, params, donate_argnums=0)
+def _train(
+    size: int, batch: int, depth: int, width: int, dtype: str = "float32"
+) -> Program:
+    state, data, params, step = _training(size, batch, depth, width, dtype)
+    compiled, seconds = _compile(step, state, data, params, donate_argnums=0)
 
     def call():
         nonlocal state
-        state, scalars = compiled(state, pictures, params)
+        state, scalars = compiled(state, data, params)
         jax.block_until_ready((state, scalars))
 
     return Program(call, seconds)
 
 
-def _part(part, size, batch, depth, width):
-    """A part of the training step, by itself."""
+def _part(part: str, size: int, batch: int, depth: int, width: int) -> Program:
+    """One part of the training step."""
     from pconv_jax import losses
     from pconv_jax.runs.inference import prepare_batch
 
-    state, pictures, vgg, step = _training(size, batch, depth, width, "float32")
+    state, data, vgg, step = _training(size, batch, depth, width, "float32")
     model, optimizer = step.keywords["model"], step.keywords["optimizer"]
     features = functools.partial(step.keywords["apply_features"], vgg)
-    images, mask = prepare_batch(pictures)
+    images, mask = prepare_batch(data)
     output = jnp.asarray(inputs.images(batch, size, seed=1))
 
     def forward(params):
@@ -213,7 +228,7 @@ def _part(part, size, batch, depth, width):
 
     params = state.params
     if part == "optimizer":
-        # As in the step: the state is overwritten.
+        # As in the training step, the state is overwritten.
         compiled, seconds = _compile(
             update, params, params, state.opt_state, donate_argnums=2
         )
@@ -232,7 +247,7 @@ def _part(part, size, batch, depth, width):
             lambda xs: [features(x) for x in xs],
             [output, images, ops.composite(output, images, mask)],
         ),
-        # Arguments all, or XLA would compute what depends on none when it compiles.
+        # All data are arguments: XLA would compute constants during compilation.
         "loss forward and backward": (
             functools.partial(loss_gradient, features),
             output,
@@ -249,7 +264,7 @@ def _part(part, size, batch, depth, width):
     return _compiled(function, *arguments)
 
 
-def _data(size, batch, workers, count):
+def _data(size: int, batch: int, workers: int, count: int) -> Program:
     """The input pipeline, from JPEGs of half a megapixel in a folder."""
     import tempfile
     import weakref
@@ -280,7 +295,7 @@ def _data(size, batch, workers, count):
     return Program(call)
 
 
-def _masks(size, batch, count):
+def _masks(size: int, batch: int, count: int) -> Program:
     from pconv_jax import masks
 
     keys = jax.random.split(jax.random.key(0), batch)

@@ -1,29 +1,58 @@
-"""Draws how time grows, as an SVG file.
+"""Plots how the time of inference grows, as an SVG file.
 
 python -m benchmarks.plot runs/benchmarks/REPORT.json growth.svg
 """
 
+import argparse
 import json
-import pathlib
-import sys
 from collections.abc import Mapping
-from html import escape
+from pathlib import Path
 from typing import Any
 
-_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f")
-_WIDTH, _HEIGHT, _MARGIN = 300, 220, 56
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-# The points of a line, (x, ms), by the line's name.
+from pconv_jax import _files
+from pconv_jax.evaluate.plots import to_svg
+
+# The points of a line, (x, ms), by the name of the line.
 Lines = dict[str, list[tuple[float, float]]]
 
 
-def growth(report: Mapping[str, Any]) -> str:
-    """Returns a drawing of the time of inference over pixels, batch and hole ratio.
+def plot_growth(report: Mapping[str, Any]) -> bytes:
+    """Plot the time of inference over pixels, batch size and hole ratio.
 
     Args:
-      report: what `benchmarks.run` wrote, with the suites growth and inference.
+      report: The report of `benchmarks.run`, with the suites growth and inference.
+
+    Returns:
+      An SVG file.
     """
-    pixels, batches, holes = {}, {}, {}
+    panels = _read_panels(report)
+    figure = Figure(figsize=(11.5, 3.9), layout="constrained")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colors = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    handles = {}
+    for axes, (label, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
+        handles |= _plot_panel(axes, label, lines, colors)
+    if handles:
+        figure.legend(
+            [handles[name] for name in names],
+            names,
+            loc="outside lower center",
+            ncols=6,
+            frameon=False,
+            fontsize=9,
+        )
+    return to_svg(figure, transparent=False)
+
+
+def _read_panels(report: Mapping[str, Any]) -> dict[str, Lines]:
+    """Read the lines of each panel, by the label of its horizontal axis."""
+    pixels: Lines = {}
+    batches: Lines = {}
+    holes: Lines = {}
     for case in report["cases"]:
         if case["suite"] not in ("growth", "inference"):
             continue
@@ -40,73 +69,49 @@ def growth(report: Mapping[str, Any]) -> str:
                 pixels.setdefault(name, []).append(point)
             if settings["size"] == 256:
                 batches.setdefault(name, []).append((settings["batch"], ms))
-    panels = (
-        ("megapixels, batch 1", pixels),
-        ("images of 256 x 256 in a batch", batches),
-        ("hole, % of the pixels", holes),
+    return {
+        "megapixels, batch 1": pixels,
+        "images of 256 x 256 in a batch": batches,
+        "hole, % of the pixels": holes,
+    }
+
+
+def _plot_panel(
+    axes: Axes, label: str, lines: Lines, colors: Mapping[str, str]
+) -> dict[str, Any]:
+    """Plot a panel; return the handle of each line."""
+    axes.set_xlabel(label)
+    axes.set_ylabel("ms")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.4)
+    axes.set_axisbelow(True)
+    if not lines:
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+    handles = {}
+    for name, points in lines.items():
+        x, ms = zip(*sorted(points))
+        (handles[name],) = axes.plot(x, ms, color=colors[name], marker="o", ms=4)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    return handles
+
+
+def main() -> None:
+    """Plot the report that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot",
+        description="Plot how the time of inference grows, as an SVG file.",
     )
-    names = list(dict.fromkeys(name for _, lines in panels for name in lines))
-    colors = dict(zip(names, _COLORS * len(names)))
-    parts = [_panel(i, label, lines, colors) for i, (label, lines) in enumerate(panels)]
-    for i, name in enumerate(names):
-        x, y = _MARGIN + 150 * (i % 6), _HEIGHT + 2 * _MARGIN - 20
-        parts.append(f'<path d="M{x} {y}h20" stroke="{colors[name]}"/>')
-        parts.append(_text(x + 26, y + 4, name, "start"))
-    width, height = 3 * (_WIDTH + _MARGIN) + 20, _HEIGHT + 2 * _MARGIN
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12" fill="none" stroke-width="1.5">'
-        f'<rect width="{width}" height="{height}" fill="white"/>'
-        + "".join(parts)
-        + "</svg>\n"
-    )
-
-
-def _panel(index: int, label: str, lines: Lines, colors: Mapping[str, str]) -> str:
-    left, top = _MARGIN + index * (_WIDTH + _MARGIN), 20
-    points = [point for line in lines.values() for point in line]
-    if not points:
-        return _text(left, top + 20, f"{label}: not measured", "start")
-    x_max, y_max = (1.05 * max(values) for values in zip(*points))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + _WIDTH * x / x_max, top + _HEIGHT * (1 - y / y_max)
-
-    parts = [
-        f'<path d="M{left} {top}v{_HEIGHT}h{_WIDTH}" stroke="black"/>',
-        _text(left + _WIDTH / 2, top + _HEIGHT + 36, label, "middle"),
-        _text(left, top - 6, "ms", "end"),
-    ]
-    for tick in _ticks(x_max):
-        parts.append(_text(place(tick, 0)[0], top + _HEIGHT + 16, f"{tick:g}"))
-    for tick in _ticks(y_max):
-        y = place(0, tick)[1]
-        parts.append(f'<path d="M{left} {y:.1f}h{_WIDTH}" stroke="#ddd"/>')
-        parts.append(_text(left - 6, y + 4, f"{tick:g}", "end"))
-    for name, line in lines.items():
-        placed = [f"{x:.1f} {y:.1f}" for x, y in (place(*p) for p in sorted(line))]
-        parts.append(f'<path d="M{" L".join(placed)}" stroke="{colors[name]}"/>')
-        for point in placed:
-            x, y = point.split()
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colors[name]}"/>')
-    return "".join(parts)
-
-
-def _ticks(largest: float) -> list[float]:
-    """Returns four to ten round numbers from 0 on."""
-    step = 10.0 ** len(str(int(largest)))
-    while largest / step < 4:
-        step /= 2 if f"{step:e}"[0] != "5" else 2.5
-    return [i * step for i in range(int(largest / step) + 1)]
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="black">'
-        f"{escape(text)}</text>"
-    )
+    parser.add_argument("report", type=Path, help="report of benchmarks.run")
+    parser.add_argument("out", type=Path, help="SVG file to write")
+    arguments = parser.parse_args()
+    try:
+        report = json.loads(arguments.report.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot read {arguments.report}: {error}")
+    _files.write_bytes(arguments.out, plot_growth(report))
 
 
 if __name__ == "__main__":
-    source, target = map(pathlib.Path, sys.argv[1:])
-    target.write_text(growth(json.loads(source.read_text())))
+    main()

@@ -1,12 +1,12 @@
-"""Measures how fast the package is, on this machine.
+"""Measures the speed of the package on this machine.
 
     python -m benchmarks.run --suite layer,inference,train,data
     python -m benchmarks.run --suite inference,train --against torch
 
-prints a table for each case and writes all figures, and the conditions they were taken
-under, into one JSON file, anew after each case. Variants of a case run in turn, each in
-a process of its own. The suite `growth`, together with `inference`, also draws how time
-grows with pixels, batch and hole; `profile` times the parts of the network and of a
+It prints a table for each case. After each case it writes all measurements and their
+conditions to one JSON file. The variants of a case take turns, each in its own process.
+The suite `growth`, together with `inference`, also plots how the time grows with
+pixels, batch size and hole ratio; `profile` times the parts of the network and of a
 training step.
 """
 
@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import os
-import pathlib
 import platform
 import re
 import signal
@@ -22,21 +21,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, plot, timing
+from benchmarks import cases, timing
+from pconv_jax import _files
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
+    """Run the command."""
     arguments = _parse(argv)
-    # So that a time limit from outside leaves results, and no processes.
+    # A time limit from outside then leaves the results and no processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks.run: stopped."))
     pythons = {"jax": sys.executable, "torch": arguments.torch_python}
     torch = arguments.against == "torch"
     if torch:
         _check_torch(arguments.torch_python)
-    # Variants hold their share of a GPU's memory at the same time.
+    # The variants of a case share the memory of the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start = time.monotonic()
     settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "suite")}
@@ -50,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "matrix_product_flops_per_s": {},
         "cases": [],
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
 
     def run(case: cases.Case) -> None:
         chosen = {
@@ -79,19 +79,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                     seconds=arguments.seconds,
                     timeout=arguments.timeout,
                 )
-            finally:  # What there is when the command is stopped is kept.
+            finally:  # Results are kept when the command is stopped.
                 rates = report["matrix_product_flops_per_s"]
                 timing.summarize(case, results, rates)
                 _note_conditions(report, entry)
-                _write(arguments.out, json.dumps(report, indent=1) + "\n")
+                _write(arguments.out, report)
             print(_format(case, results), flush=True)
             busiest = max((r.get("others") or 0 for r in results.values()), default=0)
             if busiest > 0.05:
                 print(f"Other processes took up to {busiest:.0%} of the cores.")
-        _write(arguments.out, json.dumps(report, indent=1) + "\n")
+        _write(arguments.out, report)
 
     options = {"torch": torch, "smoke": arguments.smoke}
-    # The platform is not known before the first process has looked for it.
+    # Only the processes know the platform; the first one reports it.
     for case in cases.matmul(platform="cpu", **options):
         run(case)
     device = report["machine"].get("platform", "cpu")
@@ -103,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if re.search(arguments.only, case.name):
                 run(case)
     if "growth" in arguments.suite:
-        _write(arguments.out.with_suffix(".svg"), plot.growth(report))
+        from benchmarks import plot  # It needs matplotlib, unlike the other suites.
+
+        _files.write_bytes(arguments.out.with_suffix(".svg"), plot.plot_growth(report))
     print(f"\nWritten to {arguments.out}.")
 
 
@@ -118,38 +120,42 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--suite",
         default="layer,inference,train,data",
         type=_suites,
-        help="which of " + ", ".join(cases.SUITES) + " (%(default)s)",
+        help=f"suites: {', '.join(cases.SUITES)} (default: %(default)s)",
     )
-    add("--against", choices=["torch"], help="also measure this framework, in turn")
+    add("--against", choices=["torch"], help="also measure this framework")
     add(
         "--torch-python",
         default=sys.executable,
         metavar="PATH",
-        help="interpreter that has PyTorch, if it is not this one",
+        help="Python interpreter that has PyTorch (default: this one)",
     )
-    add("--only", default="", type=_regex, help="cases whose names match this pattern")
-    add("--variants", default="", type=_regex, help="likewise, of variants")
-    add("--rounds", default=4, type=int, help="turns of each variant (%(default)s)")
-    add("--seconds", default=3.0, type=float, help="of a turn (%(default)s)")
+    add("--only", default="", type=_regex, help="pattern of the names of cases to run")
+    add("--variants", default="", type=_regex, help="the same for variants")
+    add("--rounds", default=4, type=int, help="turns of each variant (default: 4)")
+    add("--seconds", default=3.0, type=float, help="seconds of a turn (default: 3)")
     add(
         "--timeout",
         default=300.0,
         type=float,
-        help="seconds that a variant may take to compile, or a turn (%(default)s)",
+        help="seconds that compilation or a turn may take (default: 300)",
     )
-    add("--limit", type=float, help="seconds after which no more case is begun")
-    add("--smoke", action="store_true", help="tiny sizes, to see that it all works")
+    add(
+        "--limit",
+        type=float,
+        help="start no case after this many seconds (default: no limit)",
+    )
+    add("--smoke", action="store_true", help="use tiny sizes, to test the command")
     add(
         "--out",
-        type=pathlib.Path,
-        help="the JSON file (by default of the time, in runs/benchmarks)",
+        type=Path,
+        help="JSON file to write (default: runs/benchmarks/DATE-TIME.json)",
     )
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
         parser.error(f"--rounds must be positive, got {arguments.rounds}.")
     if arguments.out is None:
         now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        arguments.out = pathlib.Path("runs/benchmarks") / f"{now}.json"
+        arguments.out = Path("runs/benchmarks") / f"{now}.json"
     return arguments
 
 
@@ -158,7 +164,9 @@ def _suites(text: str) -> list[str]:
     for suite in suites:
         if suite not in cases.SUITES:
             known = ", ".join(cases.SUITES)
-            raise argparse.ArgumentTypeError(f"there is no {suite!r}, only {known}")
+            raise argparse.ArgumentTypeError(
+                f"unknown suite {suite!r}; the suites are {known}"
+            )
     return suites
 
 
@@ -166,7 +174,9 @@ def _regex(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no pattern: {error}") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a valid pattern: {error}"
+        ) from None
     return text
 
 
@@ -175,8 +185,8 @@ def _check_torch(python: str) -> None:
         subprocess.run([python, "-c", "import torch"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         sys.exit(
-            f"benchmarks.run: {python} has no PyTorch: install '.[bench]', or name "
-            "another interpreter in --torch-python."
+            f"benchmarks.run: {python} has no PyTorch. Install torch, onnx and "
+            "onnxruntime, or set --torch-python to another interpreter."
         )
 
 
@@ -184,7 +194,7 @@ def _describe_machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     memory = None
     if sys.platform == "linux":
-        text = pathlib.Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text()
         model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
         cpu = model.group(1) if model else cpu
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -212,7 +222,7 @@ def _thread_settings() -> dict[str, str]:
 
 def _commit() -> str | None:
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    root = pathlib.Path(__file__).parent
+    root = Path(__file__).parent
     try:
         done = subprocess.run(git, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -221,7 +231,7 @@ def _commit() -> str | None:
 
 
 def _note_conditions(report: dict[str, Any], entry: dict[str, Any]) -> None:
-    """Moves what processes say of themselves to where it is said once."""
+    """Move the conditions that the processes report to the top of the report."""
     for name, result in entry["results"].items():
         report["versions"] |= result.pop("versions", {})
         if "error" in result:
@@ -235,7 +245,7 @@ def _note_conditions(report: dict[str, Any], entry: dict[str, Any]) -> None:
 
 
 def _format(case: cases.Case, results: dict[str, Any]) -> str:
-    """Returns the table of a case."""
+    """Format the table of a case."""
     width = max(len(name) for name in results)
     first = next(iter(results))
     kind = case.items[1]
@@ -271,11 +281,8 @@ def _format(case: cases.Case, results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    """Replaces a file at once, so that there is always a whole one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+def _write(path: Path, report: dict[str, Any]) -> None:
+    _files.write_bytes(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measuring variants in turn, A B A B, each in a process of its own."""
+"""Measures variants in turns, A B A B, each in its own process."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ class Worker:
     """A process that measures one variant, see `benchmarks.worker`.
 
     Attributes:
-      about: what it said of itself when it was ready.
+      about: Its first answer: versions, device, compilation time and memory.
     """
 
     def __init__(self, python: str, variant: Variant, *, timeout: float):
@@ -36,6 +36,8 @@ class Worker:
             cwd=_ROOT,
             text=True,
         )
+        assert self._process.stdin and self._process.stdout  # Both are pipes.
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         try:
             self.about = self._read()
         except BaseException:
@@ -43,24 +45,24 @@ class Worker:
             raise
 
     def measure(self, seconds: float) -> dict[str, Any]:
-        """Lets it measure for some time, and returns its answer."""
+        """Measure for some seconds; return the answer of the process."""
         try:
-            print(seconds, file=self._process.stdin, flush=True)
+            print(seconds, file=self._stdin, flush=True)
         except BrokenPipeError:
-            pass  # It has ended; reading says why.
+            pass  # It has ended; _read reports why.
         return self._read()
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.kill()
         self._process.communicate()
         self._errors.close()
 
     def _read(self) -> dict[str, Any]:
-        # Answers are single lines, so that none can be left in a buffer.
-        if not select.select([self._process.stdout], [], [], self._timeout)[0]:
+        # Answers are single lines, so none can be left in a buffer.
+        if not select.select([self._stdout], [], [], self._timeout)[0]:
             raise WorkerError(f"no answer within {self._timeout:g} s")
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         if line:
             return json.loads(line)
         code = self._process.wait()
@@ -79,17 +81,17 @@ def compare(
     seconds: float,
     timeout: float,
 ) -> None:
-    """Measures the variants of a case in turn.
+    """Measure the variants of a case in turns.
 
     Args:
-      case: what to measure.
-      results: filled, so that nothing is lost if this is interrupted: for each variant
-        what its process said, the calls' times of each round, and memory; or ``error``,
-        why it could not be measured.
-      pythons: the interpreter of each framework.
-      rounds: how many turns each variant has.
-      seconds: how long a turn is; but at least one call.
-      timeout: how many seconds a process may take to get ready, or for a turn.
+      case: The case.
+      results: Filled in place, so that an interruption loses nothing. For each variant
+        it gets the answers of its process, the times of each round, and memory; or
+        ``error``, why it could not be measured.
+      pythons: The Python interpreter of each framework.
+      rounds: Number of turns of each variant.
+      seconds: Length of a turn, which has at least one call.
+      timeout: Seconds that the start of a process or a turn may take.
     """
     workers: dict[str, Worker] = {}
     try:
@@ -122,12 +124,12 @@ def compare(
 def summarize(
     case: Case, results: dict[str, dict[str, Any]], rates: Mapping[str, float]
 ) -> None:
-    """Adds figures that can be compared to what `compare` returns.
+    """Add comparable numbers to the results of `compare`.
 
     Args:
-      case: what was measured.
-      results: of the variants; changed in place.
-      rates: of matrix products on this machine, in FLOP/s, by dtype.
+      case: The measured case.
+      results: Results of the variants, changed in place.
+      rates: Rates of matrix products on this machine, in FLOP/s, by dtype.
     """
     measured = {n: r for n, r in results.items() if "error" not in r}
     for name, result in measured.items():
@@ -149,7 +151,9 @@ def summarize(
         if case.flops and rate:
             result["share_of_matrix_product_rate"] = case.flops / median / rate
     first = measured.get(next(iter(case.variants)))
-    for result in measured.values() if first else ():
+    if first is None:
+        return
+    for result in measured.values():
         for key, name in (("wall_s", "relative"), ("cpu_s", "cpu_relative")):
             result[name] = _relative(result["rounds"], first["rounds"], key)
 
@@ -165,8 +169,10 @@ def _quartiles(values: Sequence[float]) -> list[float]:
     return [low, high]
 
 
-def _relative(rounds, others, key) -> dict[str, float]:
-    """Compares turns that followed each other: what slows both cancels out."""
+def _relative(
+    rounds: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], key: str
+) -> dict[str, float]:
+    """Compare consecutive turns: slowdowns that affect both cancel out."""
     ratios = [
         statistics.median(a[key]) / statistics.median(b[key])
         for a, b in zip(rounds, others)

@@ -1,9 +1,9 @@
 """The paper's network, loss and training step in straightforward PyTorch.
 
-This is what people write, and what the published implementations do: NVIDIA-style
-partial convolutions, whose masks are as wide as the features and are convolved with a
-kernel of ones; concatenation in the decoder; three passes through VGG16. It exists to
-be compared with, has the same parameters as `pconv_jax`, and computes the same numbers.
+It is written as the published implementations are: NVIDIA-style partial convolutions,
+whose masks are as wide as the features and are convolved with a kernel of ones;
+concatenation in the decoder; three passes through VGG16. It serves as a reference, has
+the same parameters as `pconv_jax`, and computes the same numbers.
 """
 
 import torch
@@ -23,7 +23,7 @@ class PartialConv2d(nn.Conv2d):
         self.register_buffer("ones", torch.ones_like(self.weight), persistent=False)
 
     def forward(self, x, mask):
-        """Returns the outputs and their mask, as wide as they are."""
+        """Compute the outputs, and a mask as wide as they are."""
         with torch.no_grad():
             valid = F.conv2d(mask, self.ones, None, self.stride, self.padding)
             new_mask = (valid > 0).to(mask.dtype)
@@ -57,7 +57,7 @@ class PConvUNet(nn.Module):
             self.decoder.append(nn.ModuleList([conv, *layers]))
 
     def forward(self, images, mask):
-        """Fills the holes of images [N, 3, H, W]; mask: 1 = valid."""
+        """Fill the holes of images [N, 3, H, W]; mask: 1 = valid."""
         h, m = images, mask.expand_as(images).contiguous()
         skips = []
         for conv, *layers in self.encoder:
@@ -94,7 +94,7 @@ class VGG16(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images):
-        """Returns pool1, pool2 and pool3 of images in [-1, 1]."""
+        """Compute pool1, pool2 and pool3 of images in [-1, 1]."""
         x = ((images + 1) / 2 - self.mean) / self.std
         pools = []
         for block in self.blocks:
@@ -104,7 +104,7 @@ class VGG16(nn.Module):
 
 
 def inpainting_loss(vgg, output, target, mask):
-    """Returns the total of the paper, the mean over the batch."""
+    """Compute the total loss of the paper, the mean over the batch."""
     comp = torch.where(mask > 0.5, target, output)
     error = (output - target).abs()
     total = (mask * error).mean() + 6 * ((1 - mask) * error).mean()

@@ -1,6 +1,6 @@
-"""What is measured, in PyTorch; see `benchmarks.jax_programs`.
+"""The measured programs in PyTorch; see `benchmarks.jax_programs`.
 
-On a GPU, float32 is what JAX has by default there too, TF32.
+On a GPU, float32 means TF32, which is also the default of JAX.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _DEVICE = "cuda" if _CUDA else "cpu"
 
 
 def describe() -> dict[str, Any]:
-    """Returns the versions, and the device that the programs run on."""
+    """Describe the versions and the device that the programs run on."""
     device = torch.cuda.get_device_name() if _CUDA else "cpu"
     versions = {"torch": torch.__version__, "numpy": np.__version__}
     versions["python (torch)"] = platform.python_version()
@@ -30,12 +30,12 @@ def describe() -> dict[str, Any]:
 
 
 def peak_device_memory() -> int | None:
-    """Returns the most bytes in use on the device so far; None on CPUs."""
+    """Get the peak bytes in use on the device so far; None on CPUs."""
     return torch.cuda.max_memory_allocated() if _CUDA else None
 
 
 def build(program: str, **settings: Any) -> Program:
-    """Builds a program, and compiles it where its mode says so."""
+    """Build a program, and compile it if its mode says so."""
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
@@ -126,7 +126,7 @@ def _train(size, batch, depth, width, mode, dtype):
 
 
 def _in_mode(mode, network, *tensors):
-    """Returns the network and its inputs in a mode, and its context."""
+    """Prepare the network, its inputs and the context of a mode."""
     run = contextlib.nullcontext
     if mode != "eager":
         network = network.to(memory_format=torch.channels_last)
@@ -157,7 +157,7 @@ def _onnxruntime(network, images, mask):
 
 
 def _warm(call: Callable[[], None], mode: str) -> Program:
-    """Compiles by calling; that the work is done once as well counts for little."""
+    """Compile by calling once; the work of that call hardly counts."""
     if "compile" not in mode:
         return Program(call)
     start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""The process that measures one variant of a case, whenever it is told to.
+"""The process that measures one variant of a case, on request.
 
     python -m benchmarks.worker '{"framework": "jax", "program": ...}'
 
 It builds the program, compiles it, calls it once and answers with a line of JSON on
-stdout. Then it reads, line by line, for how many seconds to measure, answers with the
-times of the calls, and ends with its input.
+stdout. Then it reads lines from stdin, each with the number of seconds to measure, and
+answers each with the times of the calls. It ends when stdin ends.
 """
 
 import importlib
@@ -20,11 +20,11 @@ _MAX_CALLS = 1000
 
 
 class Program(NamedTuple):
-    """What a variant is built to.
+    """The program of a variant.
 
     Attributes:
-      call: does the work once, and returns when it is done.
-      compile_s: how long compiling it took, in seconds; None if nothing is compiled.
+      call: Does the work once, and returns when it is done.
+      compile_s: Seconds that compilation took; None if nothing is compiled.
     """
 
     call: Callable[[], None]
@@ -32,12 +32,17 @@ class Program(NamedTuple):
 
 
 def measure(call: Callable[[], None], seconds: float) -> dict[str, Any]:
-    """Calls for some time, at least once.
+    """Call a function repeatedly for some time, at least once.
+
+    Args:
+      call: The function.
+      seconds: The time to measure.
 
     Returns:
-      The seconds of each call, and which share of all cores other processes took
-      meanwhile, None if unknown. The first of several calls is left out: it finds
-      caches and threads cold, and what was prefetched since the last turn.
+      ``wall_s`` and ``cpu_s``, the seconds of each call; and ``others``, the share of
+      all cores that other processes used meanwhile, None if unknown. The first of
+      several calls is left out: caches and threads are cold, and data may have been
+      prefetched since the last turn.
     """
     walls, cpus = [], []
     end = _now() + seconds
@@ -48,18 +53,19 @@ def measure(call: Callable[[], None], seconds: float) -> dict[str, Any]:
         walls.append(_now() - wall)
         cpus.append(time.process_time() - cpu)
     others = None
-    if busy is not None:
+    busy_after = _busy_seconds()
+    if busy is not None and busy_after is not None:
         own = time.process_time() - own
-        others = _busy_seconds() - busy - own
+        others = busy_after - busy - own
         others = max(0.0, others / (_now() - start) / (os.cpu_count() or 1))
     first = 1 if len(walls) >= 3 else 0
     return {"wall_s": walls[first:], "cpu_s": cpus[first:], "others": others}
 
 
 def peak_memory() -> int:
-    """Returns the most memory, in bytes, that this process has been resident in.
+    """Get the peak resident memory of this process, in bytes.
 
-    On Linux, since `reset_peak_memory`.
+    On Linux, it is the peak since `reset_peak_memory`.
     """
     try:
         with open("/proc/self/status") as file:
@@ -71,7 +77,7 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Lets `peak_memory` start anew, where the system can."""
+    """Reset `peak_memory`, if the system supports it."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
@@ -80,7 +86,7 @@ def reset_peak_memory() -> None:
 
 
 def _busy_seconds() -> float | None:
-    """Returns for how long all cores together have worked since the system started."""
+    """Get the busy time of all cores together since the system started."""
     try:
         with open("/proc/stat") as file:
             user, nice, system, _, _, irq, softirq, steal = map(
@@ -97,8 +103,8 @@ def _now() -> float:
 
 
 def main() -> None:
-    """Builds what the first argument says, and measures."""
-    # What libraries print must not come between the answers.
+    """Build the variant of the first argument, and answer requests."""
+    # Output of libraries must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

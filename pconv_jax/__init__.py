@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pconv_jax.data.sources import FolderSource as FolderSource
     from pconv_jax.data.sources import TarSource as TarSource
     from pconv_jax.data.sources import open_source as open_source
-    from pconv_jax.evaluate.protocol import EvalSet as EvalSet
+    from pconv_jax.evaluate.eval_set import EvalSet as EvalSet
     from pconv_jax.evaluate.runner import compare as compare
     from pconv_jax.evaluate.runner import evaluate_run as evaluate_run
     from pconv_jax.inpaint.inpainter import Inpainter as Inpainter
@@ -106,7 +106,7 @@ _MODULES = {
     "save_pretrained": "weights.pretrained",
     "load_vgg_params": "weights.vgg",
     "Inpainter": "inpaint.inpainter",
-    "EvalSet": "evaluate.protocol",
+    "EvalSet": "evaluate.eval_set",
     "compare": "evaluate.runner",
     "evaluate_run": "evaluate.runner",
     "TrainState": "train.step",

@@ -1,68 +1,99 @@
-"""Draws a validation metric over training, of one run after another.
+"""Plots a validation metric over the training of consecutive runs.
 
     python tools/learning_curve.py runs/release-coarse runs/release-fine --out curve.svg
 
-Each run is a line, from where the one before it ended. The pictures that they validate
-on may be of different sizes: then values are to be compared within a line alone.
+Each run is a line, which starts where the previous run ended. If the runs validate on
+images of different sizes, only values of the same line are comparable.
 """
 
 import argparse
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.figure
 
+from pconv_jax._errors import UserError
+
 
 def read_curve(workdir: pathlib.Path, metric: str) -> list[tuple[int, float]]:
-    """Returns pairs of a step and the metric that validation came to after it.
+    """Read the validation values of a run.
 
     Args:
-      workdir: of the run.
-      metric: such as ``psnr``.
+      workdir: Directory of the run.
+      metric: Name of the metric, such as ``psnr``.
+
+    Returns:
+      Pairs of a step and the metric after it.
 
     Raises:
-      ValueError: if the run has never validated by that metric.
+      UserError: If there is no such run, or it never validated by that metric.
     """
     name = f"validation/{metric}"
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    lines = _read(workdir / "metrics.jsonl").splitlines()
     curve = [(r["step"], r[name]) for r in map(json.loads, lines) if name in r]
     if not curve:
-        raise ValueError(f"{workdir}: there is no {name} in its metrics.")
+        raise UserError(f"metric: there is no {name} in the metrics of {workdir}.")
     return curve
 
 
 def draw(workdirs: Sequence[pathlib.Path], metric: str) -> matplotlib.figure.Figure:
-    """Returns the drawing."""
+    """Draw the learning curve of consecutive runs.
+
+    Args:
+      workdirs: Directories of the runs, in order.
+      metric: Name of the metric, such as ``psnr``.
+
+    Raises:
+      UserError: As `read_curve`.
+    """
     figure = matplotlib.figure.Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="thousands of pictures seen", ylabel=f"validation {metric}"
-    )
+    axes = figure.add_subplot()
+    axes.set(xlabel="thousands of images seen", ylabel=f"validation {metric}")
     seen = 0
     for workdir in workdirs:
-        config = json.loads((workdir / "config.json").read_text())
+        config: dict[str, Any] = json.loads(_read(workdir / "config.json"))
         steps, values = zip(*read_curve(workdir, metric))
-        pictures = [seen + step * config["batch_size"] for step in steps]
-        seen = pictures[-1]
+        images = [seen + step * config["batch_size"] for step in steps]
+        seen = images[-1]
         size = config["image_size"]
         label = f"{workdir.name}, {size} x {size}"
-        axes.plot([n / 1e3 for n in pictures], values, marker="o", label=label)
+        axes.plot([n / 1e3 for n in images], values, marker="o", label=label)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def main() -> None:
-    """Draws what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Draw the runs that the command line names."""
+    parser = argparse.ArgumentParser(
+        description="Plot a validation metric over the training of consecutive runs."
+    )
     parser.add_argument("workdirs", metavar="WORKDIR", type=pathlib.Path, nargs="+")
-    parser.add_argument("--metric", default="psnr")
-    parser.add_argument("--out", type=pathlib.Path, default="curve.svg")
+    parser.add_argument("--metric", default="psnr", help="metric (default: psnr)")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default="curve.svg",
+        help="file to write: .svg, .png or .pdf (default: curve.svg)",
+    )
     arguments = parser.parse_args()
     try:
-        draw(arguments.workdirs, arguments.metric).savefig(arguments.out)
-    except (OSError, ValueError) as error:
+        figure = draw(arguments.workdirs, arguments.metric)
+    except UserError as error:
         parser.error(str(error))
+    try:
+        figure.savefig(arguments.out)
+    except (OSError, ValueError) as error:  # An unwritable folder; an unknown suffix.
+        parser.error(f"--out: cannot write {arguments.out}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Makes a trained network wider: the same output, with room to learn more.
+"""Widens a trained network: the same output, with more features to learn with.
 
     python tools/widen.py runs/release-ragged wide.safetensors --width=48
 
-Adds features to every stage. What was there does not see them: their weights into it
-are zero, where training can start from, while those into themselves are drawn as for a
-new network. So training goes on where it was (`config.init_from`), instead of from the
-beginning; cf. Chen et al. 2016, "Net2Net", which copies features instead.
+It adds features to every stage. The existing features do not see them: the weights from
+new to old features are zero, from which training can move them, and the weights into
+new features are drawn as for a new network. So training (with `config.init_from`)
+continues from the trained network instead of starting again; cf. Chen et al. 2016,
+"Net2Net", which copies features instead.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,33 +20,36 @@ import numpy as np
 from flax import traverse_util
 
 from pconv_jax import unet
-from pconv_jax.runs import opening
+from pconv_jax._errors import RunError, UserError
 from pconv_jax.unet import PConvUNet, paper_stages
-from pconv_jax.weights import pretrained
+from pconv_jax.weights.pretrained import from_pretrained, save_pretrained
 
 
 def widen(
     model: PConvUNet, variables: Mapping[str, Any], *, width: int, key: jax.Array
 ) -> tuple[PConvUNet, dict[str, Any]]:
-    """Returns a wider network that gives the same output, or nearly so.
+    """Widen a network, so that the output stays the same or nearly so.
 
-    Of partial convolutions it is the same where nothing is missing. The last one counts
-    valid values of the image and of the features below together, and as there are more
-    features, the image counts less.
+    For partial convolutions it is the same where nothing is missing. The last one
+    counts the valid values of the image and of the features below together; if there
+    are more features, the image counts less.
 
     Args:
-      model: the network, of the paper's stages.
-      variables: its ``params`` and ``batch_stats``.
-      width: features of its first stage, then.
-      key: of the weights that are drawn.
+      model: The network, with the paper's stages.
+      variables: Its ``params`` and ``batch_stats``.
+      width: Features of the first stage of the wider network.
+      key: Key of the new weights.
+
+    Returns:
+      The wider network and its variables.
 
     Raises:
-      ValueError: if the network has stages of its own, or is not narrower.
+      UserError: If the network does not have the paper's stages, or is not narrower.
     """
     depth, before = len(model.encoder), model.encoder[0].features
     stages = paper_stages(depth=depth, width=before, out_features=model.out_features)
     if (tuple(model.encoder), tuple(model.decoder)) != stages or before >= width:
-        raise ValueError(
+        raise UserError(
             "model must have the paper's stages, and fewer features in the first than "
             f"width = {width}, got {unet.model_config(model)['stages']}."
         )
@@ -52,12 +57,12 @@ def widen(
     size = 2 * model.size_multiple
     images = jnp.zeros((1, size, size, model.out_features))
     drawn = jax.jit(wide.init)(key, images, jnp.ones((1, size, size, 1)))
-    arrays = traverse_util.flatten_dict(jax.tree.map(np.array, drawn))
-    old = traverse_util.flatten_dict(dict(variables))
+    arrays = _flatten(jax.tree.map(np.array, drawn))
+    old = _flatten(variables)
     inputs = dict(zip(_names(model), zip(_inputs(model), _inputs(wide))))
     for path, array in old.items():
         kept = slice(array.shape[-1])
-        if path[1] == "head":  # It is as wide as the output.
+        if path[1] == "head":  # It is only as wide as the output.
             arrays[path] = array
         elif path[-1] == "kernel":
             arrays[path][..., kept] = 0
@@ -67,45 +72,68 @@ def widen(
     return wide, traverse_util.unflatten_dict(arrays)
 
 
+def _flatten(variables: Mapping[str, Any]) -> dict[tuple[str, ...], np.ndarray]:
+    # Flax's annotation of the result has the types of empty nodes as well.
+    return dict(traverse_util.flatten_dict(variables))  # pyright: ignore[reportReturnType]
+
+
 def _names(model: PConvUNet) -> list[str]:
+    """Name the convolutions, in order."""
     return [f"pconv{i + 1}" for i in range(len(model.encoder) + len(model.decoder))]
 
 
 def _inputs(model: PConvUNet) -> list[Sequence[int]]:
-    """Returns the channels of each convolution's sources, in the order of `_names`."""
+    """List the channels of each convolution's operands, in the order of `_names`."""
     first = model.out_features + (model.conv == "standard")  # The image, and the mask.
     encoder = [first, *(stage.features for stage in model.encoder)]
     below = [encoder[-1], *(stage.features for stage in model.decoder[:-1])]
     skips = reversed(encoder[:-1])
-    return [(channels,) for channels in encoder[:-1]] + list(zip(below, skips))
+    return [*((channels,) for channels in encoder[:-1]), *zip(below, skips)]
 
 
 def _places(old: Sequence[int], new: Sequence[int]) -> list[int]:
-    """Returns where the old channels are among the new ones, source by source."""
-    starts = np.cumsum([0, *new[:-1]])
+    """List the positions of the old channels among the new ones, by operand."""
+    starts = np.cumsum([0, *new[:-1]]).tolist()
     return [start + i for start, channels in zip(starts, old) for i in range(channels)]
 
 
 def main() -> None:
-    """Writes what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", help="the workdir of a run, or a release")
-    parser.add_argument("out", help="the release to write")
-    parser.add_argument("--width", type=int, help="of the result; by default twice")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    """Widen the network that the command line names."""
+    parser = argparse.ArgumentParser(
+        description="Widen a trained network: the same output, with more features."
+    )
+    parser.add_argument("source", help="directory of a run, or weights")
+    parser.add_argument("out", help="weights file to write (.safetensors)")
+    parser.add_argument(
+        "--width", type=int, help="features of the first stage (default: twice as many)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the new weights (default: 0)"
+    )
     arguments = parser.parse_args()
     try:
-        trained = opening.load_network(arguments.source)
+        model, variables = _load(arguments.source)
         model, variables = widen(
-            trained.model,
-            trained.variables,
-            width=arguments.width or 2 * trained.model.encoder[0].features,
+            model,
+            variables,
+            width=arguments.width or 2 * model.encoder[0].features,
             key=jax.random.key(arguments.seed),
         )
-        pretrained.save_pretrained(arguments.out, model, variables)
-    except (OSError, ValueError) as error:
+        save_pretrained(arguments.out, model, variables)
+    except (UserError, RunError) as error:
         parser.error(str(error))
     print(f"{arguments.out}: a network of width {model.width}.")
+
+
+def _load(source: str) -> tuple[PConvUNet, Mapping[str, Any]]:
+    if not Path(source).is_dir():
+        model, variables, _ = from_pretrained(source)
+        return model, variables
+    # A checkpoint needs the packages of training; weights need only those of the core.
+    from pconv_jax.runs.opening import load_run
+
+    trained = load_run(source)
+    return trained.model, trained.variables
 
 
 if __name__ == "__main__":

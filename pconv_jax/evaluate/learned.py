@@ -1,4 +1,4 @@
-"""Metrics by networks, as far as there are weights of these."""
+"""Metrics that need a network with trained weights: LPIPS, FID, Inception Score."""
 
 import contextlib
 import functools
@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from pconv_jax._errors import RunError, UserError
 from pconv_jax.metrics import inception, lpips
 from pconv_jax.runs import parallel
 from pconv_jax.weights.inception import load_inception_params
@@ -17,15 +19,15 @@ from pconv_jax.weights.lpips import load_lpips_params
 from pconv_jax.weights.vgg import load_vgg_params
 
 _SMALLEST_LPIPS = 31  # Pixels.
-_FEATURES = 2048  # Of Inception; the logits come after them.
+_FEATURES = 2048  # Inception's features; its logits follow them.
 
 
-class Learned:
-    """The networks of these metrics.
+class LearnedMetrics:
+    """The networks of learned metrics, for those whose weights are available.
 
     Attributes:
-      left_out: a line about each metric that there is no network for.
-      fingerprint: a digest of the weights.
+      left_out: A sentence about each metric that has no network.
+      fingerprint: A digest of the weights.
     """
 
     def __init__(
@@ -35,21 +37,22 @@ class Learned:
         published: bool = True,
         vgg_weights: str | None = None,
     ):
-        """Looks for weights, and downloads them if they can be had.
+        """Load the weights, downloading them if that is possible.
 
         Args:
-          image_size: side of the pictures, in pixels.
-          published: whether to compute LPIPS, FID and Inception Score.
-          vgg_weights: of `lpips.vgg_distance`, see `load_vgg_params`; or None.
+          image_size: Side of the images, in pixels.
+          published: Whether to compute LPIPS, FID and Inception Score (the default).
+          vgg_weights: Weights for `lpips.vgg_distance`, see `load_vgg_params`. None
+            (the default) leaves this metric out.
 
         Raises:
-          ValueError: if ``vgg_weights`` cannot be read.
+          UserError: If ``vgg_weights`` cannot be read.
         """
         self.left_out: list[str] = []
         self._lpips = self._inception = None
         self._vgg = None if vgg_weights is None else load_vgg_params(vgg_weights)
         if published:
-            self._find_published(image_size)
+            self._load_published(image_size)
         digest = hashlib.blake2b(digest_size=16)
         for leaf in jax.tree.leaves([self._lpips, self._inception, self._vgg]):
             digest.update(np.asarray(leaf).tobytes())
@@ -58,22 +61,15 @@ class Learned:
         self._inception = self._inception and parallel.replicate(self._inception)
         self._vgg = self._vgg and parallel.replicate(self._vgg)
 
-    def _find_published(self, image_size: int) -> None:
-        if image_size < _SMALLEST_LPIPS:
-            self.left_out.append(
-                f"lpips: it takes pictures of {_SMALLEST_LPIPS} pixels and more, and "
-                f"image_size is {image_size}."
-            )
-        else:
-            self._lpips = self._load("lpips", load_lpips_params)
-        self._inception = self._load("fid, inception_score", load_inception_params)
-
     def distances(self, images: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns what there is of ``lpips`` and ``vgg_distance``, ``[N]`` each.
+        """Compute ``lpips`` and ``vgg_distance``, if their weights are available.
 
         Args:
           images: uint8 ``[N, H, W, 3]``.
-          truth: of the same shape.
+          truth: True images of the same shape.
+
+        Returns:
+          The distances by name, ``[N]`` each.
         """
         pair = {"a": images, "b": truth}
         found = {}
@@ -86,40 +82,58 @@ class Learned:
         return found
 
     def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns ``features``, ``[N, F]``, for `set_metrics`; or nothing."""
+        """Compute ``features``, ``[N, F]``, for `set_metrics`; {} without weights.
+
+        Args:
+          images: uint8 ``[N, H, W, 3]``.
+        """
         if self._inception is None:
             return {}
         return {"features": _compile_inception()(self._inception, {"images": images})}
 
-    def _load(self, name, load):
+    def _load_published(self, image_size: int) -> None:
+        if image_size < _SMALLEST_LPIPS:
+            self.left_out.append(
+                f"lpips: it needs images of at least {_SMALLEST_LPIPS} pixels, and "
+                f"image_size is {image_size}."
+            )
+        else:
+            self._lpips = self._load("lpips", load_lpips_params)
+        self._inception = self._load("fid, inception_score", load_inception_params)
+
+    def _load(
+        self, name: str, load: Callable[[], Mapping[str, Any]]
+    ) -> Mapping[str, Any] | None:
         try:
             return load()
-        except ValueError as error:
+        except (UserError, RunError) as error:
             self.left_out.append(f"{name}: {error}")
             return None
 
 
 def set_metrics(features: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Returns metrics of a set of pictures.
+    """Compute the metrics of a set of images.
 
     Args:
-      features: of the pictures, `Learned.features`.
-      truth: of the true ones.
+      features: `LearnedMetrics.features` of the images, ``[N, F]``.
+      truth: Those of the true images, ``[M, F]``.
 
     Returns:
-      ``fid`` and ``inception_score``, if there are two of each at least.
+      ``fid`` and ``inception_score``; {} if either set has fewer than two images.
     """
     if min(len(features), len(truth)) < 2:
         return {}
-    with _quiet(inception.__name__):  # Its warning is in the metric's definition.
-        pair = (x[:, :_FEATURES] for x in (features, truth))
-        distance = inception.frechet_distance(*pair)
+    # The definition of the metric has its warning about small sets.
+    with _quiet(inception.__name__):
+        distance = inception.frechet_distance(
+            features[:, :_FEATURES], truth[:, :_FEATURES]
+        )
     score, _ = inception.inception_score(features[:, _FEATURES:], splits=1)
     return {"fid": round(distance, 4), "inception_score": round(score, 4)}
 
 
 @functools.cache
-def _compile_distance(distance: Callable[..., jax.Array]):
+def _compile_distance(distance: Callable[..., jax.Array]) -> Callable[..., np.ndarray]:
     def step(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         a, b = (batch[name].astype(np.float32) / 255 for name in ("a", "b"))
         return distance(params, a, b)
@@ -128,16 +142,17 @@ def _compile_distance(distance: Callable[..., jax.Array]):
 
 
 @functools.cache
-def _compile_inception():
+def _compile_inception() -> Callable[..., np.ndarray]:
     def step(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         both = inception.features_and_logits(params, batch["images"])
-        return jax.numpy.concatenate(both, axis=-1)
+        return jnp.concatenate(both, axis=-1)
 
     return parallel.compile_eval_step(step)
 
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
+    """Disable a logger."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:

@@ -1,8 +1,7 @@
-"""What is compared: networks, and what one would use without any.
+"""The methods that an evaluation compares: networks and classical baselines.
 
-A method fills pictures, uint8 ``[N, H, W, 3]``, with masks, uint8 ``[N, H, W, 1]``,
-1 = valid, 0 = hole. What it gives for valid pixels is replaced by the truth in the
-composite.
+A method fills images, uint8 ``[N, H, W, 3]``, with masks, uint8 ``[N, H, W, 1]``,
+1 = valid and 0 = hole. In the composite, the truth replaces its valid pixels.
 """
 
 import functools
@@ -10,13 +9,14 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from pconv_jax import unet
+from pconv_jax._errors import UserError
 from pconv_jax.evaluate.baselines import classical
 from pconv_jax.evaluate.baselines.worker import Worker
 from pconv_jax.runs import parallel
@@ -26,45 +26,56 @@ from pconv_jax.unet import PConvUNet
 
 
 class InpaintResult(NamedTuple):
-    """What a method made of pictures.
+    """Images that a method filled.
 
     Attributes:
-      pictures: uint8 ``[N, H, W, 3]``.
-      seconds: wall time of each, ``[N]``.
-      errors: why the method failed on a picture, or ''; N of them.
+      images: uint8 ``[N, H, W, 3]``.
+      seconds: Wall time of each image, ``[N]``.
+      errors: Why the method failed on an image, or ''; N of them.
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     seconds: np.ndarray
     errors: list[str]
 
 
 class Method(Protocol):
-    """A method to compare.
+    """A method to compare."""
 
-    Attributes:
-      name: in tables and files.
-      description: a sentence about it.
-      is_network: whether valid pixels of what it gives are its own, too.
-      fingerprint: a digest of all that determines what it gives.
-    """
+    @property
+    def name(self) -> str:
+        """Name in tables and file names."""
+        ...
 
-    name: str
-    description: str
-    is_network: bool
-    fingerprint: str
+    @property
+    def description(self) -> str:
+        """A sentence about the method."""
+        ...
+
+    @property
+    def model(self) -> PConvUNet | None:
+        """The network, or None for a baseline.
+
+        The raw output of a network is scored too: its valid pixels are its own.
+        """
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that identifies everything the results depend on."""
+        ...
 
     def fill(self, images: np.ndarray, mask: np.ndarray) -> InpaintResult:
-        """Fills holes. A picture that cannot be filled is told of in `errors`."""
+        """Fill holes; report an image that cannot be filled in `errors`."""
+        ...
 
     def close(self) -> None:
-        """Lets go of what the method holds on to."""
+        """Release resources."""
+        ...
 
 
 class Network:
-    """A network, run on one picture at a time on each device."""
-
-    is_network = True
+    """A network that fills one image at a time on each device."""
 
     def __init__(
         self,
@@ -74,39 +85,40 @@ class Network:
         *,
         description: str = "",
     ):
-        """Puts the network on the devices.
+        """Put the network on the devices.
 
         Args:
-          name: see `Method`.
-          model: the network.
-          variables: its ``params`` and ``batch_stats``.
-          description: see `Method`.
+          name: Name in tables and file names.
+          model: The network.
+          variables: Its ``params`` and ``batch_stats``.
+          description: A sentence about it; by default one that names its convolutions.
         """
         self.name = name
         self.description = description or f"A network ({model.conv} convolutions)."
         self.model = model
-        self.variables = parallel.replicate(variables)
+        self._variables = parallel.replicate(variables)
         self._shapes: set[tuple[int, ...]] = set()
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """See `Method`."""
         digest = hashlib.blake2b(digest_size=16)
         config = unet.model_config(self.model), str(self.model.dtype)
         digest.update(json.dumps(config).encode())
-        for path, leaf in jax.tree.leaves_with_path(self.variables):
+        for path, leaf in jax.tree.leaves_with_path(self._variables):
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()
 
     def fill(self, images: np.ndarray, mask: np.ndarray) -> InpaintResult:
         """See `Method`."""
-        step = compile_fill_step(self.model)
-        if images.shape[1:] not in self._shapes:  # Compiled before it is timed.
-            step(self.variables, {"image": images[:1], "mask": mask[:1]})
+        # Flax modules are hashable, but Flax's annotations hide it.
+        step = compile_fill_step(self.model)  # pyright: ignore[reportArgumentType]
+        if images.shape[1:] not in self._shapes:  # The time is without compilation.
+            step(self._variables, {"image": images[:1], "mask": mask[:1]})
             self._shapes.add(images.shape[1:])
         start = time.perf_counter()
-        filled = step(self.variables, {"image": images, "mask": mask})
+        filled = step(self._variables, {"image": images, "mask": mask})
         seconds = (time.perf_counter() - start) / len(images)
         errors = ["" if ok else "its output is not finite" for ok in filled["finite"]]
         return InpaintResult(filled["output"], np.full(len(images), seconds), errors)
@@ -115,21 +127,22 @@ class Network:
         """See `Method`."""
 
 
-class Classical:
-    """A method of `baselines.classical`, in a process of its own, on one core."""
+class Baseline:
+    """A classical method of `baselines.classical`, on one core in its own process."""
 
-    is_network = False
+    model = None
 
     def __init__(self, name: str, *, time_budget: float = 60.0):
-        """Starts nothing yet.
+        """Describe the baseline; its process starts with the first image.
 
         Args:
-          name: one of `classical.METHODS`.
-          time_budget: seconds that a picture may take before it counts as a failure.
+          name: One of `classical.BASELINES`.
+          time_budget: Seconds that an image may take, 60 by default. A longer time
+            counts as a failure.
         """
         self.name = name
         self.description = classical.DESCRIPTIONS[name]
-        # Of the budget, too: a failure within a small one is none within a large one.
+        # The budget too: an image that fails within a small one may do in a large one.
         parts = (name, self.description, f"{time_budget:g}", classical.versions())
         self.fingerprint = " ".join(parts)
         self._worker = Worker(name, time_budget=time_budget)
@@ -145,56 +158,65 @@ class Classical:
         )
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._worker.close()
 
 
 def get_methods(
     specs: Sequence[str], network: Network | None, *, time_budget: float
 ) -> list[Method]:
-    """Returns the methods that are asked for.
+    """Create methods from their specifications.
 
     Args:
-      specs: names of classical methods; the network's name; ``NAME=PATH`` for others,
-        PATH a workdir or a release; ``all`` for the network and all classical ones.
-      network: the network that is evaluated.
-      time_budget: see `Classical`.
+      specs: Names of baselines; the name of `network`; ``NAME=PATH`` for other
+        networks, where PATH is a run's directory or weights; ``all`` for `network` and
+        all baselines.
+      network: The evaluated network, if there is one.
+      time_budget: Seconds that a baseline may take for an image.
 
     Raises:
-      ValueError: if one is unknown or asked for twice, or there is none.
+      UserError: If a method is unknown or repeated, or if there is none.
     """
-    known = ([network.name] if network else []) + list(classical.METHODS)
+    known = ([network.name] if network else []) + list(classical.BASELINES)
     names = [n for spec in specs for n in (known if spec == "all" else [spec])]
-    methods: list[Method] = []
-    for spec in names:
-        name, is_other, path = spec.partition("=")
-        if is_other:
-            if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(
-                    f"methods: the name in {spec!r} may have letters, digits, '.', '_' "
-                    "and '-'."
-                )
-            other = load_network(path)
-            about = f"A network ({other.model.conv} convolutions) from {path}."
-            methods.append(
-                Network(name, other.model, other.variables, description=about)
-            )
-        elif network and name == network.name:
-            methods.append(network)
-        elif name in classical.METHODS:
-            methods.append(Classical(name, time_budget=time_budget))
-        else:
-            raise ValueError(
-                f"methods: {name!r} is unknown; there are {', '.join(known)}, 'all', "
-                "and NAME=PATH for other networks."
-            )
+    methods = [_get_method(name, network, known, time_budget) for name in names]
     names = [method.name for method in methods]
     if len(set(names)) < len(names) or not names:
-        raise ValueError(f"methods must be some, each once, got {', '.join(specs)}.")
+        raise UserError(
+            f"methods must be non-empty and unique, got {', '.join(specs) or 'none'}."
+        )
     return methods
 
 
+def network_name(model: PConvUNet) -> str:
+    """Get the default name of a network in tables, 'pconv' or 'conv'."""
+    return "pconv" if model.conv == "partial" else "conv"
+
+
 @functools.lru_cache(maxsize=8)
-def compile_fill_step(model: PConvUNet) -> Any:
-    """Returns `inference.fill_step` of a network, for all devices."""
+def compile_fill_step(model: PConvUNet) -> Callable[..., Any]:
+    """Compile `inference.fill_step` of a network for all devices."""
     return parallel.compile_eval_step(functools.partial(fill_step, model=model))
+
+
+def _get_method(
+    spec: str, network: Network | None, known: Sequence[str], time_budget: float
+) -> Method:
+    name, is_other, path = spec.partition("=")
+    if is_other:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(
+                f"methods: the name in {spec!r} may contain only letters, digits, '.', "
+                "'_' and '-'."
+            )
+        other = load_network(path)
+        about = f"A network ({other.model.conv} convolutions) from {path}."
+        return Network(name, other.model, other.variables, description=about)
+    if network and name == network.name:
+        return network
+    if name in classical.BASELINES:
+        return Baseline(name, time_budget=time_budget)
+    raise UserError(
+        f"methods: {name!r} is unknown; use {', '.join(known)}, 'all', or NAME=PATH "
+        "for other networks."
+    )

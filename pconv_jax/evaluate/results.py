@@ -1,57 +1,58 @@
-"""From records of examples to means, intervals, tables and files."""
+"""Results of an evaluation: metrics, means, intervals and tables."""
 
 import csv
 import dataclasses
-import functools
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pconv_jax.evaluate.protocol import MASK_CLASSES, bin_name
+from pconv_jax import masks
+from pconv_jax.evaluate.bootstrap import Interval, cluster_bootstrap
+from pconv_jax.evaluate.eval_set import MASK_CLASSES, bin_name
 from pconv_jax.evaluate.store import Record, key_of
 from pconv_jax.runs.output import format_table
 
 _RESAMPLES = 1000
-_DECIMALS = 6  # Of numbers that are written.
+_DECIMALS = 6  # Of the numbers in results.json.
 
 
 class Metric(NamedTuple):
-    """What a number is.
+    """Definition of a metric.
 
     Attributes:
-      definition: in words, exact enough to compute it.
-      unit: '' if it has none.
-      better: 'lower' or 'higher'.
+      definition: Words that are exact enough to compute it.
+      unit: The unit, or ''.
+      better: Whether lower or higher values are better.
     """
 
     definition: str
     unit: str
-    better: str
+    better: Literal["lower", "higher"]
 
 
 _L1 = "mean absolute difference over all pixels and channels, in percent of the range"
 _PSNR = (
     "peak signal-to-noise ratio over all pixels and channels, 10 log10(1 / mean "
-    "squared error) of values in [0, 1]; null where pictures are equal, which is "
-    "infinite and left out of means"
+    "squared error) of values in [0, 1]; null if both images are equal, because it is "
+    "infinite then; means leave these out"
 )
 _SSIM = (
     "structural similarity (Wang et al. 2004): Gaussian windows of 11 x 11 pixels with "
-    "sigma 1.5 that lie within the picture, K1 = 0.01, K2 = 0.03, biased covariances, "
-    "mean over channels; scikit-image's with gaussian_weights=True and "
+    "sigma 1.5 that lie within the image, K1 = 0.01, K2 = 0.03, biased covariances, "
+    "mean over channels; as scikit-image with gaussian_weights=True and "
     "use_sample_covariance=False"
 )
 _COMP = "of the composite (the truth where valid, the output in the hole)"
-_OUT = "of the network's output itself, valid pixels included"
+_OUT = "of the raw network output, valid pixels included"
 
 METRICS: Mapping[str, Metric] = {
     "l1": Metric(f"{_L1}; {_COMP}", "%", "lower"),
     "l1_hole": Metric(
-        "mean absolute difference over the pixels of the hole and channels, in percent "
-        "of the range; composite and output do not differ there",
+        "mean absolute difference over the pixels and channels of the hole, in percent "
+        "of the range; composite and output are equal there",
         "%",
         "lower",
     ),
@@ -64,8 +65,8 @@ METRICS: Mapping[str, Metric] = {
         "lower",
     ),
     "vgg_distance": Metric(
-        "perceptual distance without learned weights: LPIPS's formula of pool1, pool2 "
-        "and pool3 of the VGG that the evaluation was given, all channels alike; "
+        "perceptual distance without learned channel weights: the formula of LPIPS on "
+        "pool1, pool2 and pool3 of the given VGG, all channels weighted equally; "
         f"{_COMP}",
         "",
         "lower",
@@ -74,57 +75,49 @@ METRICS: Mapping[str, Metric] = {
     "output_psnr": Metric(f"{_PSNR}; {_OUT}", "dB", "higher"),
     "output_ssim": Metric(f"{_SSIM}; {_OUT}", "", "higher"),
 }
-"""All metrics of single examples, by name."""
+"""The metrics of single examples, by name."""
 
 SET_METRICS: Mapping[str, Metric] = {
     "fid": Metric(
         "Frechet Inception distance (Heusel et al. 2017) between all composites of a "
-        "row and the true pictures, by pytorch-fid's network. It depends on how many "
-        "there are, and of fewer than 2048 lies far above that of many: to be compared "
-        "within a row alone",
+        "row and the true images, by the network of pytorch-fid. It depends on the "
+        "number of images, and is far too high for fewer than 2048: compare it only "
+        "between methods, on the same examples",
         "",
         "lower",
     ),
     "inception_score": Metric(
         "Inception Score (Salimans et al. 2016) of all composites of a row, as one "
-        "split. It depends on how many there are",
+        "split. It depends on the number of images",
         "",
         "higher",
     ),
 }
-"""All metrics of sets of examples, by name. They have no intervals."""
+"""The metrics of sets of examples, by name. They have no intervals."""
 
-ALL_METRICS: Mapping[str, Metric] = METRICS | SET_METRICS
+ALL_METRICS: Mapping[str, Metric] = {**METRICS, **SET_METRICS}
 
 INTERVALS = (
-    f"95 % percentile bootstrap, {_RESAMPLES} resamples of pictures: all examples of a "
-    "picture are drawn together"
+    f"95 % percentile bootstrap, {_RESAMPLES} resamples of images: all examples of an "
+    "image are drawn together"
 )
-"""How intervals are made."""
-
-
-class Interval(NamedTuple):
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
+"""How the intervals are computed."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What an evaluation found.
+    """The results of an evaluation.
 
     Attributes:
-      examples: one record an example and method: ``method``, ``hole_bin``, ``border``,
-        ``index``, ``picture`` (its number), ``hole_ratio`` and `METRICS`, those of the
-        raw output for networks alone.
-      failures: the same where a method failed, with ``error`` instead of metrics.
-      seconds: of each method, the wall time of every picture.
-      left_out: what could not be evaluated, a sentence each.
-      sets: `SET_METRICS`, if there are any, by method, hole bin and border; these two
-        are None for all of them.
-      seed: of the resampling for intervals.
+      examples: One record for each example and method: ``method``, ``hole_bin``,
+        ``border``, ``index``, ``picture`` (the image's index), ``hole_ratio`` and
+        `METRICS`. Only networks have the metrics of the raw output.
+      failures: Records of failed examples, with ``error`` instead of metrics.
+      seconds: Wall time of every image, by method.
+      left_out: Sentences about everything that could not be evaluated.
+      seed: Seed of the resampling for intervals.
+      sets: `SET_METRICS`, by method, hole bin and border; None stands for all hole bins
+        or for both kinds of border. Empty if there are none.
     """
 
     examples: list[Record]
@@ -138,32 +131,39 @@ class Evaluation:
 
     @property
     def methods(self) -> list[str]:
-        """The methods' names, in their order."""
+        """Names of the methods, in the order of the comparison."""
         both = [*self.examples, *self.failures]
         found = dict.fromkeys(record["method"] for record in both)
         return [name for name in self.seconds if name in found] or list(found)
 
     @property
     def metrics(self) -> list[str]:
-        """The names of the metrics that there are."""
+        """Names of the computed metrics."""
         found = {name for e in self.examples for name in e}
         found |= {name for scores in self.sets.values() for name in scores}
         return [name for name in ALL_METRICS if name in found]
 
     def select(self, **where: Any) -> list[Record]:
-        """Returns examples, e.g. ``select(method='telea', hole_bin=3)``."""
+        """Select examples, e.g. ``select(method='telea', hole_bin=3)``."""
         return [e for e in self.examples if where.items() <= e.items()]
 
     def mean(self, **where: Any) -> dict[str, float]:
-        """Returns mean metrics, e.g. ``mean(hole_bin=3, border=True)``; or of all.
+        """Compute mean metrics, e.g. ``mean(hole_bin=3, border=True)``.
 
-        The PSNR of a perfect composite is infinite, and is left out of its mean. A mean
-        of nothing is NaN.
+        The PSNR of a perfect composite is infinite, so the mean leaves it out. The mean
+        of no value is NaN.
+
+        Args:
+          **where: Fields of the examples, as for `select`. All examples by default.
         """
         return {name: i.mean for name, i in self.intervals(**where).items()}
 
     def intervals(self, **where: Any) -> dict[str, Interval]:
-        """Returns mean metrics with 95 % intervals, see `INTERVALS`."""
+        """Compute mean metrics with 95 % intervals, see `INTERVALS`.
+
+        Args:
+          **where: Fields of the examples, as for `select`. All examples by default.
+        """
         chosen = self.select(**where)
         intervals = {m: self._interval(*_values(chosen, m)) for m in self.metrics}
         if set(where) <= {"method", "hole_bin", "border"} and self.sets:
@@ -176,15 +176,21 @@ class Evaluation:
     def differences(
         self, method: str, reference: str, **where: Any
     ) -> dict[str, Interval]:
-        """Returns metrics of a method less those of another, with 95 % intervals.
+        """Compute metrics of a method minus those of another, with 95 % intervals.
 
-        Differences are taken example by example, of those that both have.
+        The differences are paired: they are taken example by example, where both
+        methods have a value.
+
+        Args:
+          method: Name of the method.
+          reference: Name of the method that is subtracted.
+          **where: Fields of the examples, as for `select`. All examples by default.
         """
-        theirs = {key_of(e): e for e in self.select(method=reference, **where)}
+        others = {key_of(e): e for e in self.select(method=reference, **where)}
         pairs = [
-            (e, theirs[key_of(e)])
+            (e, others[key_of(e)])
             for e in self.select(method=method, **where)
-            if key_of(e) in theirs
+            if key_of(e) in others
         ]
         result = {}
         for name in self.metrics:
@@ -193,12 +199,12 @@ class Evaluation:
                 for a, b in pairs
                 if a.get(name) is not None and b.get(name) is not None
             ]
-            values, pictures = np.array(both).reshape(-1, 2).T
-            result[name] = self._interval(values, pictures)
+            values, images = np.array(both).reshape(-1, 2).T
+            result[name] = self._interval(values, images)
         return result
 
     def table(self) -> list[dict[str, Any]]:
-        """Returns a row for each class of masks, and one for all, of each method."""
+        """Tabulate means: for each method, a row per mask class and one for all."""
         rows = []
         for method in self.methods:
             first = {"method": method} if len(self.methods) > 1 else {}
@@ -210,13 +216,14 @@ class Evaluation:
                     rows.append(first | row | self.mean(**where))
             rows.append(first | {"hole": "all", "border": ""})
             rows[-1] |= self.mean(method=method)
-        return [{_heading(n): _finite(cell) for n, cell in row.items()} for row in rows]
+        return [{heading(n): _finite(cell) for n, cell in row.items()} for row in rows]
 
     def summary(self) -> list[dict[str, Any]]:
-        """Returns means with intervals of all methods, JSON-able.
+        """Summarize means with intervals of all methods, as JSON-able rows.
 
-        A row for each method, hole bin and kind of border, and for all of them. With
-        several methods also the paired differences from the first one.
+        There is a row for each method, hole bin and kind of border, and for all of
+        them. If there are several methods, the rows of the others also have the paired
+        differences from the first one.
         """
         rows = []
         for method in self.methods:
@@ -226,7 +233,7 @@ class Evaluation:
                 chosen = self.select(**where)
                 if not chosen and not failed:
                     continue
-                row = {"method": method} | place
+                row: dict[str, Any] = {"method": method} | place
                 row |= {"examples": len(chosen), "failed": len(failed)}
                 row |= _rounded(self.intervals(**where))
                 if method != self.methods[0]:
@@ -237,7 +244,7 @@ class Evaluation:
         return rows
 
     def timing(self) -> dict[str, dict[str, float]]:
-        """Returns the seconds a picture of each method: median, mean and how many."""
+        """Summarize the seconds per image of each method: median, mean and count."""
         return {
             name: {
                 "median_seconds": float(np.median(values)),
@@ -249,7 +256,7 @@ class Evaluation:
         }
 
     def csv(self) -> str:
-        """Returns a table of all examples and failures, as comma-separated values."""
+        """Format all examples and failures as comma-separated values."""
         columns = ["method", "hole_bin", "border", "index", "picture", "hole_ratio"]
         columns += [*self.metrics, "error"]
         file = io.StringIO()
@@ -259,11 +266,10 @@ class Evaluation:
         return file.getvalue()
 
     def __str__(self) -> str:
-        """Returns the tables as text."""
         return self.format()
 
     def format(self, *, markdown: bool = False) -> str:
-        """Returns the tables as text, or as Markdown."""
+        """Format the tables as plain text (the default) or as Markdown."""
         if len(self.methods) == 1 and not markdown:
             parts = [format_table(self.table(), decimals=3)]
         else:
@@ -272,50 +278,56 @@ class Evaluation:
             parts = [format_table(self.overview(comp), markdown=markdown)]
             if raw:
                 table = format_table(self.overview(raw), markdown=markdown)
-                parts.append(f"Of networks' raw output:\n\n{table}")
+                parts.append(f"Raw output of the networks:\n\n{table}")
             for name in comp:
                 metric = ALL_METRICS[name]
-                title = f"{_heading(name)} ({metric.better} is better)"
+                title = f"{heading(name)} ({metric.better} is better)"
                 title = f"## {title}\n" if markdown else title
                 table = format_table(self.by_hole(name), decimals=3, markdown=markdown)
                 parts.append(f"{title}\n{table}")
-        notes = [*self.left_out, *self.count_failures()]
+        notes = [*self.left_out, *self.failure_notes()]
         if notes:
             bullet = "* " if markdown else ""
             parts.append("\n".join(f"{bullet}{note}" for note in notes))
         return "\n\n".join(parts)
 
     def overview(self, metrics: Sequence[str]) -> list[dict[str, Any]]:
-        """Returns a row for each method that has them: means over all, as text."""
+        """Tabulate means over all examples as text, with a row for each method.
+
+        Args:
+          metrics: Names of the metrics. Methods that have none of them get no row.
+        """
         timing, rows = self.timing(), []
         for method in self.methods:
-            row, intervals = {"method": method}, self.intervals(method=method)
+            intervals = self.intervals(method=method)
             if all(math.isnan(intervals[name].mean) for name in metrics):
                 continue
+            row: dict[str, Any] = {"method": method}
             for name in metrics:
-                row[_heading(name)] = format_interval(intervals[name])
+                row[heading(name)] = format_interval(intervals[name])
             if method in timing:
-                row["s/picture"] = f"{timing[method]['median_seconds']:.3g}"
+                row["s/image"] = f"{timing[method]['median_seconds']:.3g}"
             if self.failures:
                 row["failed"] = sum(f["method"] == method for f in self.failures)
             rows.append(row)
         return rows
 
     def by_hole(self, metric: str) -> list[dict[str, Any]]:
-        """Returns a metric's means: rows of method and border, columns of hole bins."""
+        """Tabulate means of a metric: a row per method and border, a column per bin."""
         rows = []
         for border in (False, True):
             for method in self.methods:
-                row = {"method": method, "border": "yes" if border else "no"}
-                for hole_bin in range(len(MASK_CLASSES) // 2):
+                row: dict[str, Any] = {"method": method}
+                row["border"] = "yes" if border else "no"
+                for hole_bin in range(len(masks.HOLE_BINS)):
                     where = {"method": method, "hole_bin": hole_bin, "border": border}
                     mean = self.mean(**where).get(metric, math.nan)
                     row[bin_name(hole_bin)] = _finite(mean)
                 rows.append(row)
         return rows
 
-    def count_failures(self) -> list[str]:
-        """Returns a sentence for each method that failed, and why it did."""
+    def failure_notes(self) -> list[str]:
+        """Write a sentence about each method that failed, with its reasons."""
         notes = []
         for method in self.methods:
             errors = [f["error"] for f in self.failures if f["method"] == method]
@@ -329,36 +341,25 @@ class Evaluation:
                 )
         return notes
 
-    def _interval(self, values: np.ndarray, pictures: np.ndarray) -> Interval:
-        if not len(values):
-            return Interval(math.nan, math.nan, math.nan)
-        numbers, place = np.unique(pictures, return_inverse=True)
-        sums = np.bincount(place, values)
-        counts = np.bincount(place)
-        drawn = _resamples(len(numbers), self.seed)
-        means = (drawn @ sums) / (drawn @ counts)
-        low, high = np.percentile(means, [2.5, 97.5])
-        return Interval(_mean(values), float(low), float(high))
+    def _interval(self, values: np.ndarray, images: np.ndarray) -> Interval:
+        return cluster_bootstrap(values, images, seed=self.seed, resamples=_RESAMPLES)
 
 
 def format_interval(interval: Interval, *, decimals: int = 3) -> str:
-    """Returns e.g. '24.310 [23.902, 24.711]'."""
+    """Format an interval, e.g. as '24.310 [23.902, 24.711]'; NaN as ''."""
     if not math.isfinite(interval.mean):
         return ""
     mean, low, high = (f"{x:.{decimals}f}" for x in interval)
     return f"{mean} [{low}, {high}]" if math.isfinite(interval.low) else mean
 
 
-@functools.lru_cache(maxsize=32)
-def _resamples(pictures: int, seed: int) -> np.ndarray:
-    """How often each picture is drawn in each resample, ``[R, P]``."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(pictures, np.full(pictures, 1 / pictures), _RESAMPLES)
-
-
 def groups() -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
-    """Yields names and conditions of the groups of examples that are summed up."""
-    holes = [*range(len(MASK_CLASSES) // 2), None]
+    """Iterate over the groups of examples that `Evaluation.summary` has rows for.
+
+    Yields:
+      The group's names for people, and its fields for `Evaluation.select`.
+    """
+    holes = [*range(len(masks.HOLE_BINS)), None]
     for border in (False, True, None):
         for hole_bin in holes:
             place = {
@@ -369,21 +370,23 @@ def groups() -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
             yield place, {k: v for k, v in where.items() if v is not None}
 
 
+def heading(name: str) -> str:
+    """Format the heading of a column: a metric's name and unit, or just the name."""
+    unit = ALL_METRICS[name].unit if name in ALL_METRICS else ""
+    return f"{name} {unit}" if unit else name
+
+
 def _values(examples: Sequence[Record], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a metric's values, and the pictures that they are of."""
+    """Collect the finite values of a metric, and the image of each."""
     having = [e for e in examples if e.get(metric) is not None]
     values = np.array([e[metric] for e in having], np.float64)
     finite = np.isfinite(values)
-    pictures = np.array([e["picture"] for e in having])
-    return values[finite], pictures[finite]
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else math.nan
+    images = np.array([e["picture"] for e in having])
+    return values[finite], images[finite]
 
 
 def _finite(cell: Any) -> Any:
-    """Returns None, which JSON knows, for NaN, which it does not."""
+    """Replace NaN, which JSON does not have, by None."""
     return None if isinstance(cell, float) and math.isnan(cell) else cell
 
 
@@ -394,8 +397,3 @@ def _rounded(intervals: Mapping[str, Interval]) -> dict[str, Any]:
         else None
         for name, interval in intervals.items()
     }
-
-
-def _heading(name: str) -> str:
-    unit = ALL_METRICS[name].unit if name in ALL_METRICS else ""
-    return f"{name} {unit}" if unit else name

@@ -1,86 +1,138 @@
-"""What is known of each example, kept in files as it comes.
+"""Records of examples, kept in files so that an evaluation can be resumed.
 
-A record is a dict with ``method``, ``hole_bin``, ``border``, ``index`` and ``picture``,
-with the metrics or, where the method failed, with ``error``; and with ``seconds``.
-Besides there may be a row of features for each example.
+A record is a dict with ``method``, ``hole_bin``, ``border``, ``index``, ``picture``
+(the image's index) and ``seconds``. It also has the metrics or, if the method failed,
+``error``. Each example may also have a row of features.
 """
 
+import contextlib
 import hashlib
 import json
-import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
+from pconv_jax._errors import RunError, UserError
+
 Record = dict[str, Any]
+
 Key = tuple[int, bool, int]
+"""The hole bin, the border and the number of an example."""
 
 
 class Store:
-    """Records of methods, one file of JSON lines each.
+    """Records of methods, in one file of JSON lines for each method.
 
-    A file's name has a digest of all that its records depend on. So an evaluation that
-    was killed goes on where it stopped, and another one does not mistake its records
-    for its own.
+    The name of a file has a digest of everything that its records depend on. So an
+    interrupted evaluation continues where it stopped, and a different one does not
+    reuse its records. `locked` keeps other processes out of the directory.
     """
 
-    def __init__(self, directory: pathlib.Path | None):
-        """Does nothing yet.
+    def __init__(self, directory: Path | None):
+        """Create an empty store; `open` reads the files.
 
         Args:
-          directory: of the files; None keeps records in memory alone.
+          directory: Directory of the files. None keeps the records in memory only.
         """
         self._directory = directory
-        self._paths: dict[str, pathlib.Path] = {}
+        self._paths: dict[str, Path] = {}
         self._records: dict[str, dict[Key, Record]] = {}
         self._features: dict[str, np.ndarray] = {}
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the directory against other processes.
+
+        Two evaluations that append to the same files would mix their records. The lock
+        of a process ends with the process, however it ends.
+
+        Raises:
+          UserError: If another evaluation holds the lock.
+          RunError: If the directory cannot be written to.
+        """
+        if self._directory is None:
+            yield
+            return
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self._directory / ".lock")
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise UserError(
+                f"directory: another evaluation is writing to {self._directory}; wait "
+                "until it has ended, or use another directory."
+            ) from error
+        except OSError as error:
+            raise _cannot_write(self._directory, error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def open(self, method: str, fingerprint: str) -> None:
-        """Reads what there is of a method.
+        """Read the existing records of a method.
 
         Args:
-          method: its name.
-          fingerprint: a digest, or other words, of what its records depend on.
+          method: Name of the method.
+          fingerprint: Text that identifies everything its records depend on.
+
+        Raises:
+          RunError: If the file cannot be read or written.
         """
         self._records[method] = {}
         if self._directory is None:
             return
         digest = hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
-        self._paths[method] = self._directory / f"{method}-{digest}.jsonl"
-        self._directory.mkdir(parents=True, exist_ok=True)
-        with self._paths[method].open("ab+") as file:
-            file.seek(0)
-            lines = file.read().splitlines(keepends=True)
-            if lines and not lines[-1].endswith(b"\n"):
-                file.write(b"\n")  # Torn by a kill.
+        path = self._paths[method] = self._directory / f"{method}-{digest}.jsonl"
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with path.open("ab+") as file:
+                file.seek(0)
+                lines = file.read().splitlines(keepends=True)
+                if lines and not lines[-1].endswith(b"\n"):
+                    file.write(b"\n")  # A kill cut the last line short.
+        except OSError as error:
+            raise _cannot_write(path, error) from error
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except ValueError:  # A line that was cut short.
                 continue
             self._records[method][key_of(record)] = record
 
     def add(self, method: str, records: Iterable[Record]) -> None:
-        """Keeps records, in the file too."""
+        """Add records, in memory and in the file.
+
+        Raises:
+          RunError: If the file cannot be written.
+        """
         records = list(records)
         self._records[method] |= {key_of(record): record for record in records}
         if self._directory is None:
             return
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
-        with self._paths[method].open("a") as file:
-            file.write("".join(lines))
+        try:
+            with self._paths[method].open("a") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            raise _cannot_write(self._paths[method], error) from error
 
     def add_features(
         self, method: str, rows: np.ndarray, features: np.ndarray, *, capacity: int
     ) -> None:
-        """Keeps features of some examples; to be called before their `add`.
+        """Add features of examples. Call it before `add`, which marks them as done.
 
         Args:
-          method: the method's name.
-          rows: numbers of the examples, ``[N]``.
-          features: ``[N, F]``, float32.
-          capacity: how many rows there can be.
+          method: Name of the method.
+          rows: Row numbers of the examples, ``[N]``.
+          features: float32 ``[N, F]``.
+          capacity: Number of rows in total.
+
+        Raises:
+          RunError: If the file cannot be written.
         """
         kept = self._features.get(method)
         if kept is None:
@@ -91,7 +143,12 @@ class Store:
             kept.flush()
 
     def get_features(self, method: str, rows: np.ndarray) -> np.ndarray | None:
-        """Returns the features of examples, or None if there are none."""
+        """Get the features of examples, or None if the method has none.
+
+        Args:
+          method: Name of the method.
+          rows: Row numbers of the examples, ``[N]``.
+        """
         if method not in self._features and self._directory is not None:
             path = self._paths[method].with_suffix(".npy")
             if path.exists():
@@ -99,25 +156,32 @@ class Store:
         kept = self._features.get(method)
         return None if kept is None else np.asarray(kept[rows])
 
-    def _open_features(self, method, shape):
-        if self._directory is None:
-            return np.zeros(shape, np.float32)
-        path = self._paths[method].with_suffix(".npy")
-        if path.exists():
-            kept = np.load(path, mmap_mode="r+")
-            if kept.shape == shape:
-                return kept
-        return np.lib.format.open_memmap(path, "w+", np.float32, shape)
-
     def has(self, method: str, keys: Iterable[Key]) -> bool:
-        """Returns whether all of some examples are done."""
+        """Whether the store has the records of all these examples."""
         return all(key in self._records[method] for key in keys)
 
     def get(self, method: str, keys: Iterable[Key]) -> list[Record]:
-        """Returns the records of examples."""
+        """Get the records of examples."""
         return [self._records[method][key] for key in keys]
+
+    def _open_features(self, method: str, shape: tuple[int, int]) -> np.ndarray:
+        if self._directory is None:
+            return np.zeros(shape, np.float32)
+        path = self._paths[method].with_suffix(".npy")
+        try:
+            if path.exists():
+                kept = np.load(path, mmap_mode="r+")
+                if kept.shape == shape:
+                    return kept
+            return np.lib.format.open_memmap(path, "w+", np.dtype(np.float32), shape)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
 
 
 def key_of(record: Record) -> Key:
-    """Returns the hole bin, the border and the number of an example."""
+    """Get the key of an example's record."""
     return record["hole_bin"], record["border"], record["index"]
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write to {path}: {error.strerror or error}")

@@ -11,6 +11,7 @@ import numpy as np
 from pconv_jax._errors import RunError
 from pconv_jax.data.base import ImageSource
 from pconv_jax.evaluate import runner
+from pconv_jax.evaluate.examples import draw_examples
 from pconv_jax.evaluate.results import Evaluation
 from pconv_jax.runs.checkpoint import Checkpoints
 from pconv_jax.train.loggers import MetricWriter, Progress
@@ -172,7 +173,7 @@ class Draw:
         """Draws the grid of a state."""
         if not self._writer.enabled:  # Only the first process draws.
             return
-        grid = runner.draw_pictures(
+        grid = draw_examples(
             self._model, state.variables, self._images, image_size=self._image_size
         )
         self._writer.write_image(int(state.step), "validation", grid)
@@ -219,7 +220,7 @@ class Validate:
           write: Whether to log the result and add it to the checkpoint; False where an
             earlier run has done so.
         """
-        evaluation = runner.evaluate(
+        evaluation = runner.evaluate_network(
             self._model,
             state.variables,
             self._images,

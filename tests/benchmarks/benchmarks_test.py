@@ -80,8 +80,8 @@ def test_the_report_says_under_which_conditions(report):
 
 @pytest.mark.slow
 def test_growth_is_drawn(report):
-    report, _, picture = report
-    texts = [t.text for t in ElementTree.parse(picture).iter() if t.text]
+    report, _, plot = report
+    texts = [t.text for t in ElementTree.parse(plot).iter() if t.text]
     assert "hole, % of the pixels" in texts and "ms" in texts
     holes = [c for c in report["cases"] if c["case"].startswith("hole ratio")]
     assert [list(c["results"]) for c in holes] == [["90%"]]
@@ -108,8 +108,8 @@ def test_a_variant_that_fails_is_named_and_the_others_are_measured():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--suite speed", "there is no 'speed', only layer, inference"),
-        ("--only (", "is no pattern"),
+        ("--suite speed", "unknown suite 'speed'; the suites are layer, inference"),
+        ("--only (", "is not a valid pattern"),
         ("--rounds 0", "--rounds must be positive, got 0"),
         ("--against torch --torch-python nowhere", "nowhere has no PyTorch"),
     ],

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 import time
 
@@ -8,6 +9,7 @@ import skimage.restoration
 
 from pconv_jax.evaluate.baselines import classical, patchmatch
 from pconv_jax.evaluate.baselines.worker import Worker
+from tests.helpers import ROOT
 
 
 def photo(size=64):
@@ -25,15 +27,15 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
 
 
-@pytest.mark.parametrize("method", classical.METHODS)
-def test_a_hole_is_filled_and_what_it_held_does_not_matter(method):
+@pytest.mark.parametrize("method", classical.BASELINES)
+def test_filling_ignores_the_pixels_in_the_hole(method):
     image, mask = photo(), border_mask()
     filled = classical.fill(image, mask, method=method)
     assert filled.dtype == np.uint8 and filled.shape == image.shape
     np.testing.assert_array_equal(filled[mask == 1], image[mask == 1])
     rng = np.random.default_rng(0)
-    for rubbish in (rng.integers(0, 256, image.shape, np.uint8), np.zeros_like(image)):
-        other = np.where(mask[..., None] == 1, image, rubbish)
+    for garbage in (rng.integers(0, 256, image.shape, np.uint8), np.zeros_like(image)):
+        other = np.where(mask[..., None] == 1, image, garbage)
         again = classical.fill(other, mask[..., None], method=method)
         np.testing.assert_array_equal(again, filled)
     assert psnr(filled, image) > psnr(image * mask[..., None], image) + 2
@@ -42,7 +44,7 @@ def test_a_hole_is_filled_and_what_it_held_does_not_matter(method):
     )
 
 
-def test_methods_are_those_of_the_libraries():
+def test_baselines_equal_the_libraries():
     image, mask = photo(), border_mask()
     holed = image * mask[..., None]
     for method, flag in (("telea", cv2.INPAINT_TELEA), ("navier_stokes", 0)):
@@ -63,7 +65,7 @@ def test_methods_are_those_of_the_libraries():
         (photo(), border_mask(), "magic", "method must be one of mean, telea"),
         (photo() / 255, border_mask(), "mean", "must be uint8 .*float64"),
         (photo(), border_mask(32), "mean", r"mask must be .*\[64, 64, 3\].*\[32, 32\]"),
-        (photo(), np.zeros((64, 64)), "telea", "picture is all hole"),
+        (photo(), np.zeros((64, 64)), "telea", "image is all hole"),
         (photo(), np.eye(64), "patchmatch", "patch of 3 x 3 valid pixels"),
     ],
 )
@@ -73,7 +75,7 @@ def test_mistakes(image, mask, method, message):
 
 
 def texture(height, width, period=8):
-    """A pattern of random colours that repeats itself."""
+    """A pattern of random colors that repeats itself."""
     tile = np.random.default_rng(0).integers(0, 256, (period, period, 3), np.uint8)
     return np.tile(tile, (-(-height // period), -(-width // period), 1))[
         :height, :width
@@ -94,7 +96,7 @@ def test_patchmatch_continues_a_texture(height, width):
 
 
 def test_patchmatch_search_is_nearly_exhaustive():
-    """Against all patches of the picture, one by one."""
+    """Against all patches of the image, one by one."""
     image = cv2.GaussianBlur(photo(40), (0, 0), 1.0).astype(np.float32)
     hole = np.zeros((40, 40), bool)
     hole[15:22, 12:26] = True
@@ -109,7 +111,7 @@ def test_patchmatch_search_is_nearly_exhaustive():
     assert (field._distance < best + 1).mean() > 0.4
 
 
-def test_worker_fills_as_the_function_does_and_tells_of_failures():
+def test_worker_equals_the_function_and_reports_failures():
     image, mask = photo(), border_mask()
     with Worker("telea", time_budget=30) as worker:
         filled = worker.fill(image, mask)
@@ -134,6 +136,16 @@ def test_worker_keeps_to_its_time_budget():
         assert time.monotonic() - start < 20  # With the start of the process.
         assert late.image is None and late.error == "took over 0.3 s"
         assert worker.fill(photo(16), border_mask(64)[:16, 30:46]).error == ""
+
+
+def test_the_worker_starts_without_jax_and_the_packages_of_training():
+    code = "import sys, pconv_jax.evaluate.baselines.worker; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    imported = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "numpy" in imported, done.stderr
+    assert not imported & {"jax", "flax", "grain", "orbax", "tensorflow_datasets"}
 
 
 def test_worker_whose_process_cannot_start(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from pconv_jax import ops
 from pconv_jax.evaluate import results
-from pconv_jax.runs.config import default_config
+from pconv_jax.runs.config import default_config, read_settings
 from pconv_jax.train import loop
 from pconv_jax.unet import PConvUNet
 from tools import ablation
@@ -101,7 +101,7 @@ def test_runs_go_on_and_end_in_a_table(tmp_path, monkeypatch):
         | {"masks.kind": "rectangles", "vgg": None, "phase1.steps": 2}
         | {"phase2.steps": 0, "validation_examples": 1, "evaluation_examples": 2}
     )
-    variants = ["pconv_v1"]
+    settings, variants = read_settings(config), ["pconv_v1"]
     trained, seeds = [], [3]
     train_and_evaluate = loop.train_and_evaluate
 
@@ -112,10 +112,10 @@ def test_runs_go_on_and_end_in_a_table(tmp_path, monkeypatch):
         return train_and_evaluate(config, workdir, **options)
 
     monkeypatch.setattr(loop, "train_and_evaluate", train)
-    assert ablation.run(config, tmp_path, seeds=seeds, variants=variants) is None
-    found = ablation.run(config, tmp_path, seeds=seeds, variants=variants)
+    assert ablation.run(settings, tmp_path, seeds=seeds, variants=variants) is None
+    found = ablation.run(settings, tmp_path, seeds=seeds, variants=variants)
     assert trained == ["pconv_v1-seed3"] * 2
-    again = ablation.run(config, tmp_path, seeds=seeds, variants=variants)
+    again = ablation.run(settings, tmp_path, seeds=seeds, variants=variants)
     assert len(trained) == 2 and again == found
     assert json.loads((tmp_path / "ablation.json").read_text()) == json.loads(
         json.dumps(found)

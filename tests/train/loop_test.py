@@ -196,7 +196,7 @@ def test_an_end_during_validation_costs_no_step(finished, tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "evaluate", end)
+        patch.setattr(runner, "evaluate_network", end)
         with pytest.raises(KeyboardInterrupt):
             loop.train_and_evaluate(tiny(), tmp_path)
     assert read_checkpoint(tmp_path)[0] == 3  # Where only validation is due.

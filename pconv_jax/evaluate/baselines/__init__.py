@@ -1,1 +1,1 @@
-"""Inpainting methods that need no network."""
+"""Baselines: inpainting methods that need no network."""

@@ -1,7 +1,7 @@
-"""What one would use without a network: methods that fill a hole from its picture.
+"""Classical baselines: methods that fill a hole from the same image, without a network.
 
-Pictures are uint8 ``[H, W, 3]``; masks ``[H, W]`` or ``[H, W, 1]``, 1 = valid and 0 =
-hole. No method is told what lies in the hole. None of this needs JAX.
+Images are uint8 ``[H, W, 3]``; masks are ``[H, W]`` or ``[H, W, 1]``, 1 = valid and
+0 = hole. No method sees the pixels in the hole. This module does not need JAX.
 
 References: Bertalmio et al. 2001 (Navier-Stokes), Telea 2004, Damelin and Hoang 2018
 (biharmonic), Barnes et al. 2009 (PatchMatch).
@@ -11,27 +11,29 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-# Pixels around a hole that OpenCV's methods look at: the radius of its examples.
+# Pixels around a hole that OpenCV's methods use; the radius in OpenCV's examples.
 _RADIUS = 3
 
 
 def fill(image: np.ndarray, mask: np.ndarray, *, method: str) -> np.ndarray:
-    """Fills the hole of a picture.
+    """Fill the hole of an image.
 
     Args:
-      image: uint8 ``[H, W, 3]``. What it has in the hole does not matter.
-      mask: ``[H, W]`` or ``[H, W, 1]``, 1 = valid, 0 = hole.
-      method: one of `METHODS`.
+      image: uint8 ``[H, W, 3]``. Its pixels in the hole do not matter.
+      mask: ``[H, W]`` or ``[H, W, 1]``, 1 = valid and 0 = hole.
+      method: One of `BASELINES`.
 
     Returns:
-      uint8 ``[H, W, 3]``; valid pixels are those of `image`.
+      uint8 ``[H, W, 3]``, with the valid pixels of `image`.
 
     Raises:
-      ValueError: if there is no such method, shapes do not fit, or the picture is all
-        hole, or has too few valid pixels for PatchMatch to copy from.
+      ValueError: If the method is unknown, shapes do not match, the image is all hole,
+        or it has too few valid pixels for PatchMatch to copy from.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    if method not in BASELINES:
+        raise ValueError(
+            f"method must be one of {', '.join(BASELINES)}, got {method!r}."
+        )
     image, mask = np.asarray(image), np.asarray(mask)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(
@@ -39,22 +41,22 @@ def fill(image: np.ndarray, mask: np.ndarray, *, method: str) -> np.ndarray:
         )
     if mask.shape not in (image.shape[:2], (*image.shape[:2], 1)):
         raise ValueError(
-            f"mask must be [H, W] or [H, W, 1] as image, {list(image.shape)}, got "
-            f"{list(mask.shape)}."
+            "mask must be [H, W] or [H, W, 1] and match the shape of image, "
+            f"{list(image.shape)}, got {list(mask.shape)}."
         )
     hole = mask.reshape(image.shape[:2]) == 0
     if hole.all():
-        raise ValueError("mask must have a valid pixel, but the picture is all hole.")
+        raise ValueError("mask must have a valid pixel, but the image is all hole.")
     if not hole.any():
         return image.copy()
-    # OpenCV's methods do read a hole's pixels, at the border of a picture.
+    # At the image border, OpenCV's methods do read pixels of the hole.
     holed = np.where(hole[..., None], np.uint8(0), image)
-    filled = METHODS[method](holed, hole)
+    filled = BASELINES[method](holed, hole)
     return np.where(hole[..., None], filled, image)
 
 
 def versions() -> str:
-    """Returns the versions of the libraries that compute the methods, in a line."""
+    """List the versions of the libraries that the baselines use, in one line."""
     import cv2
     import scipy
     import skimage
@@ -82,7 +84,7 @@ def _navier_stokes(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
 def _biharmonic(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     from skimage.restoration import inpaint_biharmonic
 
-    # Region by region: the same equations, in many small systems.
+    # Splitting into regions gives the same equations, in many small systems.
     filled = inpaint_biharmonic(image, hole, split_into_regions=True, channel_axis=-1)
     return np.rint(np.clip(filled, 0, 1) * 255).astype(np.uint8)
 
@@ -93,14 +95,14 @@ def _patchmatch(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     return patchmatch.complete(image, hole)
 
 
-METHODS: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+BASELINES: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "mean": _mean,
     "telea": _telea,
     "navier_stokes": _navier_stokes,
     "biharmonic": _biharmonic,
     "patchmatch": _patchmatch,
 }
-"""Functions of a picture that is 0 in the hole, and of the hole, bool ``[H, W]``."""
+"""Functions of an image that is 0 in the hole, and of the hole, bool ``[H, W]``."""
 
 DESCRIPTIONS: Mapping[str, str] = {
     "mean": "The mean of the valid pixels.",
@@ -110,8 +112,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     ),
     "biharmonic": "scikit-image's inpaint_biharmonic, Damelin and Hoang 2018.",
     "patchmatch": (
-        "Patches of 7 x 7 matched by PatchMatch (Barnes et al. 2009) and voting at "
-        "several scales (Wexler et al. 2007), this package's implementation."
+        "Patches of 7 x 7 pixels, matched by PatchMatch (Barnes et al. 2009), that "
+        "vote at several scales (Wexler et al. 2007); this package's implementation."
     ),
 }
-"""What the methods are."""
+"""A sentence about each of `BASELINES`."""

@@ -1,39 +1,40 @@
-"""Image completion by patches from elsewhere in the picture.
+"""Image completion with patches from elsewhere in the image.
 
-Wexler et al. 2007 ("Space-Time Completion of Video"): from coarse to fine, each patch
-that meets the hole looks for the most similar patch that does not, and each pixel of
-the hole becomes the weighted mean of what these patches say, by turns. The search is
-PatchMatch (Barnes et al. 2009, section 3): random tries around a good match, and
-neighbours that pass theirs on. All pixels are searched at once, so that NumPy does it;
-matches are passed on over 8, 4, 2 and 1 pixels instead of in one sweep.
+The method is that of Wexler et al. 2007 ("Space-Time Completion of Video"), from coarse
+to fine scales. It alternates two steps: each patch that overlaps the hole searches for
+the most similar patch outside it, and each pixel of the hole becomes the weighted mean
+of its values in these patches. The search is PatchMatch (Barnes et al. 2009, section
+3): random search around a good match, and propagation of matches between neighbors.
+All pixels are searched at once, so that NumPy can vectorize the search; matches are
+propagated over 8, 4, 2 and 1 pixels instead of in one sweep.
 """
 
 import cv2
 import numpy as np
 
-_COARSEST = 24  # Pixels of the shorter side below which there is no coarser scale.
-_ROUNDS = 5  # Of search and vote at the finest scale; two more at each coarser one.
+_COARSEST = 24  # Smallest side of the coarsest scale, in pixels.
+_ROUNDS = 5  # Search and vote rounds at the finest scale; each coarser one has 2 more.
 _MOST_ROUNDS = 12
-_FALLOFF = 1.3  # Of the weight of a patch, a pixel farther into the hole.
+_FALLOFF = 1.3  # A patch that lies a pixel deeper in the hole has 1 / 1.3 the weight.
 
 
 def complete(
     image: np.ndarray, hole: np.ndarray, *, patch_size: int = 7, seed: int = 0
 ) -> np.ndarray:
-    """Fills a hole with what patches from elsewhere in the picture agree on.
+    """Fill a hole with patches from elsewhere in the image.
 
     Args:
-      image: uint8 ``[H, W, C]``. What it has in the hole does not matter.
+      image: uint8 ``[H, W, C]``. Its pixels in the hole do not matter.
       hole: bool ``[H, W]``.
-      patch_size: side of the patches, odd. Where no patch of this size is free of the
-        hole, smaller ones are taken, down to 3.
-      seed: of the search.
+      patch_size: Side of the patches in pixels, odd; 7 by default. If no patch of this
+        size is free of the hole, smaller ones are used, down to 3.
+      seed: Seed of the random search, 0 by default.
 
     Returns:
-      uint8 ``[H, W, C]``; valid pixels are those of `image`.
+      uint8 ``[H, W, C]``, with the valid pixels of `image`.
 
     Raises:
-      ValueError: if there is not even a patch of 3 x 3 valid pixels.
+      ValueError: If there is no patch of 3 x 3 valid pixels.
     """
     rng = np.random.default_rng(seed)
     scales = [(np.where(hole[..., None], 0, image).astype(np.float32), hole)]
@@ -64,12 +65,22 @@ def complete(
 
 
 class _Field:
-    """For each patch that meets the hole, the best patch found that does not.
+    """The best match found for each patch that overlaps the hole (a target).
 
-    Pixels are numbered in the picture with a margin of half a patch, which repeats it.
+    Matches are patches that do not overlap it (sources). Patches are identified by the
+    number of their center pixel, in the image with a margin of half a patch, which
+    repeats the border.
     """
 
-    def __init__(self, known, missing, size, rng, coarser):
+    def __init__(
+        self,
+        known: np.ndarray,
+        missing: np.ndarray,
+        size: int,
+        rng: np.random.Generator,
+        coarser: np.ndarray | None,
+    ):
+        """Start from the matches of the coarser scale, or at random if it is None."""
         radius = size // 2
         self._radius, self._rng = radius, rng
         self._shape = missing.shape
@@ -78,12 +89,12 @@ class _Field:
         self._offsets = (step[:, None] * self._width + step).ravel()
         grown = cv2.dilate(missing.astype(np.uint8), np.ones((size, size)))
         self._targets = self._number(np.argwhere(grown))
-        sources = np.argwhere(_free_centres(missing, size))
+        sources = np.argwhere(_free_centers(missing, size))
         self._sources = self._number(sources)
         pixels = (missing.shape[0] + 2 * radius) * self._width
         self._is_source = np.zeros(pixels, bool)
         self._is_source[self._sources] = True
-        self._place = np.full(pixels, -1)  # Of a pixel among the targets.
+        self._place = np.full(pixels, -1)  # Index of a pixel among the targets.
         self._place[self._targets] = np.arange(len(self._targets))
         self._patches = np.zeros((pixels, size * size * known.shape[-1]), np.uint8)
         self._patches[self._sources] = self._gather(known, self._sources)
@@ -96,30 +107,30 @@ class _Field:
         if coarser is not None:
             self._start_from(coarser)
 
-    def matches(self):
-        """Returns rows and columns of the matches ``[H, W, 2]``, -1 where none."""
+    def matches(self) -> np.ndarray:
+        """Rows and columns of the matches, ``[H, W, 2]``; -1 where there is none."""
         field = np.full((*self._shape, 2), -1)
         rows, columns = self._rows_and_columns(self._targets)
         field[rows, columns] = np.stack(self._rows_and_columns(self._match), axis=-1)
         return field
 
-    def search(self, estimate):
-        """Improves the matches of the patches of an estimate."""
+    def search(self, estimate: np.ndarray) -> None:
+        """Improve the matches, given an estimate of the image."""
         wanted = self._gather(estimate, self._targets).astype(np.float32)
         self._distance = self._distances(wanted, self._match)
         extent = max(self._shape)
         for stride in (8, 4, 2, 1):
             for shift in (stride, -stride, stride * self._width, -stride * self._width):
-                neighbour = np.clip(self._targets - shift, 0, len(self._place) - 1)
-                place = self._place[neighbour]
+                neighbor = np.clip(self._targets - shift, 0, len(self._place) - 1)
+                place = self._place[neighbor]
                 self._try(wanted, np.where(place >= 0, self._match[place] + shift, -1))
             reach = max(1, extent * stride // 32)
             rows, columns = self._rng.integers(-reach, reach + 1, (2, len(wanted)))
             self._try(wanted, self._match + rows * self._width + columns)
         self._try(wanted, self._rng.choice(self._sources, len(wanted)))
 
-    def vote(self, estimate):
-        """Returns the estimate with the hole as the matches have it."""
+    def vote(self, estimate: np.ndarray) -> np.ndarray:
+        """Replace the hole of an estimate by the weighted mean of the matches."""
         spread = np.percentile(self._distance, 75) + 1
         weight = self._weight * np.exp(-self._distance / (2 * spread))
         padded = self._pad(estimate).reshape(len(self._place), -1)
@@ -129,16 +140,16 @@ class _Field:
         for i, offset in enumerate(self._offsets):
             pixel = self._targets + offset
             hit = self._missing[pixel]
-            # A pixel is met once for each offset: plain indexing adds up.
-            said = self._patches[self._match[hit], i * channels : (i + 1) * channels]
-            votes[pixel[hit]] += weight[hit, None] * said
+            # Each pixel occurs at most once per offset, so += with an index is safe.
+            vote = self._patches[self._match[hit], i * channels : (i + 1) * channels]
+            votes[pixel[hit]] += weight[hit, None] * vote
             total[pixel[hit]] += weight[hit, None]
         voted = np.where(self._missing[:, None], votes / total, padded)
         r, (height, width) = self._radius, self._shape
         voted = voted.reshape(height + 2 * r, self._width, channels)
         return voted[r : r + height, r : r + width]
 
-    def _start_from(self, coarser):
+    def _start_from(self, coarser: np.ndarray) -> None:
         rows, columns = self._rows_and_columns(self._targets)
         limits = np.array(coarser.shape[:2]) - 1
         above = coarser[tuple(np.minimum([rows // 2, columns // 2], limits[:, None]))]
@@ -149,7 +160,8 @@ class _Field:
         found &= self._is_source[number]
         self._match = np.where(found, number, self._match)
 
-    def _try(self, wanted, match):
+    def _try(self, wanted: np.ndarray, match: np.ndarray) -> None:
+        """Take matches that are valid and better than the present ones."""
         match = np.where((match >= 0) & (match < len(self._is_source)), match, 0)
         new = np.flatnonzero(self._is_source[match] & (match != self._match))
         match = match[new]
@@ -158,30 +170,31 @@ class _Field:
         new, match, distance = new[better], match[better], distance[better]
         self._match[new], self._distance[new] = match, distance
 
-    def _distances(self, wanted, match):
+    def _distances(self, wanted: np.ndarray, match: np.ndarray) -> np.ndarray:
         difference = wanted - self._patches[match]
         return np.einsum("ij,ij->i", difference, difference)
 
-    def _gather(self, image, centres):
+    def _gather(self, image: np.ndarray, centers: np.ndarray) -> np.ndarray:
         padded = np.rint(self._pad(image)).astype(np.uint8)
         padded = padded.reshape(-1, image.shape[-1])
-        patches = padded[centres[:, None] + self._offsets]
-        return patches.reshape(len(centres), -1)
+        patches = padded[centers[:, None] + self._offsets]
+        return patches.reshape(len(centers), -1)
 
-    def _pad(self, image):
-        return cv2.copyMakeBorder(image, *[self._radius] * 4, cv2.BORDER_REPLICATE)
+    def _pad(self, image: np.ndarray) -> np.ndarray:
+        r = self._radius
+        return cv2.copyMakeBorder(image, r, r, r, r, cv2.BORDER_REPLICATE)
 
-    def _number(self, places):
+    def _number(self, places: np.ndarray) -> np.ndarray:
         rows, columns = np.asarray(places).T + self._radius
         return rows * self._width + columns
 
-    def _rows_and_columns(self, numbers):
+    def _rows_and_columns(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, columns = np.divmod(numbers, self._width)
         return rows - self._radius, columns - self._radius
 
 
-def _halve(image, hole):
-    """Returns picture and hole at half the size, of valid pixels alone."""
+def _halve(image: np.ndarray, hole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Halve the size of image and hole; only valid pixels contribute."""
     height, width = hole.shape
     size = ((width + 1) // 2, (height + 1) // 2)
     valid = np.where(hole, np.float32(0), np.float32(1))
@@ -192,8 +205,8 @@ def _halve(image, hole):
     return np.where(smaller[..., None], np.float32(0), mean), smaller
 
 
-def _free_centres(hole, size):
-    """Returns where the centres of patches are that have neither hole nor margin."""
+def _free_centers(hole: np.ndarray, size: int) -> np.ndarray:
+    """Mark the centers of patches that contain neither hole nor margin."""
     free = cv2.erode(
         (~hole).astype(np.uint8),
         np.ones((size, size)),
@@ -203,11 +216,11 @@ def _free_centres(hole, size):
     return free > 0
 
 
-def _has_patch(hole, size):
-    return _free_centres(hole, size).any()
+def _has_patch(hole: np.ndarray, size: int) -> bool:
+    return bool(_free_centers(hole, size).any())
 
 
-def _fitting_size(hole, largest):
+def _fitting_size(hole: np.ndarray, largest: int) -> int:
     for size in range(largest, 2, -2):
         if _has_patch(hole, size):
             return size
@@ -216,14 +229,15 @@ def _fitting_size(hole, largest):
     )
 
 
-def _nearest_valid(image, hole):
-    """Returns the picture with each pixel of the hole as the valid one next to it."""
+def _nearest_valid(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Replace each pixel of the hole by the nearest valid one."""
     _, labels = cv2.distanceTransformWithLabels(
         hole.astype(np.uint8),
         cv2.DIST_L2,
         cv2.DIST_MASK_5,
         labelType=cv2.DIST_LABEL_PIXEL,
     )
-    colours = np.zeros((labels.max() + 1, image.shape[-1]), np.float32)
-    colours[labels[~hole]] = image[~hole]
-    return colours[labels]
+    labels = labels.astype(np.intp)
+    colors = np.zeros((labels.max() + 1, image.shape[-1]), np.float32)
+    colors[labels[~hole]] = image[~hole]
+    return colors[labels]

@@ -1,8 +1,8 @@
-"""A process that fills pictures, one at a time, on one core and within a time budget.
+"""A process that fills images one at a time, on one core, within a time budget.
 
-Compiled code of others cannot be interrupted, and may crash: in a process of its own
-it is ended, and takes nothing with it. The process imports neither JAX nor this
-program's main module.
+Other libraries' compiled code cannot be interrupted and may crash. In its own process
+it can be killed without harm to the evaluation. The process imports neither JAX nor
+the program's main module.
 """
 
 import os
@@ -12,23 +12,23 @@ import subprocess
 import sys
 import threading
 import time
-from typing import NamedTuple, Self
+from typing import IO, NamedTuple, Self
 
 import numpy as np
 
 from pconv_jax.evaluate.baselines import classical
 
-# For libraries that would use all cores.
+# Libraries would use all cores otherwise.
 _ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
 
 
 class WorkerResult(NamedTuple):
-    """What became of a picture.
+    """The result for one image.
 
     Attributes:
       image: uint8 ``[H, W, 3]``, or None if the method failed.
-      seconds: that the method took, without the start of the process.
-      error: why it failed, or ''.
+      seconds: Time of the method, without the start of the process.
+      error: Why the method failed, or ''.
     """
 
     image: np.ndarray | None
@@ -37,18 +37,18 @@ class WorkerResult(NamedTuple):
 
 
 class Worker:
-    """Runs one method of `classical.METHODS`; a context manager."""
+    """Runs one method of `classical.BASELINES` in a process; a context manager."""
 
     def __init__(self, method: str, *, time_budget: float):
-        """Does nothing yet: the process starts with the first picture.
+        """Create a worker; its process starts with the first image.
 
         Args:
-          method: its name.
-          time_budget: seconds a picture may take.
+          method: Name of the method.
+          time_budget: Seconds that an image may take.
         """
         self._method = method
         self._budget = time_budget
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -57,24 +57,25 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """Ends the process, if there is one."""
+        """End the process, if it has been started."""
         if self._process:
             self._process.kill()
             self._process.communicate()
             self._process = None
 
     def fill(self, image: np.ndarray, mask: np.ndarray) -> WorkerResult:
-        """Fills a picture, see `classical.fill`; no failure is raised."""
+        """Fill an image as `classical.fill` does; report failures in the result."""
         timer = None
         start = time.perf_counter()
         try:
-            process = self._running()
+            process = self._start()
             timer = threading.Timer(self._budget, process.kill)
             timer.start()
             start = time.perf_counter()
-            pickle.dump((image, mask), process.stdin)
-            process.stdin.flush()
-            return WorkerResult(*pickle.load(process.stdout))
+            requests, answers = _pipes(process)
+            pickle.dump((image, mask), requests)
+            requests.flush()
+            return WorkerResult(*pickle.load(answers))
         except (EOFError, OSError, pickle.UnpicklingError):
             seconds = time.perf_counter() - start
             self.close()
@@ -85,7 +86,8 @@ class Worker:
             if timer:
                 timer.cancel()
 
-    def _running(self) -> subprocess.Popen:
+    def _start(self) -> subprocess.Popen[bytes]:
+        """Start the process, unless it is running, and wait until it is ready."""
         if self._process and self._process.poll() is None:
             return self._process
         self.close()
@@ -98,18 +100,25 @@ class Worker:
             stdout=subprocess.PIPE,
             env=environment,
         )
-        pickle.load(self._process.stdout)  # Ready, with all that it imports.
+        _, answers = _pipes(self._process)
+        pickle.load(answers)  # It sends this when everything is imported.
         return self._process
 
 
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    assert process.stdin and process.stdout  # Both were opened as pipes.
+    return process.stdin, process.stdout
+
+
 def _serve(method: str) -> None:
-    # What a library prints must not get into the answers.
+    """Answer requests from standard input until it ends."""
+    # Output of libraries must not get into the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     import cv2
 
     cv2.setNumThreads(1)
-    # The first call imports: its time is nobody's.
+    # The first call imports libraries, which must not count as time of an image.
     mask = np.ones((32, 32), np.uint8)
     mask[15:17, 15:17] = 0
     classical.fill(np.zeros((32, 32, 3), np.uint8), mask, method=method)
@@ -124,7 +133,9 @@ def _serve(method: str) -> None:
         start = time.perf_counter()
         try:
             filled, error = classical.fill(image, mask, method=method), ""
-        except Exception as failure:  # Whatever it is, the next picture may do.
+        # Broad on purpose: whatever a library raises on one image is reported as that
+        # image's failure, and the next image may succeed.
+        except Exception as failure:
             filled, error = None, f"{type(failure).__name__}: {failure}"
         answer = filled, time.perf_counter() - start, error
 
@@ -132,5 +143,5 @@ def _serve(method: str) -> None:
 if __name__ == "__main__":
     try:
         _serve(sys.argv[1])
-    except (BrokenPipeError, KeyboardInterrupt):  # Nobody waits for an answer.
+    except (BrokenPipeError, KeyboardInterrupt):  # The evaluation has ended.
         os._exit(1)

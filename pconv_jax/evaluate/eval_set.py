@@ -1,0 +1,283 @@
+"""The evaluation set: which images are paired with which masks, for every method alike.
+
+It follows section 4.2 of the paper: six ranges of hole ratio, each with and without
+holes at the image border, and equally many examples of each of these twelve mask
+classes. Example i of every class shows the same image. The pairs depend only on the
+images, the masks and the seed, not on the methods or the devices.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pconv_jax import masks
+from pconv_jax._errors import UserError
+from pconv_jax._images import central_square
+from pconv_jax.data import pipeline
+from pconv_jax.data.base import ImageSource
+from pconv_jax.data.mask_folder import MaskFolder
+
+MaskClass = tuple[int, bool]
+"""A hole bin (an index into `masks.HOLE_BINS`), and whether holes touch the border."""
+
+MASK_CLASSES: tuple[MaskClass, ...] = tuple(
+    (hole_bin, border)
+    for border in (False, True)
+    for hole_bin in range(len(masks.HOLE_BINS))
+)
+"""The hole bins without holes at the border, then those with."""
+
+_MASKS_PER_CALL = 4
+_SMALLEST_IMAGE = 11  # Pixels; the side of SSIM's window.
+
+
+class EvalSet:
+    """Pairs of images and masks.
+
+    Attributes:
+      source: The images.
+      image_size: Side of the square images and masks, in pixels.
+      examples: Number of examples of each class.
+      seed: Seed of the drawn masks.
+      classes: The `MASK_CLASSES` that have masks.
+      left_out: Sentences about the classes that have none.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        image_size: int,
+        examples: int,
+        seed: int = 0,
+        mask_folder: MaskFolder | None = None,
+    ):
+        """Sorts the masks of the folder into classes, if there is one.
+
+        Args:
+          source: The images. Their central squares are taken, and further squares if
+            there are fewer images than examples.
+          image_size: Side of the squares after resizing, in pixels; at least 11.
+          examples: Number of examples of each class.
+          seed: Seed of the drawn masks, 0 by default.
+          mask_folder: Mask images, such as NVIDIA's test set. The class of a mask
+            follows from its hole ratio and from whether it has a hole within 50/512 of
+            the border, as NVIDIA's are numbered. A class with fewer masks than examples
+            reuses them cyclically. Masks are drawn by default (None).
+
+        Raises:
+          UserError: If an argument is out of range, or no mask of the folder belongs to
+            any class.
+        """
+        for name, value in {"image_size": image_size, "examples": examples}.items():
+            if value < 1:
+                raise UserError(f"{name} must be positive, got {value}.")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed must be in [0, 2**32), got {seed}.")
+        if image_size < _SMALLEST_IMAGE:
+            raise UserError(
+                f"image_size must be at least {_SMALLEST_IMAGE} pixels, the size of "
+                f"SSIM's window, got {image_size}."
+            )
+        self.source = source
+        self.image_size = image_size
+        self.examples = examples
+        self.seed = seed
+        self.classes = MASK_CLASSES
+        self.left_out: list[str] = []
+        self._folder = mask_folder
+        self._files: dict[MaskClass, list[int]] = {}
+        self._mask_digest: str | None = None
+        if mask_folder is not None:
+            self._files, self._mask_digest = _classify(mask_folder)
+            self.classes = tuple(c for c in MASK_CLASSES if self._files[c])
+            self._report_empty_classes(mask_folder)
+
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Iterate over the images, in batches.
+
+        Args:
+          size: Largest batch size N.
+
+        Yields:
+          Example numbers ``[N]`` and images, uint8 ``[N, S, S, 3]``.
+        """
+        for batch in pipeline.eval_batches(
+            self.source,
+            batch_size=size,
+            image_size=self.image_size,
+            num_examples=self.examples,
+        ):
+            count = int(batch["weight"].sum())  # The rest is padding.
+            yield batch["index"][:count], batch["image"][:count]
+
+    def masks(self, index: np.ndarray, hole_bin: int, border: bool) -> np.ndarray:
+        """Get the masks of examples of one class.
+
+        Args:
+          index: Example numbers ``[N]``.
+          hole_bin: Index into `masks.HOLE_BINS`.
+          border: Whether holes touch the border.
+
+        Returns:
+          uint8 ``[N, S, S, 1]``, 1 = valid and 0 = hole.
+        """
+        if self._folder is None:
+            return draw_masks(index, hole_bin, border, self.image_size, seed=self.seed)
+        files = self._files[hole_bin, border]
+        return np.stack(
+            [self._read_mask(self._folder, files[i % len(files)]) for i in index]
+        )
+
+    def image_index(self, index: int) -> int:
+        """Get the index in `source` of the image that an example shows."""
+        return int(index) % len(self.source)
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the pairs, as a JSON-able dict."""
+        used = min(len(self.source), self.examples)
+        names = [self.source.name(i).rpartition("/")[2] for i in range(used)]
+        if self._folder is None:
+            kind = {
+                "kind": "drawn by pconv_jax.masks.random_mask",
+                "seed": self.seed,
+            }
+        else:
+            kind = {
+                "kind": "mask images, reused cyclically, resized by nearest neighbor",
+                "hole": self._folder.hole_color,
+                "files": {class_name(*c): len(f) for c, f in self._files.items()},
+            }
+        return {
+            "pictures": {
+                "count": used,
+                "crop": "central square, then further squares of the same image",
+                "image_size": self.image_size,
+                "names": names,
+            },
+            "masks": kind,
+            "classes": [class_name(*c) for c in self.classes],
+            "examples_per_class": self.examples,
+            "comparison": "8 bits per channel, as images are saved; sRGB values / 255",
+        }
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of all that determines the pairs: images, masks, sizes and seed."""
+        digest = hashlib.blake2b(digest_size=16)
+        about = [self.image_size, self.examples, self.seed, self._mask_digest]
+        digest.update(json.dumps(about).encode())
+        if self._folder is None:  # The code that draws them may change.
+            digest.update(self.masks(np.array([0]), 3, True).tobytes())
+        for number in range(min(len(self.source), self.examples)):
+            try:
+                digest.update(hashlib.blake2b(self.source.read(number)).digest())
+            except OSError:  # The image is skipped with a warning when it is used.
+                digest.update(b"unreadable")
+        return digest.hexdigest()
+
+    def _read_mask(self, folder: MaskFolder, number: int) -> np.ndarray:
+        mask = central_square(folder[number])
+        size = (self.image_size, self.image_size)
+        return cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)[..., None]
+
+    def _report_empty_classes(self, folder: MaskFolder) -> None:
+        if not self.classes:
+            place = os.fspath(folder.paths[0].parent)
+            raise UserError(
+                f"masks: none of the {len(folder)} masks in {place} has a hole ratio "
+                "above 1 % and up to 60 %; are their holes really "
+                f"{folder.hole_color}?"
+            )
+        empty = [class_name(*c) for c in MASK_CLASSES if not self._files[c]]
+        if empty:
+            self.left_out.append(
+                f"{len(empty)} of 12 classes of masks are left out, because the folder "
+                f"has no mask of theirs: {'; '.join(empty)}"
+            )
+
+
+def class_name(hole_bin: int, border: bool) -> str:
+    """Name a mask class, e.g. '10%-20%, with border'."""
+    return f"{bin_name(hole_bin)}, {'with' if border else 'without'} border"
+
+
+def bin_name(hole_bin: int) -> str:
+    """Name a hole bin, e.g. '10%-20%'."""
+    low, high = masks.HOLE_BINS[hole_bin]
+    return f"{low:.0%}-{high:.0%}"
+
+
+def draw_masks(
+    index: np.ndarray,
+    hole_bin: int | np.ndarray,
+    border: bool,
+    image_size: int,
+    *,
+    seed: int = 0,
+) -> np.ndarray:
+    """Draw the masks of examples.
+
+    Args:
+      index: Example numbers ``[N]``.
+      hole_bin: Index into `masks.HOLE_BINS`, one for all examples or ``[N]``.
+      border: Whether holes touch the border.
+      image_size: Side of the masks, in pixels.
+      seed: Seed of the evaluation, 0 by default.
+
+    Returns:
+      uint8 ``[N, H, W, 1]``, 1 = valid and 0 = hole.
+    """
+    bins = np.broadcast_to(hole_bin, index.shape)
+    low, high = np.asarray(masks.HOLE_BINS, np.float32)[bins].T
+    key = jax.random.key(seed)
+    # Every call draws equally many: it compiles once, and the bits do not depend on N.
+    count = len(index)
+    places = np.minimum(np.arange(count + -count % _MASKS_PER_CALL), count - 1)
+    drawn = []
+    for i in places.reshape(-1, _MASKS_PER_CALL):
+        examples = (jnp.asarray(x[i]) for x in (index, bins, low, high))
+        drawn.append(_draw(key, *examples, size=image_size, border=border))
+    return np.concatenate(drawn)[:count]
+
+
+@functools.partial(jax.jit, static_argnames=("size", "border"))
+def _draw(
+    key: jax.Array,
+    index: jax.Array,
+    hole_bin: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    size: int,
+    border: bool,
+) -> jax.Array:
+    def draw(i: jax.Array, b: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        example = jax.random.fold_in(jax.random.fold_in(key, i), 2 * b + border)
+        # random_mask also accepts traced ratios.
+        hole_ratio = cast(tuple[float, float], (low, high))
+        return masks.random_mask(
+            example, (size, size), hole_ratio=hole_ratio, border=border
+        )
+
+    return jax.vmap(draw)(index, hole_bin, low, high).astype(jnp.uint8)
+
+
+def _classify(folder: MaskFolder) -> tuple[dict[MaskClass, list[int]], str]:
+    """Sort masks into classes; return their numbers and a digest of all masks."""
+    files: dict[MaskClass, list[int]] = {c: [] for c in MASK_CLASSES}
+    digest = hashlib.blake2b(folder.hole_color.encode(), digest_size=16)
+    for number in range(len(folder)):
+        mask = central_square(folder[number])
+        digest.update(hashlib.blake2b(np.packbits(mask).tobytes()).digest())
+        hole_bin = int(masks.hole_bin(1 - mask.mean()))
+        if hole_bin >= 0:
+            files[hole_bin, bool(masks.near_border(mask))].append(number)
+    return files, digest.hexdigest()

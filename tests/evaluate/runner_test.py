@@ -1,0 +1,433 @@
+import contextlib
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import jax
+import numpy as np
+import pytest
+import skimage.metrics
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from pconv_jax import masks, vgg
+from pconv_jax.data import pipeline
+from pconv_jax.data.mask_folder import MaskFolder
+from pconv_jax.evaluate import methods, output, runner
+from pconv_jax.evaluate.eval_set import MASK_CLASSES, EvalSet, draw_masks
+from pconv_jax.evaluate.runner import EvalData
+from pconv_jax.metrics import lpips
+from pconv_jax.runs import opening
+from pconv_jax.runs.checkpoint import Checkpoints
+from pconv_jax.runs.config import default_config, read_settings
+from pconv_jax.unet import PConvUNet
+from pconv_jax.weights import pretrained
+from tests.helpers import ROOT
+from tests.helpers.evaluation import (
+    SIZE,
+    FakeMethod,
+    bundled,
+    make_eval_set,
+    write_mask_folder,
+)
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+MODEL = PConvUNet(depth=2, width=4)
+
+
+def test_every_class_of_masks_has_its_examples(evaluation):
+    classes = [(e["hole_bin"], e["border"], e["index"]) for e in evaluation.examples]
+    assert classes == [(b, border, i) for b, border in MASK_CLASSES for i in range(5)]
+    for example in evaluation.examples:
+        low, high = masks.HOLE_BINS[example["hole_bin"]]
+        assert low - 0.002 < example["hole_ratio"] <= high + 1e-6
+        assert example["picture"] == example["index"] % 2  # There are two.
+
+
+def test_all_methods_get_the_same_pairs():
+    a, b = FakeMethod("a"), FakeMethod("b")
+    runner.compare([a, b], make_eval_set(), progress=False)
+    assert len(a.given) == len(b.given) == 60
+    for (image, mask), (other_image, other_mask) in zip(a.given, b.given):
+        np.testing.assert_array_equal(image, other_image)
+        np.testing.assert_array_equal(mask, other_mask)
+
+
+def test_mask_classes_without_files_are_left_out_and_reported(tmp_path):
+    write_mask_folder(tmp_path / "m", [(0, False), (5, True)], per_class=1)
+    pairs = make_eval_set(mask_folder=MaskFolder(tmp_path / "m"))
+    evaluation = runner.compare([FakeMethod("a")], pairs, progress=False)
+    assert len(evaluation.examples) == 10
+    (note,) = evaluation.left_out
+    assert note.startswith("10 of 12 classes of masks") and "10%-20%, with" in note
+    assert [row["hole"] for row in evaluation.table()] == ["1%-10%", "50%-60%", "all"]
+    assert note in str(evaluation)
+
+
+def test_metrics_equal_those_computed_by_hand(evaluation, variables):
+    """One example, done again by hand."""
+    (example,) = evaluation.select(hole_bin=3, border=True, index=1)
+    image = next(pipeline.eval_batches(bundled(), batch_size=2, image_size=SIZE))[
+        "image"
+    ]
+    image = image[1:]
+    mask = draw_masks(np.array([1]), 3, True, SIZE)
+    truth = (image / 127.5 - 1).astype(np.float32)
+    output, _ = jax.jit(MODEL.apply)(variables, truth, mask)
+    output = np.rint((np.clip(output, -1, 1) + 1) * 127.5) / 255
+    comp, truth = np.where(mask == 1, image / 255, output), image / 255
+    for prefix, filled in {"": comp, "output_": output}.items():
+        error = np.abs(filled - truth)
+        ssim = skimage.metrics.structural_similarity(
+            filled[0],
+            truth[0],
+            data_range=1,
+            channel_axis=-1,
+            gaussian_weights=True,
+            use_sample_covariance=False,
+        )
+        psnr = skimage.metrics.peak_signal_noise_ratio(truth, filled, data_range=1)
+        assert example[f"{prefix}l1"] == pytest.approx(100 * error.mean(), rel=1e-4)
+        assert example[f"{prefix}psnr"] == pytest.approx(psnr, rel=1e-4)
+        assert example[f"{prefix}ssim"] == pytest.approx(ssim, abs=1e-4)
+    hole = np.abs(comp - truth)[mask[..., 0] == 0].mean()
+    assert example["l1_hole"] == pytest.approx(100 * hole, rel=1e-4)
+
+
+def test_a_constant_error_gives_the_closed_form_metrics():
+    """With an error of 51 / 255 in the hole, they follow from the hole ratio."""
+
+    def fill(image, mask):
+        return np.where(image < 128, image + 51, image - 51)
+
+    off = FakeMethod("off", fill)
+    evaluation = runner.compare([off], make_eval_set(), progress=False)
+    for example in evaluation.examples:
+        ratio = example["hole_ratio"]
+        assert example["l1_hole"] == pytest.approx(20, rel=1e-4)
+        assert example["l1"] == pytest.approx(20 * ratio, rel=1e-4)
+        assert example["psnr"] == pytest.approx(-10 * np.log10(0.04 * ratio), rel=1e-4)
+        assert "output_l1" not in example  # It is no network.
+
+
+def test_failures_of_a_method_are_counted_and_the_rest_continues(tmp_path):
+    flaky = FakeMethod("flaky", fails=lambda i: "ValueError: no" if i % 10 == 7 else "")
+    pairs = make_eval_set()
+    evaluation = runner.compare([flaky, FakeMethod("sure")], pairs, progress=False)
+    assert len(evaluation.select(method="sure")) == 60
+    assert len(evaluation.select(method="flaky")) == 54
+    assert len(evaluation.failures) == 6
+    assert evaluation.failures[0]["error"] == "ValueError: no"
+    text = str(evaluation)
+    assert "flaky failed on 6 of 60 examples" in text and "ValueError: no" in text
+    assert [row["failed"] for row in evaluation.overview(["l1"])] == [6, 0]
+    assert sum(row["failed"] for row in evaluation.summary()[:6]) == sum(
+        not f["border"] for f in evaluation.failures
+    )
+    rows = list(csv.DictReader(io.StringIO(evaluation.csv())))
+    assert len(rows) == 120 and sum(row["error"] != "" for row in rows) == 6
+    hopeless = FakeMethod("hopeless", fails=lambda i: "no")
+    evaluation = runner.compare([hopeless, flaky], pairs, progress=False)
+    output.write_results(tmp_path, evaluation, pairs, [hopeless, flaky], about={})
+    assert "hopeless failed on 60 of 60" in (tmp_path / "report.html").read_text()
+
+
+def test_output_that_is_not_finite_is_a_failure(variables):
+    broken = jax.tree.map(np.copy, variables)
+    broken["params"]["pconv4"]["bias"][0] = np.nan
+    evaluation = runner.evaluate_network(
+        MODEL, broken, bundled(), image_size=SIZE, examples=1, progress=False
+    )
+    assert not evaluation.examples and len(evaluation.failures) == 12
+    assert evaluation.mean() == {}
+    assert "not finite" in str(evaluation)
+
+
+def test_unsuitable_sizes_are_refused(variables):
+    with pytest.raises(ValueError, match="image_size = 34 .* use 32 or 36"):
+        runner.evaluate_network(MODEL, variables, bundled(), image_size=34, examples=1)
+    with pytest.raises(ValueError, match="at least 11 pixels"):
+        make_eval_set(image_size=8)
+    with pytest.raises(ValueError, match="examples must be positive, got 0"):
+        make_eval_set(examples=0)
+
+
+def test_existing_records_are_reused(tmp_path, monkeypatch):
+    first, second = FakeMethod("a"), FakeMethod("a")
+    whole = runner.compare([first], make_eval_set(), directory=tmp_path, progress=False)
+    again = runner.compare(
+        [second], make_eval_set(), directory=tmp_path, progress=False
+    )
+    assert not second.given and again.examples == whole.examples
+    assert again.seconds == whole.seconds
+    other = make_eval_set(seed=1)
+    runner.compare([second], other, directory=tmp_path, progress=False)
+    assert len(second.given) == 60
+    # Other code may give other numbers.
+    monkeypatch.setattr(runner, "__version__", "0")
+    runner.compare([second], other, directory=tmp_path, progress=False)
+    assert len(second.given) == 120
+
+
+def tiny_config():
+    config = default_config()
+    config.update_from_flattened_dict(
+        {"image_size": SIZE, "batch_size": 4, "model.depth": 2, "model.width": 4}
+        | {"evaluation_examples": 2}
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, variables):
+    workdir = tmp_path_factory.mktemp("run")
+    meta = {"config": tiny_config().to_dict(), "warnings": ["a warning"]}
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(7, dict(variables) | {"average": {}}, meta=meta)
+    return workdir
+
+
+def test_a_run_is_evaluated_as_it_was_trained(run):
+    evaluation = runner.evaluate_run(run, learned=False)
+    out = run / "evaluation"
+    results = json.loads((out / "results.json").read_text())
+    assert results["step"] == 7 and results["warnings"] == ["a warning"]
+    assert results["table"] == evaluation.table()
+    assert evaluation.methods == ["pconv", "mean", "telea", "navier_stokes"]
+    assert len(results["examples"]) == 4 * 24
+    assert set(results["metrics"]["l1"]) == {"definition", "unit", "better"}
+    assert "difference" in results["summary"][-1]
+    page = (out / "report.html").read_text()
+    assert "<td>–</td>" in page and '<td class="best">–' not in page
+    timing = json.loads((out / "timing.json").read_text())
+    assert timing["methods"]["telea"]["pictures"] == 24
+    assert "seconds" not in (out / "results.json").read_text()
+    files = {path.name for path in out.iterdir()}
+    assert files == {
+        "results.json", "timing.json", "results.md", "examples.csv", "report.html",
+        "pictures.png", "worst.png", "records",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no checkpoint of step 3"):
+        runner.evaluate_run(run, step=3)
+
+
+def test_equal_networks_from_a_run_and_from_weights_agree(run, variables, tmp_path):
+    weights = tmp_path / "net.safetensors"
+    pretrained.save_pretrained(weights, MODEL, variables)
+    evaluation = runner.evaluate_run(
+        weights=str(weights),
+        config=tiny_config(),
+        methods=["pconv", f"again={run}", f"third={weights}"],
+        data=EvalData(examples=1),
+        learned=False,
+        out=tmp_path / "out",
+    )
+    assert evaluation.methods == ["pconv", "again", "third"]
+    numbers = [evaluation.mean(method=m) for m in evaluation.methods]
+    assert numbers[0] == numbers[1] == numbers[2]
+
+
+def test_weights_are_evaluated_on_the_bundled_images(variables, tmp_path):
+    config = tiny_config()
+    config.data.source, config.data.path = "folder", ("photos/of/whoever/trained/it",)
+    weights = tmp_path / "net.safetensors"
+    info = {"experiment": config.to_dict()}
+    pretrained.save_pretrained(weights, MODEL, variables, info=info)
+    options = dict(weights=str(weights), methods=["pconv"], learned=False)
+    options["data"] = EvalData(examples=1)
+    runner.evaluate_run(**options, out=tmp_path / "out")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["protocol"]["pictures"]["names"] == ["coffee.png"]
+    with pytest.raises(ValueError, match="photos/of/whoever"):
+        runner.evaluate_run(**options, config=config)
+
+
+def test_vgg_distance_uses_the_given_weights(run, tmp_path):
+    params = jax.tree.map(np.asarray, vgg.random_params(jax.random.key(1)))
+    weights = tmp_path / "vgg.safetensors"
+    save_file(traverse_util.flatten_dict(params, sep="/"), weights)
+    evaluation = runner.evaluate_run(
+        run,
+        methods=["network", "mean"],
+        data=EvalData(examples=1),
+        learned=False,
+        vgg=str(weights),
+        out=tmp_path / "out",
+    )
+    assert evaluation.metrics[:5] == ["l1", "l1_hole", "psnr", "ssim", "vgg_distance"]
+    assert evaluation.left_out == []
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["vgg"] == "vgg.safetensors"
+    source = opening.get_images(read_settings(tiny_config()).data, "validation")
+    protocol = EvalSet(source, image_size=SIZE, examples=1)
+    ((index, truth),) = protocol.batches(1)
+    mask = protocol.masks(index, 4, True)
+    (fill,) = methods.get_methods(["mean"], None, time_budget=9.0)
+    with contextlib.closing(fill):
+        comp = np.where(mask == 0, fill.fill(truth, mask).images, truth)
+    expected = lpips.vgg_distance(
+        params, comp / np.float32(255), truth / np.float32(255)
+    )
+    (found,) = evaluation.select(method="mean", hole_bin=4, border=True)
+    assert found["vgg_distance"] == pytest.approx(float(expected[0]), rel=1e-4)
+    with pytest.raises(ValueError, match="none.npz"):
+        runner.evaluate_run(run, learned=False, vgg="none.npz")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workdir": "nowhere"}, "workdir: there is no checkpoint in"),
+        ({}, "give either workdir or weights"),
+        ({"weights": "none.safetensors"}, "there is no file none.safetensors"),
+        (
+            {"workdir": None, "methods": ["tela"]},
+            "methods: 'tela' is unknown; use",
+        ),
+        (
+            {"workdir": None, "methods": ["mean", "mean"]},
+            "unique, got mean, mean",
+        ),
+        ({"workdir": None, "methods": []}, "non-empty and unique, got none"),
+        ({"workdir": None, "methods": ["a/b=c"]}, "the name in 'a/b=c' may contain"),
+        ({"data": EvalData(images="nowhere.tar")}, "there is no 'nowhere.tar'"),
+        ({"data": EvalData(masks="nowhere")}, "there is no such folder"),
+        ({"data": EvalData(image_size=33)}, "use 32 or 36"),
+    ],
+)
+def test_mistakes_are_user_errors(run, options, message):
+    if "workdir" in options or "data" in options:
+        options = options | {"workdir": options.get("workdir") or run}
+    with pytest.raises(ValueError, match=message):
+        runner.evaluate_run(**options, learned=False)
+
+
+@pytest.mark.slow
+def test_the_bundled_network_beats_the_baselines():
+    trained = opening.load_weights("photos")
+    names = ["mean", "telea", "navier_stokes"]
+    compared = [
+        methods.Network("photos", trained.model, trained.variables),
+        *methods.get_methods(names, None, time_budget=60.0),
+    ]
+    try:
+        protocol = make_eval_set(image_size=256, examples=2)
+        evaluation = runner.compare(compared, protocol, progress=False)
+    finally:
+        for method in compared:
+            method.close()
+    assert evaluation.failures == []
+    network = evaluation.mean(method="photos")
+    fill, *opencv = (evaluation.mean(method=name) for name in names)
+    assert network["psnr"] > fill["psnr"] + 5
+    assert network["ssim"] > fill["ssim"] + 0.03
+    assert network["l1_hole"] < fill["l1_hole"] / 2
+    for other in opencv:  # SSIM and l1 are not, on these two photos.
+        assert network["psnr"] > other["psnr"] + 0.3
+
+
+def write_images(folder, count=3, size=48):
+    folder.mkdir()
+    for i in range(count):
+        image = bundled()[i % 2][: 4 * size, i * 40 : i * 40 + 4 * size]
+        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(folder / f"{i}.png"), image[..., ::-1])
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "eval.py"), *map(str, arguments)]
+
+
+def environment(devices=1):
+    return os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+    }
+
+
+def start(devices, *arguments):
+    return subprocess.Popen(
+        command(*arguments),
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()
+    return output.decode()
+
+
+@pytest.mark.slow
+def test_devices_and_kills_do_not_change_results_and_opencv_agrees(run, tmp_path):
+    """On one device, on four, and on four after a kill; and on other people's code."""
+    write_images(tmp_path / "photos")
+    written = write_mask_folder(tmp_path / "masks", MASK_CLASSES, size=48, per_class=2)
+    arguments = [f"--workdir={run}", "--image_size=48", "--examples=3"]
+    arguments += [f"--images={tmp_path / 'photos'}", f"--masks={tmp_path / 'masks'}"]
+    arguments += ["--nolearned", "--methods=pconv,telea,navier_stokes"]
+    one = start(1, *arguments, f"--out={tmp_path / 'one'}")
+    killed = start(4, *arguments, f"--out={tmp_path / 'four'}")
+    records = tmp_path / "four" / "records"
+    deadline = time.monotonic() + 200
+    while sum(p.stat().st_size > 0 for p in records.glob("*")) < 3:
+        assert killed.poll() is None, killed.communicate()[0].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "four" / "results.json").exists()
+    done = {p.name: p.read_text() for p in records.glob("*")}
+    assert 0 < sum(text.count("\n") for text in done.values()) < 3 * 36
+    four = start(4, *arguments, f"--out={tmp_path / 'four'}")
+    printed = finish(one)
+    finish(four)
+    for name, text in done.items():  # It went on, and did not begin again.
+        whole = text[: text.rfind("\n") + 1]
+        assert (records / name).read_text().startswith(whole)
+    results = [(tmp_path / n / "results.json").read_bytes() for n in ("one", "four")]
+    assert results[0] == results[1]
+    tables = [(tmp_path / n / "examples.csv").read_bytes() for n in ("one", "four")]
+    assert tables[0] == tables[1]
+    assert "navier_stokes" in printed and "s/image" in printed
+
+    examples = json.loads(results[0])["examples"]
+    assert len(examples) == 3 * 36
+    opencv = {"telea": cv2.INPAINT_TELEA, "navier_stokes": cv2.INPAINT_NS}
+    for e in examples:
+        if e["method"] not in opencv:
+            continue
+        photo = cv2.imread(str(tmp_path / "photos" / f"{e['index']}.png"))
+        hole = 1 - written[e["hole_bin"], e["border"], e["index"] % 2]
+        filled = cv2.inpaint(photo * (1 - hole), hole, 3, opencv[e["method"]])
+        a, b = photo / 255, filled / 255
+        assert e["l1"] == pytest.approx(100 * np.abs(a - b).mean(), rel=1e-4)
+        psnr = skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1)
+        assert e["psnr"] == pytest.approx(psnr, rel=1e-5)
+        ssim = skimage.metrics.structural_similarity(
+            a, b, data_range=1, channel_axis=-1, gaussian_weights=True,
+            use_sample_covariance=False,
+        )  # fmt: skip
+        assert e["ssim"] == pytest.approx(ssim, abs=1e-5)
+
+
+def test_a_mistake_on_the_command_line_ends_without_a_traceback(tmp_path):
+    process = start(1, f"--workdir={tmp_path}")
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    line = output.decode().strip().splitlines()[-1]
+    assert line.startswith("eval.py: workdir: there is no checkpoint in")
+    assert b"Traceback" not in output
