@@ -115,7 +115,7 @@ _MODULES = {
     "train_and_evaluate": "train.loop",
 }
 
-__all__ = ["__version__", *_MODULES]
+__all__ = ["__version__", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
 """Flax (Linen) layers of the partial convolution.
 
-The field names are those of `flax.linen.Conv`, and so are the parameters, ``kernel``
-and ``bias``: either layer can use the parameters of the other. In Flax a *field* called
-``mask`` masks weights; here the mask is the second argument of the call, 1 = valid,
-0 = hole.
+The field names and the parameters, ``kernel`` and ``bias``, are those of
+`flax.linen.Conv`: either layer can use the parameters of the other. In Flax a *field*
+called ``mask`` masks weights; here the mask, 1 = valid and 0 = hole, is the second
+argument of the call.
 """
 
 import functools

@@ -1,6 +1,8 @@
 """Settings on the command line: ``--config FILE`` and ``--config.NAME=VALUE``."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from pconv_jax._errors import UserError
@@ -62,6 +64,24 @@ def read_config(arguments: argparse.Namespace) -> Any:
         value = tuple(path for paths in values for path in paths) if is_paths else None
         config.update_from_flattened_dict({name: value if is_paths else values[-1]})
     return config
+
+
+@contextlib.contextmanager
+def importing_training() -> Iterator[None]:
+    """Import the modules of training inside, whose packages are an extra.
+
+    Raises:
+      UserError: If one of these packages is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("pconv_jax"):
+            raise
+        raise UserError(
+            f"training and evaluation need {error.name}: pip install "
+            "'pconv-jax[train]'."
+        ) from error
 
 
 def explain_unknown(argument: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pconv_jax import __version__
 from pconv_jax._errors import UserError
+from pconv_jax.cli import config_options
 from pconv_jax.cli._options import Subparsers, add_force
 from pconv_jax.weights.project_names import PROJECT_NAMES
 
@@ -76,7 +77,8 @@ def _read_source(source: Path, step: int | None) -> "Pretrained":
 
 
 def _read_run(workdir: Path, step: int | None) -> "Pretrained":
-    from pconv_jax.runs import opening
+    with config_options.importing_training():
+        from pconv_jax.runs import opening
     from pconv_jax.weights.pretrained import Pretrained
 
     trained = opening.load_run(workdir, step=step)

@@ -81,8 +81,9 @@ def _words(text: str) -> list[str]:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from pconv_jax.evaluate import runner
-    from pconv_jax.runs import output
+    with config_options.importing_training():
+        from pconv_jax.evaluate import runner
+        from pconv_jax.runs import output
 
     output.log_to_stderr()
     evaluation = runner.evaluate_run(

@@ -50,9 +50,10 @@ def add(commands: Subparsers) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from pconv_jax.runs import config as config_lib
-    from pconv_jax.runs import output, parallel
-    from pconv_jax.train import loop
+    with config_options.importing_training():
+        from pconv_jax.runs import config as config_lib
+        from pconv_jax.runs import output, parallel
+        from pconv_jax.train import loop
 
     output.log_to_stderr()
     config = config_options.read_config(arguments)

@@ -57,7 +57,7 @@ class Checkpoints:
         keep: int = 3,
         best_metric: str | None = None,
     ):
-        """Opens a directory. It need not exist: the first `save` makes it.
+        """Open a directory. It need not exist: the first `save` makes it.
 
         Args:
           directory: A local path. Each step is a folder in it, named by its number.
@@ -94,24 +94,24 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits until everything saved is on disk."""
+        """Wait until everything saved is on disk."""
         self._manager.close()
 
     def steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, ascending."""
+        """Return the steps of all checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
-        """Returns the newest step, or None if there is no checkpoint."""
+        """Return the newest step, or None if there is no checkpoint."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Returns the step with the largest ``best_metric``, or None."""
+        """Return the step with the largest ``best_metric``, or None."""
         scored = [step for step in self.steps() if step in self._scores]
         return max(scored, key=self._scores.__getitem__, default=None)
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Reads the metrics of an intact checkpoint; empty if it has none."""
+        """Read the metrics of an intact checkpoint; empty if it has none."""
         self._manager.wait_until_finished()
         return self._read_record(step)["metrics"]
 
@@ -123,7 +123,7 @@ class Checkpoints:
         meta: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> bool:
-        """Starts to write a checkpoint and returns while it is being written.
+        """Start to write a checkpoint and return while it is being written.
 
         The items may be changed in place or donated once this returns.
 
@@ -184,7 +184,7 @@ class Checkpoints:
         *,
         step: int | None = None,
     ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
-        """Reads the newest intact checkpoint.
+        """Read the newest intact checkpoint.
 
         A checkpoint that cannot be read, or whose checksums are wrong, is skipped with
         a logged warning, and the next older one is tried.
@@ -235,7 +235,7 @@ class Checkpoints:
         return None
 
     def _clear_the_way(self, step: int) -> None:
-        """Deletes newer steps and the remains of a killed save."""
+        """Delete newer steps and the remains of a killed save."""
         if self._current is None:
             later = [other for other in self.steps() if other >= step]
             if later:
@@ -283,7 +283,7 @@ class Checkpoints:
     def _read_items(
         self, step: int, names: Iterable[str], leaves: Mapping[str, Mapping]
     ) -> dict[str, dict[str, np.ndarray]]:
-        """Reads the arrays, by path, of those named items that are stored."""
+        """Read the arrays, by path, of those named items that are stored."""
         flat = {name: {} for name in names if name in leaves}
         trees = {
             name: ocp.args.StandardRestore(_nest(_blank(leaves[name])))
@@ -333,7 +333,7 @@ def restore_network(
     targets: Mapping[str, PyTree] | None = None,
     step: int | None = None,
 ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
-    """Reads the network of a training run: its average, if the run has one.
+    """Read the network of a training run: its average, if the run has one.
 
     Args:
       directory: Directory of the checkpoints.
@@ -372,7 +372,7 @@ class _Preserve:
 
 
 def _is_no_orbax_chatter(record: logging.LogRecord) -> bool:
-    """Drops Orbax's progress reports, dozens a save, from absl's log."""
+    """Drop Orbax's progress reports, dozens a save, from absl's log."""
     return record.levelno >= logging.ERROR or "orbax" not in record.pathname
 
 
@@ -396,14 +396,14 @@ def _describe(leaf: np.ndarray) -> dict[str, Any]:
 
 
 def _blank(described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Tells Orbax to restore NumPy arrays. The memory of these is never touched."""
+    """Tell Orbax to restore NumPy arrays. The memory of these is never touched."""
     return {
         path: np.empty(leaf["shape"], leaf["dtype"]) for path, leaf in described.items()
     }
 
 
 def _seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the record as JSON reads it back, with its checksum."""
+    """Return the record as JSON reads it back, with its checksum."""
     try:
         text = json.dumps(record)
     except TypeError as error:

@@ -20,12 +20,12 @@ _BUNDLED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def default_config() -> ConfigDict:
-    """Makes a config with the paper's value of every field, locked."""
+    """Make a config with the paper's value of every field, locked."""
     return ConfigDict(nest({n: _config_value(f) for n, f in FIELDS.items()})).lock()
 
 
 def read_settings(config: ConfigDict | Mapping[str, Any]) -> Settings:
-    """Reads and checks the settings of a config.
+    """Read and check the settings of a config.
 
     Raises:
       UserError: As `Settings.from_dict`.
@@ -35,7 +35,7 @@ def read_settings(config: ConfigDict | Mapping[str, Any]) -> Settings:
 
 
 def load_config(name: str) -> ConfigDict:
-    """Runs a config file.
+    """Run a config file.
 
     Args:
       name: Path of the file, or the name of one that comes with this package, such as
@@ -57,7 +57,7 @@ def load_config(name: str) -> ConfigDict:
 
 
 def default_workdir(name: str) -> str:
-    """Returns the directory of a run, such as ``runs/pconv-quickstart``."""
+    """Return the directory of a run, such as ``runs/pconv-quickstart``."""
     place, _, argument = name.partition(":")
     stem = pathlib.Path(place).stem
     return f"runs/{stem}-{argument}" if argument else f"runs/{stem}"

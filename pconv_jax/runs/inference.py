@@ -17,7 +17,7 @@ DrawMask = Callable[[jax.Array], jax.Array]
 
 
 def fill_step(variables: Any, batch: Batch, *, model: PConvUNet) -> Metrics:
-    """Fills the holes of a batch.
+    """Fill the holes of a batch.
 
     Args:
       variables: ``params`` and ``batch_stats`` of the network.
@@ -37,7 +37,7 @@ def fill_step(variables: Any, batch: Batch, *, model: PConvUNet) -> Metrics:
 
 
 def score_step(batch: Batch) -> Metrics:
-    """Compares filled images with the truth.
+    """Compare filled images with the truth.
 
     Args:
       batch: ``image``, the truth, and ``output``, uint8 ``[N, H, W, 3]``; and ``mask``,
@@ -66,7 +66,7 @@ def score_step(batch: Batch) -> Metrics:
 def prepare_batch(
     batch: Batch, *, draw_mask: DrawMask | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Converts a batch to images in [-1, 1] and masks, both float32.
+    """Convert a batch to images in [-1, 1] and masks, both float32.
 
     Args:
       batch: ``image``, uint8 ``[N, H, W, C]``, and either ``mask``, ``[N, H, W, 1]``,

@@ -39,7 +39,7 @@ class Trained(NamedTuple):
 
 
 def get_model(settings: ModelSettings) -> PConvUNet:
-    """Builds the network of an experiment."""
+    """Build the network of an experiment."""
     return PConvUNet(
         depth=settings.depth,
         width=settings.width,
@@ -50,7 +50,7 @@ def get_model(settings: ModelSettings) -> PConvUNet:
 
 
 def get_images(settings: DataSettings, split: str) -> ImageSource:
-    """Opens the images of an experiment.
+    """Open the images of an experiment.
 
     Args:
       settings: Where they are.
@@ -78,7 +78,7 @@ def get_images(settings: DataSettings, split: str) -> ImageSource:
 
 
 def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
-    """Reads the network of a run.
+    """Read the network of a run.
 
     Args:
       workdir: Directory of the run.
@@ -105,7 +105,7 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
 
 
 def load_weights(name_or_path: str | Path) -> Trained:
-    """Reads a network from a weights file, see `pretrained.from_pretrained`.
+    """Read a network from a weights file, see `pretrained.from_pretrained`.
 
     Raises:
       UserError: As `from_pretrained`, or if the network does not output RGB images.
@@ -123,7 +123,7 @@ def load_weights(name_or_path: str | Path) -> Trained:
 
 
 def load_network(place: str | Path) -> Trained:
-    """Reads the network of a run, by its workdir, or of a weights file.
+    """Read the network of a run, by its workdir, or of a weights file.
 
     Raises:
       UserError: As `load_run` and `load_weights`.

@@ -19,12 +19,12 @@ _CAPTION_HEIGHT = 18
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file, complete or not at all."""
+    """Write a JSON file, complete or not at all."""
     _files.write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_png(path: pathlib.Path, image: np.ndarray) -> None:
-    """Writes an image as PNG, complete or not at all.
+    """Write an image as PNG, complete or not at all.
 
     Args:
       path: The file.
@@ -47,7 +47,7 @@ def write_png(path: pathlib.Path, image: np.ndarray) -> None:
 def picture_grid(
     columns: Mapping[str, ArrayLike], *, max_rows: int | None = 8
 ) -> np.ndarray:
-    """Lays out images in a grid: an example a row, a captioned column for each stage.
+    """Lay out images in a grid: an example a row, a captioned column for each stage.
 
     Args:
       columns: Images by caption, from left to right: float ``[N, H, W, 3]`` in [-1, 1],
@@ -95,7 +95,7 @@ def _as_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def _caption(text: str, width: int) -> np.ndarray:
-    """Draws black text on a white strip, as large as fits into `width`."""
+    """Draw black text on a white strip, as large as fits into `width`."""
     strip = Image.new("RGB", (width, _CAPTION_HEIGHT), "white")
     draw = ImageDraw.Draw(strip)
     sizes = range(13, 6, -1)
@@ -113,7 +113,7 @@ def format_table(
     decimals: int = 4,
     markdown: bool = False,
 ) -> str:
-    """Formats rows as an aligned table, numbers to the right and words to the left.
+    """Format rows as an aligned table, numbers to the right and words to the left.
 
     Args:
       rows: Cells by column. A missing cell or None stays empty.
@@ -152,6 +152,6 @@ def format_table(
 
 
 def log_to_stderr() -> None:
-    """Sends log records of this package to the standard error, from INFO on."""
+    """Send log records of this package to the standard error, from INFO on."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("pconv_jax").setLevel(logging.INFO)

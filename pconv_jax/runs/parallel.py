@@ -28,7 +28,7 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Joins this process to a run on several hosts.
+    """Join this process to a run on several hosts.
 
     Every process calls this once, before anything touches a device. On most clusters
     `jax.distributed.initialize` finds the arguments itself.
@@ -55,22 +55,22 @@ def initialize(
 
 
 def process_index() -> int:
-    """Returns the index of this process among `process_count`."""
+    """Return the index of this process among `process_count`."""
     return jax.process_index()
 
 
 def process_count() -> int:
-    """Returns the number of processes that share the run."""
+    """Return the number of processes that share the run."""
     return jax.process_count()
 
 
 def device_count() -> int:
-    """Returns the number of devices of all processes."""
+    """Return the number of devices of all processes."""
     return jax.device_count()
 
 
 def check_batch_size(batch_size: int, *, parts: int = 1) -> None:
-    """Checks that a batch can be divided among the devices.
+    """Check that a batch can be divided among the devices.
 
     Args:
       batch_size: Size of the batch on all devices together.
@@ -92,7 +92,7 @@ def check_batch_size(batch_size: int, *, parts: int = 1) -> None:
 
 
 def replicate(tree: Any) -> Any:
-    """Puts a tree of host or device arrays on every device of this process."""
+    """Put a tree of host or device arrays on every device of this process."""
     # Through the host: a copy to several devices may share the buffers of its source,
     # and donating the copy would then delete the source.
     tree = jax.tree.map(np.asarray, tree)
@@ -100,7 +100,7 @@ def replicate(tree: Any) -> Any:
 
 
 def compile_train_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles ``step(state, batch, extra, *, axis_name)`` for all devices.
+    """Compile ``step(state, batch, extra, *, axis_name)`` for all devices.
 
     The state is donated: the one passed in is gone after the call.
 
@@ -125,7 +125,7 @@ def compile_train_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles ``step(variables, batch)``, whose results have a leading batch axis.
+    """Compile ``step(variables, batch)``, whose results have a leading batch axis.
 
     Each device computes one example at a time. So the result for an example depends
     neither on the other examples nor on the number of devices; on CPUs, not even in
@@ -162,7 +162,7 @@ def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def gather(tree: Any) -> Any:
-    """Joins the arrays of all processes along the leading axis, as NumPy arrays."""
+    """Join the arrays of all processes along the leading axis, as NumPy arrays."""
     tree = jax.tree.map(np.asarray, tree)
     if process_count() == 1:
         return tree
@@ -170,7 +170,7 @@ def gather(tree: Any) -> Any:
 
 
 def own_share(array: np.ndarray) -> np.ndarray:
-    """Cuts this process's part out of an array that all processes hold.
+    """Cut this process's part out of an array that all processes hold.
 
     `gather` joins the parts again.
     """
@@ -179,7 +179,7 @@ def own_share(array: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Listens for requests to stop.
+    """Listen for requests to stop.
 
     SIGTERM or Ctrl-C asks the run to stop after the step at hand; a second Ctrl-C
     interrupts it at once. With several processes only SIGTERM asks, and one of them is

@@ -25,7 +25,7 @@ Paths = tuple[str, ...]
 def setting(
     default: T, description: str, *, within: str | None = None, resumable: bool = False
 ) -> T:
-    """Declares a field of the settings.
+    """Declare a field of the settings.
 
     Args:
       default: The paper's value.
@@ -222,7 +222,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Reads and checks settings.
+        """Read and check settings.
 
         Args:
           values: Nested values by name, of all settings. The word ``"none"`` is None
@@ -252,7 +252,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Reads the settings of a run, also of one that an older version started.
+        """Read the settings of a run, also of one that an older version started.
 
         Args:
           values: What `to_dict` gave, and JSON gave back.
@@ -263,7 +263,7 @@ class Settings:
         return cls.from_dict(_upgrade(values))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns nested values by name that JSON can hold."""
+        """Return nested values by name that JSON can hold."""
         return dataclasses.asdict(self)
 
     def _check_together(self) -> None:
@@ -320,7 +320,7 @@ class Field(NamedTuple):
         return _TYPE_NAMES[self.type]
 
     def parse(self, text: str) -> Any:
-        """Reads a value from the command line.
+        """Read a value from the command line.
 
         Raises:
           TypeError: If the text is of another type, saying what is expected.
@@ -341,7 +341,7 @@ class Field(NamedTuple):
         return text
 
     def convert(self, value: Any) -> Any:
-        """Converts a value to the type of the setting.
+        """Convert a value to the type of the setting.
 
         Raises:
           TypeError: If it is of another type, saying what is expected.
@@ -368,7 +368,7 @@ class Field(NamedTuple):
         return converted
 
     def problem(self, value: Any) -> str | None:
-        """Says what is wrong with a value of the right type, or returns None."""
+        """Say what is wrong with a value of the right type, or return None."""
         if value is None:
             return None
         if self.choices:
@@ -406,13 +406,13 @@ _EXPECTED = {
 
 
 def suggest_field(name: str) -> str:
-    """Returns a hint at the field that was meant, for an error, or ``""``."""
+    """Return a hint at the field that was meant, for an error, or ``""``."""
     close = difflib.get_close_matches(name, FIELDS, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
-    """Finds the settings in which two experiments differ.
+    """Find the settings in which two experiments differ.
 
     Args:
       old: Settings of a run.
@@ -430,7 +430,7 @@ def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns ``{"model.depth": 8}`` into ``{"model": {"depth": 8}}``."""
+    """Turn ``{"model.depth": 8}`` into ``{"model": {"depth": 8}}``."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         *sections, last = name.split(".")
@@ -495,7 +495,7 @@ def _is_within(number: float, interval: str) -> bool:
 
 
 def _upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Brings the settings of an older version's run to today's names and values."""
+    """Bring the settings of an older version's run to today's names and values."""
     flat = _flatten(values)
     if "masks.hole" in flat:
         flat["masks.hole_color"] = flat.pop("masks.hole")

@@ -92,12 +92,12 @@ class Experiment:
         return self.phases[-1].stop
 
     def optimizer(self, phase: Phase) -> optax.GradientTransformation:
-        """Makes the optimizer of a phase."""
+        """Make the optimizer of a phase."""
         frozen = self.model.encoder_norms if phase.freeze_encoder_norm else ()
         return optim.make_optimizer(phase.learning_rate, frozen=frozen)
 
     def create_state(self) -> TrainState:
-        """Makes the state before the first step."""
+        """Make the state before the first step."""
         return create_state(
             jax.random.key(self.settings.seed),
             model=self.model,
@@ -107,7 +107,7 @@ class Experiment:
         )
 
     def compile_step(self, phase: Phase) -> Callable[..., Any]:
-        """Compiles ``(state, batch) -> (state, scalars)`` for a phase, on all devices.
+        """Compile ``(state, batch) -> (state, scalars)`` for a phase, on all devices.
 
         The state is donated: the one passed in is gone after the call.
         """
@@ -136,7 +136,7 @@ class Experiment:
         return lambda state, batch: step(state, batch, params)
 
     def open_batches(self, start_step: int) -> pipeline.TrainBatches:
-        """Opens this process's share of the batches from a step on."""
+        """Open this process's share of the batches from a step on."""
         settings, mask_folder = self.settings, None
         if settings.masks.folder:
             mask_folder = MaskFolder(
@@ -159,7 +159,7 @@ class Experiment:
 
 
 def get_phases(settings: Settings) -> tuple[Phase, Phase]:
-    """Returns the two phases of the paper, either of which may be empty."""
+    """Return the two phases of the paper, either of which may be empty."""
     first, second = settings.phase1, settings.phase2
     stop = first.steps + second.steps
     return (
@@ -171,7 +171,7 @@ def get_phases(settings: Settings) -> tuple[Phase, Phase]:
 def open_experiment(
     settings: Settings, *, model: PConvUNet | None = None
 ) -> Experiment:
-    """Opens the images and weights of an experiment, and builds its network.
+    """Open the images and weights of an experiment, and build its network.
 
     Args:
       settings: The settings.
@@ -210,7 +210,7 @@ def open_experiment(
 def _load_features(
     source: str | None, warnings: list[str]
 ) -> tuple[vgg.Params | None, str | None]:
-    """Loads the VGG; returns its parameters and a digest of them."""
+    """Load the VGG; return its parameters and a digest of them."""
     if source is None:
         return None, None
     try:
@@ -231,7 +231,7 @@ def _load_features(
 
 
 def _check_processes(experiment: Experiment) -> None:
-    """Checks that all processes train the same network by the same loss."""
+    """Check that all processes train the same network by the same loss."""
     counts = len(experiment.train_images), len(experiment.validation_images)
     settings = experiment.settings.to_dict()
     del settings["data"]  # Each host may have its own path.

@@ -40,7 +40,7 @@ class Log:
         batch_size: int,
         step: int,
     ):
-        """Starts a log.
+        """Start a log.
 
         Args:
           writer: Where lines go.
@@ -59,11 +59,11 @@ class Log:
         self._started_step = step
 
     def start_phase(self) -> None:
-        """Leaves the next step out of the pace: it compiles."""
+        """Leave the next step out of the pace: it compiles."""
         self._started = None
 
     def add(self, scalars: Metrics) -> None:
-        """Takes the scalars of the next step."""
+        """Take the scalars of the next step."""
         self._step += 1
         self._scalars.append(scalars)
         self._progress.update()
@@ -72,7 +72,7 @@ class Log:
             self._start_clock()
 
     def wait(self) -> None:
-        """Waits for the steps so far, and checks their scalars.
+        """Wait for the steps so far, and check their scalars.
 
         Raises:
           TrainingDivergedError: If one is not finite, naming it and its step.
@@ -90,7 +90,7 @@ class Log:
                     )
 
     def write(self, *, learning_rate: float) -> None:
-        """Writes a line with the means of the scalars since the last one."""
+        """Write a line with the means of the scalars since the last one."""
         self.wait()
         scalars = {
             name: float(np.mean([s[name] for s in self._scalars], dtype=np.float64))
@@ -109,7 +109,7 @@ class Log:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves what is done inside out of the pace."""
+        """Leave what is done inside out of the pace."""
         self.wait()
         paused = time.monotonic()
         yield
@@ -124,7 +124,7 @@ class Save:
     """Saves a checkpoint."""
 
     def __init__(self, checkpoints: Checkpoints, *, meta: Mapping[str, Any]):
-        """Prepares to save.
+        """Prepare to save.
 
         Args:
           checkpoints: Where to.
@@ -136,7 +136,7 @@ class Save:
     def __call__(
         self, state: TrainState, *, metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Saves a state; or adds metrics to its checkpoint, if it was just saved."""
+        """Save a state; or add metrics to its checkpoint, if it was just saved."""
         items = {name: getattr(state, name) for name in ITEMS}
         self._checkpoints.save(int(state.step), items, meta=self._meta, metrics=metrics)
 
@@ -152,7 +152,7 @@ class Draw:
         images: ImageSource,
         image_size: int,
     ):
-        """Prepares to draw.
+        """Prepare to draw.
 
         Args:
           writer: Where to.
@@ -166,11 +166,11 @@ class Draw:
         self._image_size = image_size
 
     def is_done(self, step: int) -> bool:
-        """Checks whether the grid of a step is there."""
+        """Check whether the grid of a step is there."""
         return self._writer.image_path(step, "validation").exists()
 
     def __call__(self, state: TrainState) -> None:
-        """Draws the grid of a state."""
+        """Draw the grid of a state."""
         if not self._writer.enabled:  # Only the first process draws.
             return
         grid = draw_examples(
@@ -193,7 +193,7 @@ class Validate:
         image_size: int,
         examples: int,
     ):
-        """Prepares to validate.
+        """Prepare to validate.
 
         Args:
           writer: Where the means of the metrics go.
@@ -213,7 +213,7 @@ class Validate:
         self._examples = examples
 
     def __call__(self, state: TrainState, *, write: bool = True) -> Evaluation:
-        """Validates a state.
+        """Validate a state.
 
         Args:
           state: The state.

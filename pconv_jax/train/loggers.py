@@ -42,7 +42,7 @@ class MetricWriter:
         first_step: int | None = None,
         enabled: bool = True,
     ):
-        """Opens the files of a new run, or appends to those of an older one.
+        """Open the files of a new run, or append to those of an older one.
 
         Args:
           workdir: The run's directory.
@@ -79,13 +79,13 @@ class MetricWriter:
         self.close()
 
     def close(self) -> None:
-        """Writes pending events and closes the files."""
+        """Write pending events and close the files."""
         if self._tensorboard:
             self._file.close()
             self._tensorboard.close()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one line.
+        """Append one line.
 
         Args:
           step: The step of the scalars.
@@ -103,7 +103,7 @@ class MetricWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes an image, complete or not at all.
+        """Write an image, complete or not at all.
 
         Args:
           step: The step of the image.
@@ -119,12 +119,12 @@ class MetricWriter:
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def image_path(self, step: int, name: str) -> pathlib.Path:
-        """Returns the path of the file that `write_image` writes."""
+        """Return the path of the file that `write_image` writes."""
         return self._pictures / f"{name}_{step:07d}.png"
 
 
 def _import_tensorboardx() -> types.ModuleType:
-    """Imports tensorboardX without PyTorch, which it imports where that is installed.
+    """Import tensorboardX without PyTorch, which it imports where that is installed.
 
     PyTorch would take seconds and half a gigabyte of memory, for nothing.
     """
@@ -165,7 +165,7 @@ class Progress:
         description: str = "train",
         enabled: bool = True,
     ):
-        """Starts to measure the time.
+        """Start to measure the time.
 
         Args:
           total: Steps of the whole run.
@@ -197,16 +197,16 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Stops updating the bar and leaves it visible."""
+        """Stop updating the bar and leave it visible."""
         self._bar.close()
 
     def update(self, n: int = 1) -> None:
-        """Counts `n` more steps."""
+        """Count `n` more steps."""
         self._done += n
         self._bar.update(n)
 
     def set_postfix(self, values: Mapping[str, float]) -> None:
-        """Shows numbers by name, such as the loss and the images per second."""
+        """Show numbers by name, such as the loss and the images per second."""
         postfix = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
         self._bar.set_postfix_str(postfix)
         if self._lines:
@@ -222,6 +222,6 @@ class Progress:
             self.write(line)
 
     def write(self, message: str) -> None:
-        """Writes a line above the bar."""
+        """Write a line above the bar."""
         if self._enabled:
             tqdm.write(message, file=sys.stderr)

@@ -35,7 +35,7 @@ def train_and_evaluate(
     *,
     model: PConvUNet | None = None,
 ) -> dict[str, Any]:
-    """Trains a network, or resumes its training, and validates it.
+    """Train a network, or resume its training, and validate it.
 
     Args:
       config: The settings, or a config that holds them, see `default_config`.
@@ -170,7 +170,7 @@ def train_and_evaluate(
 
 
 def format_summary(summary: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
-    """Formats what `train_and_evaluate` returned, for people."""
+    """Format what `train_and_evaluate` returned, for people."""
     if summary["finished"]:
         numbers = ", ".join(f"{k} {v:.4g}" for k, v in summary["validation"].items())
         lines = [format_table(summary["table"], decimals=3), ""]

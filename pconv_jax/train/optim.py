@@ -14,7 +14,7 @@ import optax
 def make_optimizer(
     learning_rate: optax.ScalarOrSchedule, *, frozen: Collection[str] = ()
 ) -> optax.GradientTransformation:
-    """Makes Adam with some submodules frozen.
+    """Make Adam with some submodules frozen.
 
     Args:
       learning_rate: A number, or a function of the number of updates.

@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other runs out of a workdir; each would resume the other's checkpoints.
+    """Keep other runs out of a workdir; each would resume the other's checkpoints.
 
     An example is the same command, given again before the run that was asked to stop
     has stopped. The lock of a process ends with the process, however that ends.
@@ -54,7 +54,7 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def check_workdir(workdir: pathlib.Path, settings: Settings) -> None:
-    """Checks that a workdir is new, or belongs to this experiment.
+    """Check that a workdir is new, or belongs to this experiment.
 
     Raises:
       UserError: If its run has other settings, naming those that differ.
@@ -74,7 +74,7 @@ def check_workdir(workdir: pathlib.Path, settings: Settings) -> None:
 def restore_or_create(
     experiment: Experiment, checkpoints: Checkpoints, workdir: pathlib.Path
 ) -> TrainState:
-    """Reads the state of the newest checkpoint, or makes the first state.
+    """Read the state of the newest checkpoint, or make the first state.
 
     Args:
       experiment: The experiment.
@@ -109,7 +109,7 @@ def restore_or_create(
 
 
 def _read_initial(experiment: Experiment, targets: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads ``params`` and ``batch_stats`` from ``init_from``."""
+    """Read ``params`` and ``batch_stats`` from ``init_from``."""
     source = pathlib.Path(str(experiment.settings.init_from))
     if source.suffix == ".safetensors" or source.is_file():
         return _read_weights(experiment)

@@ -59,7 +59,7 @@ def create_state(
     image_size: int,
     average: bool = False,
 ) -> TrainState:
-    """Makes the state before the first step.
+    """Make the state before the first step.
 
     Args:
       key: PRNG key of the initial weights.
@@ -100,7 +100,7 @@ def train_step(
     average_decay: float = 0.0,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Makes one update.
+    """Make one update.
 
     Args:
       state: The state before the update.
@@ -181,7 +181,7 @@ def train_step(
 
 
 def _over_parts(function, carry, batch, parts):
-    """Applies ``(carry, batch) -> (carry, y)`` to parts of a batch; averages y."""
+    """Apply ``(carry, batch) -> (carry, y)`` to parts of a batch; average y."""
     if parts == 1:
         return function(carry, batch)
     size = jax.tree.leaves(batch)[0].shape[0]

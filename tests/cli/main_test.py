@@ -46,6 +46,33 @@ def test_bugs_keep_their_traceback(error, monkeypatch):
     assert raised.value is error
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config", "pconv"],
+        ["eval", "--workdir", "run"],
+        ["convert", ".", "run.safetensors"],
+    ],
+)
+def test_commands_say_which_extra_they_need(arguments):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(("ml_collections", "grain", "orbax")))
+from pconv_jax import cli
+cli.main({arguments})
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert "pip install 'pconv-jax[train]'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def fail_with(error):
     def fail(*_):
         raise error
