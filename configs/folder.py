@@ -1,10 +1,10 @@
-"""The paper's recipe on a folder of pictures, with its subfolders.
+"""The paper's recipe on a folder of images and its subfolders.
 
     python train.py --config configs/folder.py --config.data.path=/path/to/photos
 
-A twentieth of them is held out for validation, unless there is another folder for that
-(--config.data.validation_path). Crops are of 256 x 256 and the network has 7 levels,
-which suits pictures of ordinary size; for 512 x 512 as in the paper, set
+A twentieth of the images is held out for validation, unless
+--config.data.validation_path names another folder. Crops are 256 x 256 and the network
+has 7 levels, which suits images of common sizes. For 512 x 512 as in the paper, set
 --config.image_size=512 --config.model.depth=8.
 """
 

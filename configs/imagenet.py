@@ -1,7 +1,7 @@
 """The paper's recipe on ImageNet (Russakovsky et al. 2015), as TFDS's imagenet2012.
 
-TFDS prepares it from the two archives of the original, which have to be downloaded by
-hand into ``~/tensorflow_datasets/downloads/manual``:
+TFDS prepares it from the two original archives. Download them by hand into
+``~/tensorflow_datasets/downloads/manual``:
 
     pip install tensorflow-cpu importlib-resources
     python -c "import tensorflow_datasets as tfds; tfds.builder('imagenet2012',

@@ -1,18 +1,19 @@
-"""The paper's recipe on the photos that scikit-image carries.
+"""The paper's recipe on scikit-image's photos.
 
-Liu et al. 2018, section 4.1: 512 x 512, batches of 6, Adam, 2e-4 and then 5e-5 with
-the encoder's batch normalization frozen, and all six terms of the loss.
+Liu et al. 2018, section 4.1: 512 x 512, batches of 6, Adam with a learning rate of
+2e-4, then 5e-5 with the encoder's batch normalization frozen, and all six terms of the
+loss.
 
     python train.py --config configs/pconv.py
 
-runs anywhere: it needs no download, and takes random VGG features if there are no
-trained ones (it says so). The paper's results need the paper's data; see places2.py,
-imagenet.py and celeba_hq.py, and folder.py for pictures of your own.
+runs anywhere. It needs no download: if there is no trained VGG, it uses random features
+and warns. The paper's results need the paper's data: see places2.py, imagenet.py and
+celeba_hq.py. For your own images, see folder.py.
 
     python train.py --config configs/pconv.py:quickstart
 
-is the same code with a small network on small crops. It takes under 5 minutes on two
-CPU cores; the README shows what comes out.
+runs the same code with a small network on small crops. It takes under 5 minutes on two
+CPU cores. The README shows its results.
 """
 
 from ml_collections import ConfigDict
@@ -30,8 +31,8 @@ def get_config(variant: str = "paper") -> ConfigDict:
         config.model.depth = 4
         config.model.width = 32
         config.data.scale = (0.2, 1.0)
-        # At the paper's weights, style would be most of the loss of crops this small,
-        # and take longer to come down than this run.
+        # With the paper's weights, the style terms would dominate the loss of such
+        # small crops, and would take longer than this run to decrease.
         config.loss.style_out = 5.0
         config.loss.style_comp = 5.0
         config.phase1.steps = 200

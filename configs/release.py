@@ -1,26 +1,29 @@
-"""The network that comes with this package: see pconv_jax/weights/bundled/README.md.
+"""The bundled network, see pconv_jax/weights/bundled/README.md.
 
-Trained on two CPU cores, so it is small (width 32), and without the terms of the loss
-that need a VGG: they take six times as long as all the rest. It learns in four runs,
-each from the weights of the one before. PHOTOS is a comma-separated list of tar files:
+It was trained on two CPU cores. So it is small (width 32), and its loss lacks the terms
+that need a VGG, which take six times as long as all the rest. It is trained in four
+runs, and each starts from the weights of the previous one. PHOTOS is a tar file of
+images; for several files, repeat --config.data.path:
 
     python train.py --config configs/release.py:coarse --config.data.path=PHOTOS
     python train.py --config configs/release.py:fine --config.data.path=PHOTOS
     python train.py --config configs/release.py:longer --config.data.path=PHOTOS
     python train.py --config configs/release.py:ragged --config.data.path=PHOTOS
 
-`coarse` has a large learning rate, and crops of up to the whole picture; `fine` has
-crops near the photos' own resolution, and both phases of the paper; `longer` has both
-once more; and so has `ragged`, with holes that are not always smooth.
+`coarse` has a large learning rate, and crops of up to the whole image. `fine` has crops
+near the photos' own resolution, and both phases of the paper. `longer` has both phases
+once more. `ragged` has them too, with holes that are not always smooth.
 
-By then it has all but stopped to learn. What comes next is a wider network that goes on
-from there, and minimizes the logarithm of the squared error, which is what PSNR is:
+After these runs, the network has almost stopped learning. A wider network continues
+from there. It minimizes the logarithm of the squared error, which is PSNR in other
+units:
 
     python tools/widen.py runs/release-ragged runs/release-widened.safetensors \
         --width=48
     python train.py --config configs/release.py:wide --config.data.path=PHOTOS
 
-So far it is 0.1 dB better and takes twice the time, so it is not in the package.
+So far the wider network is 0.1 dB better and takes twice the time, so it is not in the
+package.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +31,8 @@ from ml_collections import ConfigDict
 from pconv_jax import UserError
 from pconv_jax.runs.config import default_config
 
-# The run that each begins with, the crops, and the phases' steps and learning rates.
+# For each run: the previous run, the scale of crops, and both phases' steps and
+# learning rates.
 _RUNS = {
     "coarse": (None, (0.4, 1.0), (6_000, 1e-3), (0, 0.0)),
     "fine": ("coarse", (0.35, 0.7), (8_000, 5e-4), (4_000, 2e-4)),
