@@ -1,12 +1,12 @@
 """The cases of each suite, as plain data.
 
-A case is a task, and its variants are ways to do it, which are measured in turns. A
-variant is everything that `benchmarks.worker` needs: the framework, the program to
-build, and its settings. The first variant is the reference of the others.
+A case is a task, and its variants are ways to do it. They are measured in turns. A
+variant has everything that `benchmarks.worker` needs: the framework, the name of the
+program, and its settings. The first variant is the reference of the others.
 
-FLOPs are nominal: two for each multiplication of the network's convolutions as in the
-paper. A program that needs fewer, such as the low-resolution decoder, or that computes
-more, such as convolutions of masks, has a higher or lower rate.
+FLOPs are nominal: two for each multiplication in the convolutions of the paper's
+network. A program that needs fewer, such as the low-resolution decoder, shows a higher
+rate. A program that computes more, such as convolutions of masks, shows a lower rate.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -177,7 +177,7 @@ def _unet_case(
 
 
 def _train(platform: str, smoke: bool) -> list[Case]:
-    # A setting that fits small machines, and the paper's.
+    # Sizes that fit small machines, and the paper's sizes.
     settings = [(256, 2, 7), (512, 6, 8)]
     cases = []
     for size, batch, depth in [(16, 2, 2)] if smoke else settings:
@@ -221,7 +221,7 @@ def _data(platform: str, smoke: bool) -> list[Case]:
 
 
 def _growth(platform: str, smoke: bool) -> list[Case]:
-    """The sizes that `inference` lacks to show how the time grows."""
+    """Make the cases that `inference` lacks to show how the time grows."""
     network = {"depth": 2, "width": 4} if smoke else {}
     size = 16 if smoke else 512
     settings = {"framework": "jax", "program": "inference", "size": size, "batch": 1}
@@ -240,7 +240,7 @@ def _growth(platform: str, smoke: bool) -> list[Case]:
 
 
 def _profile(platform: str, smoke: bool) -> list[Case]:
-    """The parts of inference and of a training step."""
+    """Make the cases of the parts of inference and of a training step."""
     network = {"depth": 2, "width": 4} if smoke else {"depth": 8, "width": 64}
     size = 16 if smoke else 512
     settings = {"framework": "jax", "size": size, "batch": 1, **network}

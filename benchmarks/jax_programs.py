@@ -1,4 +1,4 @@
-"""The measured programs in JAX, by name, built from their settings."""
+"""The measured programs in JAX. Each is built from its name and settings."""
 
 import functools
 import importlib.metadata
@@ -87,7 +87,7 @@ def _layer(
 
 
 def _dense_partial_conv(params, x, mask):
-    """The usual partial convolution, with masks as wide as the features."""
+    """Compute a partial convolution as usual, with masks as wide as the features."""
     conv = functools.partial(
         lax.conv_general_dilated,
         window_strides=(1, 1),
@@ -123,7 +123,7 @@ def _inference(
 
 
 def _stage(stage: int, size: int, batch: int, depth: int, width: int) -> Program:
-    """One stage of the network, with normalization and activation."""
+    """Build one stage of the network, with normalization and activation."""
     channels, features, kernel_size, side = cases.stages(
         size, depth=depth, width=width
     )[stage]
@@ -192,7 +192,7 @@ def _train(
 
 
 def _part(part: str, size: int, batch: int, depth: int, width: int) -> Program:
-    """One part of the training step."""
+    """Build one part of the training step."""
     from pconv_jax import losses
     from pconv_jax.runs.inference import prepare_batch
 
@@ -265,7 +265,7 @@ def _part(part: str, size: int, batch: int, depth: int, width: int) -> Program:
 
 
 def _data(size: int, batch: int, workers: int, count: int) -> Program:
-    """The input pipeline, from JPEGs of half a megapixel in a folder."""
+    """Build the input pipeline, which reads half-megapixel JPEG files from a folder."""
     import tempfile
     import weakref
 

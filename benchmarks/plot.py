@@ -1,4 +1,4 @@
-"""Plots how the time of inference grows, as an SVG file.
+"""Plots how the time of inference grows, and writes an SVG file.
 
 python -m benchmarks.plot runs/benchmarks/REPORT.json growth.svg
 """
@@ -79,7 +79,7 @@ def _read_panels(report: Mapping[str, Any]) -> dict[str, Lines]:
 def _plot_panel(
     axes: Axes, label: str, lines: Lines, colors: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Plot a panel; return the handle of each line."""
+    """Plot a panel, and return the handle of each line."""
     axes.set_xlabel(label)
     axes.set_ylabel("ms")
     axes.spines[["top", "right"]].set_visible(False)

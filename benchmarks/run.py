@@ -3,10 +3,10 @@
     python -m benchmarks.run --suite layer,inference,train,data
     python -m benchmarks.run --suite inference,train --against torch
 
-It prints a table for each case. After each case it writes all measurements and their
+It prints a table for each case. After each case, it writes all measurements and their
 conditions to one JSON file. The variants of a case take turns, each in its own process.
-The suite `growth`, together with `inference`, also plots how the time grows with
-pixels, batch size and hole ratio; `profile` times the parts of the network and of a
+The suites `growth` and `inference` together also plot how the time grows with pixels,
+batch size and hole ratio. The suite `profile` times the parts of the network and of a
 training step.
 """
 

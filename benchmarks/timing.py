@@ -22,7 +22,8 @@ class Worker:
     """A process that measures one variant, see `benchmarks.worker`.
 
     Attributes:
-      about: Its first answer: versions, device, compilation time and memory.
+      about: The first answer of the process: versions, device, compilation time and
+        memory.
     """
 
     def __init__(self, python: str, variant: Variant, *, timeout: float):
@@ -45,11 +46,11 @@ class Worker:
             raise
 
     def measure(self, seconds: float) -> dict[str, Any]:
-        """Measure for some seconds; return the answer of the process."""
+        """Measure for some seconds, and return the answer of the process."""
         try:
             print(seconds, file=self._stdin, flush=True)
         except BrokenPipeError:
-            pass  # It has ended; _read reports why.
+            pass  # The process has ended, and _read reports why.
         return self._read()
 
     def close(self) -> None:
@@ -85,9 +86,9 @@ def compare(
 
     Args:
       case: The case.
-      results: Filled in place, so that an interruption loses nothing. For each variant
-        it gets the answers of its process, the times of each round, and memory; or
-        ``error``, why it could not be measured.
+      results: Filled in place, so that an interruption loses nothing. Each variant gets
+        the answers of its process, the times of each round, and memory; or ``error``,
+        the reason why it could not be measured.
       pythons: The Python interpreter of each framework.
       rounds: Number of turns of each variant.
       seconds: Length of a turn, which has at least one call.

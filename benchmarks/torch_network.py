@@ -1,8 +1,8 @@
 """The paper's network, loss and training step in straightforward PyTorch.
 
-It is written as the published implementations are: NVIDIA-style partial convolutions,
-whose masks are as wide as the features and are convolved with a kernel of ones;
-concatenation in the decoder; three passes through VGG16. It serves as a reference, has
+It follows the published implementations: NVIDIA-style partial convolutions, whose masks
+are as wide as the features and are convolved with a kernel of ones; concatenation in
+the decoder; three passes through VGG16. It is the reference of the benchmarks. It has
 the same parameters as `pconv_jax`, and computes the same numbers.
 """
 

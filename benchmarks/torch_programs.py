@@ -157,7 +157,7 @@ def _onnxruntime(network, images, mask):
 
 
 def _warm(call: Callable[[], None], mode: str) -> Program:
-    """Compile by calling once; the work of that call hardly counts."""
+    """Compile by calling once; the time of that call's work is negligible."""
     if "compile" not in mode:
         return Program(call)
     start = time.perf_counter()

@@ -40,9 +40,9 @@ def measure(call: Callable[[], None], seconds: float) -> dict[str, Any]:
 
     Returns:
       ``wall_s`` and ``cpu_s``, the seconds of each call; and ``others``, the share of
-      all cores that other processes used meanwhile, None if unknown. The first of
-      several calls is left out: caches and threads are cold, and data may have been
-      prefetched since the last turn.
+      all cores that other processes used meanwhile, or None if it is unknown. If there
+      are several calls, the first is left out: its caches and threads are cold, and
+      data may have been prefetched since the last turn.
     """
     walls, cpus = [], []
     end = _now() + seconds
@@ -104,7 +104,7 @@ def _now() -> float:
 
 def main() -> None:
     """Build the variant of the first argument, and answer requests."""
-    # Output of libraries must not get between the answers.
+    # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
