@@ -1,19 +1,19 @@
-"""Repeats the paper's comparison of partial and ordinary convolutions.
+"""Repeats the paper's comparison of partial and standard convolutions.
 
     python tools/ablation.py
     python tools/ablation.py --config configs/places2.py --seeds=0,1,2 --out=runs/full
 
-It trains networks that differ in one thing, with the same images, masks, steps and
-seeds, evaluates them on the same pairs of images and masks, and reports the
-differences:
+It trains four variants of one network with the same images, masks, steps and seeds. It
+evaluates them on the same pairs of images and masks, and reports the differences:
 
   pconv      partial convolutions, scaled by sum(1) / sum(M): version 2 of the paper
-  pconv_v1   the same, scaled by 1 / sum(M): version 1
-  conv       ordinary convolutions; holes are 0, and the mask is an extra channel
-  conv_mean  the same; holes are the mean of the valid pixels
+  pconv_v1   partial convolutions, scaled by 1 / sum(M): version 1 of the paper
+  conv       standard convolutions; holes are 0, and the mask is an extra channel
+  conv_mean  standard convolutions; holes are the mean of the valid pixels
 
-By default it takes under an hour on two CPU cores. After an interruption, the same
-command resumes. It writes ablation.md and ablation.json, next to the runs.
+The default takes under an hour on two CPU cores. After an interruption, the same
+command resumes. It writes ablation.md and ablation.json into the output directory, next
+to the runs.
 """
 
 import argparse
@@ -57,12 +57,12 @@ _INTERVALS = (
 class PConvV1(PConvUNet):
     """Scales by 1 / sum(M): divides each kernel by the sum(1) of its window.
 
-    Trained weights of either network can be converted to the other. But the two train
-    differently. Batch normalization undoes a constant factor, except for its epsilon of
-    1e-5: after He initialization, features that are 1 / sum(1) times as large have a
-    variance of 1e-6 and less. The first and the last layer have no normalization: there
-    the bias is sum(1) times as large relative to the rest, and a step of Adam that much
-    smaller.
+    The trained weights of either network can be converted to the other, but the two
+    train differently. Batch normalization undoes a constant factor, except for its
+    epsilon of 1e-5: after He initialization, features that are 1 / sum(1) times as
+    large have a variance of 1e-6 and less. The first and the last layer have no
+    normalization. There, the bias is sum(1) times as large relative to the rest, and a
+    step of Adam is smaller by the same factor.
     """
 
     @nn.nowrap
@@ -117,7 +117,7 @@ def run(
     seeds: Sequence[int],
     variants: Sequence[str] = tuple(VARIANTS),
 ) -> dict[str, Any] | None:
-    """Train and evaluate all variants with all seeds, or resume doing so.
+    """Train and evaluate all variants with all seeds, or resume an earlier call.
 
     Args:
       settings: Settings of the runs.
@@ -175,7 +175,7 @@ def get_experiment(
 def train(
     settings: Settings, workdir: Path, model: PConvUNet
 ) -> Mapping[str, Any] | None:
-    """Train a network, unless that is done.
+    """Train a network, unless its run has finished.
 
     Returns:
       Its variables; None if the run was asked to stop.
@@ -193,15 +193,15 @@ def train(
 def summarize(
     evaluations: Mapping[str, Sequence[results.Evaluation]],
 ) -> list[dict[str, Any]]:
-    """Summarize each variant, range of hole ratios and metric in a row.
+    """Summarize the evaluations in one row per variant, hole bin and metric.
 
     Args:
       evaluations: Evaluations of each variant, one per seed.
 
     Returns:
-      Rows with ``mean``, ``low`` and ``high``. All variants but the first one also have
-      the ``difference`` from it with the same seed, and ``seeds``, the difference of
-      each seed.
+      Rows with ``mean``, ``low`` and ``high``. Rows of all variants except the first
+      also have the ``difference`` from the first one with the same seed, and ``seeds``,
+      the difference for each seed.
     """
     first, rows = next(iter(evaluations)), []
     found = {
@@ -357,7 +357,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seeds", default="0,1,2", help="seeds of the runs (default: 0,1,2)"
     )
     parser.add_argument(
-        "--variants", help="variants to train, the reference first (default: all)"
+        "--variants",
+        help="variants to train, comma-separated, the reference first (default: all)",
     )
     parser.add_argument(
         "--examples",

@@ -2,8 +2,8 @@
 
     python tools/learning_curve.py runs/release-coarse runs/release-fine --out curve.svg
 
-Each run is a line, which starts where the previous run ended. If the runs validate on
-images of different sizes, only values of the same line are comparable.
+Each run is one line, which starts where the previous run ended. If the runs validate on
+images of different sizes, only the values on one line are comparable.
 """
 
 import argparse
@@ -77,8 +77,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Plot a validation metric over the training of consecutive runs."
     )
-    parser.add_argument("workdirs", metavar="WORKDIR", type=pathlib.Path, nargs="+")
-    parser.add_argument("--metric", default="psnr", help="metric (default: psnr)")
+    parser.add_argument(
+        "workdirs",
+        metavar="WORKDIR",
+        type=pathlib.Path,
+        nargs="+",
+        help="workdirs of the runs, in order",
+    )
+    parser.add_argument(
+        "--metric", default="psnr", help="validation metric (default: psnr)"
+    )
     parser.add_argument(
         "--out",
         type=pathlib.Path,

@@ -1,12 +1,12 @@
-"""Widens a trained network: the same output, with more features to learn with.
+"""Widens a trained network: the same output, with more features to train.
 
     python tools/widen.py runs/release-ragged wide.safetensors --width=48
 
-It adds features to every stage. The existing features do not see them: the weights from
-new to old features are zero, from which training can move them, and the weights into
-new features are drawn as for a new network. So training (with `config.init_from`)
-continues from the trained network instead of starting again; cf. Chen et al. 2016,
-"Net2Net", which copies features instead.
+It adds features to every stage. At first, the new features do not affect the old ones:
+the weights from new to old features are zero, and training can change them. The weights
+into new features are drawn as for a new network. So training (with `config.init_from`)
+continues from the trained network. Compare Chen et al. 2016, "Net2Net", which copies
+features instead.
 """
 
 import argparse
@@ -30,15 +30,15 @@ def widen(
 ) -> tuple[PConvUNet, dict[str, Any]]:
     """Widen a network, so that the output stays the same or nearly so.
 
-    For partial convolutions it is the same where nothing is missing. The last one
-    counts the valid values of the image and of the features below together; if there
-    are more features, the image counts less.
+    With partial convolutions, the output is the same where nothing is missing. The last
+    layer counts the valid values of the image and of the features below together. If
+    there are more features, the image has less weight.
 
     Args:
       model: The network, with the paper's stages.
       variables: Its ``params`` and ``batch_stats``.
       width: Features of the first stage of the wider network.
-      key: Key of the new weights.
+      key: Random key of the new weights.
 
     Returns:
       The wider network and its variables.
@@ -102,10 +102,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Widen a trained network: the same output, with more features."
     )
-    parser.add_argument("source", help="directory of a run, or weights")
+    parser.add_argument("source", help="workdir of a run, or a weights file")
     parser.add_argument("out", help="weights file to write (.safetensors)")
     parser.add_argument(
-        "--width", type=int, help="features of the first stage (default: twice as many)"
+        "--width",
+        type=int,
+        help="features of the first stage (default: twice as many as now)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the new weights (default: 0)"
