@@ -37,6 +37,7 @@ def add(commands: Subparsers) -> None:
     )
     _add_files(command)
     _add_hole(command)
+    _add_detail(command)
     command.add_argument(
         "--value-range",
         metavar=("LOW", "HIGH"),
@@ -119,6 +120,40 @@ def _add_hole(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_detail(command: argparse.ArgumentParser) -> None:
+    detail = command.add_argument_group("detail")
+    detail.add_argument(
+        "--detail",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="copy detail of the image into the hole, guided by the network; without, "
+        "fill with the network's output alone (default: --detail)",
+    )
+    detail.add_argument(
+        "--exclude",
+        metavar="MASK",
+        type=Path,
+        help="an image that is white where not to copy detail from, such as the rest "
+        "of a removed object; or a folder of them, as for --mask",
+    )
+    detail.add_argument(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="seed of the search; in wide holes, seeds give visibly different results "
+        "(default: %(default)s)",
+    )
+    detail.add_argument(
+        "--variants",
+        metavar="K",
+        type=int,
+        default=1,
+        help="write K results, with the seeds N, N + 1, ...; all but the first get a "
+        "number before their suffix, as in repaired-2.png (default: %(default)s)",
+    )
+
+
 def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     pairs = _pair_files(arguments.image, arguments.output)
@@ -132,6 +167,7 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.weights,
         value_range=None if arguments.raw else tuple(arguments.value_range),
         max_pixels=arguments.max_pixels,
+        detail=arguments.detail,
     )
     failed = 0
     progress = tqdm(
@@ -141,16 +177,22 @@ def _run(arguments: argparse.Namespace) -> None:
         disable=None if arguments.image.is_dir() else True,
     )
     for image, output in progress:
+        messages = []
         try:
-            messages = repair_file(
-                inpainter, image, output, **_repair_options(arguments)
-            )
+            for number in range(arguments.variants):
+                messages += repair_file(
+                    inpainter,
+                    image,
+                    _variant(output, number),
+                    seed=arguments.seed + number,
+                    **_repair_options(arguments),
+                )
         except (RunError, UserError) as error:
             if not arguments.image.is_dir():
                 raise
             failed += 1
             messages = [str(error)]
-        for message in messages:
+        for message in dict.fromkeys(messages):
             tqdm.write(f"pconv: {image.name}: {message}", file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of {len(pairs)} images were not repaired.")
@@ -161,6 +203,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--tolerance requires --mask-color.")
     if arguments.mask_color is not None and arguments.resize_mask:
         raise UserError("--resize-mask requires --mask, and --mask-color is given.")
+    if arguments.variants < 1:
+        raise UserError(f"--variants must be at least 1, got {arguments.variants}.")
+    if arguments.seed < 0:
+        raise UserError(f"--seed must not be negative, got {arguments.seed}.")
+    if not arguments.detail and (arguments.variants > 1 or arguments.exclude):
+        raise UserError("--variants and --exclude require --detail.")
 
 
 def _pair_files(image: Path, output: Path) -> list[tuple[Path, Path]]:
@@ -179,6 +227,10 @@ def _pair_files(image: Path, output: Path) -> list[tuple[Path, Path]]:
     return [(path, output / path.name) for path in found]
 
 
+def _variant(output: Path, number: int) -> Path:
+    return output.with_stem(f"{output.stem}-{number + 1}") if number else output
+
+
 def _repair_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "mask": arguments.mask,
@@ -187,6 +239,7 @@ def _repair_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "invert_mask": arguments.invert_mask,
         "resize_mask": arguments.resize_mask,
         "dilate": arguments.dilate,
+        "exclude": arguments.exclude,
         "max_pixels": arguments.max_pixels,
         "force": arguments.force,
     }

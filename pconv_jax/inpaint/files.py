@@ -21,6 +21,8 @@ def repair_file(
     invert_mask: bool = False,
     resize_mask: bool = False,
     dilate: int = 0,
+    seed: int = 0,
+    exclude: Path | None = None,
     max_pixels: int = MAX_PIXELS,
     force: bool = False,
 ) -> list[str]:
@@ -40,6 +42,9 @@ def repair_file(
       invert_mask: See `Inpainter`. By default False.
       resize_mask: See `Inpainter`. By default False.
       dilate: See `Inpainter`. By default 0.
+      seed: See `Inpainter`. By default 0.
+      exclude: Path of a mask, or of a folder of masks like ``mask``: white where not to
+        copy detail from. By default there is none.
       max_pixels: Larger images are refused. By default 100,000,000.
       force: Whether to replace an existing file. By default False.
 
@@ -65,6 +70,8 @@ def repair_file(
             invert_mask=invert_mask,
             resize_mask=resize_mask,
             dilate=dilate,
+            seed=seed,
+            exclude=_find_mask(image, exclude),
         )
         image_io.write(output, file._replace(image=repaired))
     return list(dict.fromkeys(str(warning.message) for warning in caught))

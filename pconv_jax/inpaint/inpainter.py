@@ -18,6 +18,7 @@ from PIL import ExifTags, Image
 
 from pconv_jax._errors import UserError
 from pconv_jax.inpaint import image_io, values
+from pconv_jax.inpaint.detail import add_detail, sharpen_guide
 from pconv_jax.inpaint.fill import HoleFiller
 from pconv_jax.inpaint.formats import MAX_PIXELS
 from pconv_jax.inpaint.hole import (
@@ -43,17 +44,20 @@ MaskLike = ImageLike | ImageSequence | None
 ImageT = TypeVar("ImageT", Image.Image, np.ndarray, jax.Array)
 
 
-class _MaskOptions(NamedTuple):
+class _Options(NamedTuple):
     invert: bool
     resize: bool
     dilate: int
+    seed: int
+    exclude: MaskLike
 
 
 class Inpainter:
     """Fills the holes of images by a network.
 
     All other pixels stay exactly as they are. Images may have any size and holes any
-    width; the content of a hole does not matter.
+    width; the content of a hole does not matter. The network's output guides a search
+    for patches of the same image, which add its detail; see `add_detail`.
 
     Attributes:
       model: The network.
@@ -68,6 +72,7 @@ class Inpainter:
         info: Mapping[str, Any] | None = None,
         value_range: tuple[float, float] | None = (0.0, 1.0),
         max_pixels: int = MAX_PIXELS,
+        detail: bool = True,
     ):
         """Prepare a network.
 
@@ -79,6 +84,8 @@ class Inpainter:
             default (0, 1). None gives the network floats as they are, for data that are
             not images.
           max_pixels: Files of larger images are refused. By default 100,000,000.
+          detail: Whether to add detail of the image to the network's output. By default
+            True. Data that are not images (see ``value_range``) never get it.
 
         Raises:
           UserError: If the channels of the network differ, or the range is empty.
@@ -98,7 +105,8 @@ class Inpainter:
         self._channels = channels
         self._value_range = value_range
         self._max_pixels = max_pixels
-        self._filler = HoleFiller(model, variables)
+        self._detail = detail
+        self._filler = HoleFiller(model, variables, trusted_depth=_trusted_depth(info))
 
     @classmethod
     def from_pretrained(
@@ -128,6 +136,8 @@ class Inpainter:
         invert_mask: bool = False,
         resize_mask: bool = False,
         dilate: int = 0,
+        seed: int = 0,
+        exclude: MaskLike = None,
         return_depth: Literal[False] = False,
     ) -> ImageT: ...
     @overload
@@ -139,6 +149,8 @@ class Inpainter:
         invert_mask: bool = False,
         resize_mask: bool = False,
         dilate: int = 0,
+        seed: int = 0,
+        exclude: MaskLike = None,
         return_depth: Literal[False] = False,
     ) -> Image.Image | np.ndarray: ...
     @overload
@@ -150,6 +162,8 @@ class Inpainter:
         invert_mask: bool = False,
         resize_mask: bool = False,
         dilate: int = 0,
+        seed: int = 0,
+        exclude: MaskLike = None,
         return_depth: Literal[False] = False,
     ) -> list[LoadedImage]: ...
     @overload
@@ -161,6 +175,8 @@ class Inpainter:
         invert_mask: bool = False,
         resize_mask: bool = False,
         dilate: int = 0,
+        seed: int = 0,
+        exclude: MaskLike = None,
         return_depth: Literal[True],
     ) -> tuple[ImageT, np.ndarray]: ...
     @overload
@@ -172,6 +188,8 @@ class Inpainter:
         invert_mask: bool = False,
         resize_mask: bool = False,
         dilate: int = 0,
+        seed: int = 0,
+        exclude: MaskLike = None,
         return_depth: Literal[True],
     ) -> tuple[Image.Image | np.ndarray, np.ndarray]: ...
     @overload
@@ -183,6 +201,8 @@ class Inpainter:
         invert_mask: bool = False,
         resize_mask: bool = False,
         dilate: int = 0,
+        seed: int = 0,
+        exclude: MaskLike = None,
         return_depth: Literal[True],
     ) -> tuple[list[LoadedImage], list[np.ndarray]]: ...
     def __call__(
@@ -193,6 +213,8 @@ class Inpainter:
         invert_mask: bool = False,
         resize_mask: bool = False,
         dilate: int = 0,
+        seed: int = 0,
+        exclude: MaskLike = None,
         return_depth: bool = False,
     ) -> Any:
         """Fill the hole of an image, or of each of several.
@@ -213,6 +235,10 @@ class Inpainter:
             neighbors. By default False.
           dilate: Number of pixels by which to enlarge the hole, for example to remove a
             rim. By default 0.
+          seed: Seed of the search for detail. In wide holes, seeds give visibly
+            different results. By default 0.
+          exclude: Mask, **white where not to copy detail from**, such as the rest of an
+            object that is removed. Like `mask`; by default there is none.
           return_depth: Whether to return the fill depth, too. By default False.
 
         Returns:
@@ -228,7 +254,7 @@ class Inpainter:
           UserError: If a mask is needed and missing, or has another size; if no pixel
             is valid, or values are out of range; or if a file cannot be read.
         """
-        options = _MaskOptions(invert_mask, resize_mask, dilate)
+        options = _Options(invert_mask, resize_mask, dilate, seed, exclude)
         if isinstance(image, Sequence) and not isinstance(image, str):
             result, depth = self._repair_sequence(image, mask, options)
         elif getattr(image, "ndim", 0) == 4:
@@ -239,14 +265,18 @@ class Inpainter:
         return (result, depth) if return_depth else result
 
     def _repair_sequence(
-        self, images: Sequence[ImageLike], mask: MaskLike, options: _MaskOptions
+        self, images: Sequence[ImageLike], mask: MaskLike, options: _Options
     ) -> tuple[list[LoadedImage], list[np.ndarray]]:
         masks = _split_masks(mask, len(images))
-        pairs = [self._repair(x, m, options) for x, m in zip(images, masks)]
+        excluded = _split_masks(options.exclude, len(images))
+        pairs = [
+            self._repair(x, m, options._replace(exclude=e))
+            for x, m, e in zip(images, masks, excluded)
+        ]
         return [image for image, _ in pairs], [depth for _, depth in pairs]
 
     def _repair_batch(
-        self, images: np.ndarray | jax.Array, mask: MaskLike, options: _MaskOptions
+        self, images: np.ndarray | jax.Array, mask: MaskLike, options: _Options
     ) -> tuple[np.ndarray | jax.Array, np.ndarray]:
         if not len(images):
             return images, np.zeros(images.shape[:3], np.uint8)
@@ -257,7 +287,7 @@ class Inpainter:
         return xp.stack(cast(list[np.ndarray], results)), np.stack(depths)
 
     def _repair(
-        self, image: ImageLike, mask: MaskLike, options: _MaskOptions
+        self, image: ImageLike, mask: MaskLike, options: _Options
     ) -> tuple[LoadedImage, np.ndarray]:
         """Fill the hole of one image, and compute the fill depth."""
         if isinstance(image, str | os.PathLike):
@@ -272,6 +302,12 @@ class Inpainter:
             return image.copy(), np.zeros(hole.shape, np.uint8)
         network_values = self._to_network(color, known)
         depth = self._filler.fill(network_values, known, hole)
+        is_image = not values.is_float(color) or self._value_range is not None
+        if self._detail and is_image:
+            exclude = ~known & ~hole
+            if options.exclude is not None:
+                exclude |= self._read_exclude(options, image, hole.shape)
+            _add_detail(network_values, hole, exclude, options.seed)
         result = array.reshape(*hole.shape, -1).copy()
         filled = self._from_network(network_values[hole], color)
         result[hole, : color.shape[-1]] = filled
@@ -319,7 +355,7 @@ class Inpainter:
         color: np.ndarray,
         alpha: np.ndarray | None,
         mask: MaskLike,
-        options: _MaskOptions,
+        options: _Options,
     ) -> np.ndarray:
         """Find where to fill: in the mask, or where the image shows it."""
         missing = np.zeros(color.shape[:2], bool)
@@ -347,7 +383,7 @@ class Inpainter:
         return dilate_hole(hole, options.dilate) | missing
 
     def _read_mask(
-        self, mask: ImageLike | ImageSequence, options: _MaskOptions
+        self, mask: ImageLike | ImageSequence, options: _Options
     ) -> np.ndarray:
         if isinstance(mask, str | os.PathLike):
             mask = image_io.read(mask, max_pixels=self._max_pixels).image
@@ -356,6 +392,16 @@ class Inpainter:
             if values.is_float(mask):
                 mask = mask.astype(np.float32)
         return hole_from_mask(mask, invert=options.invert)
+
+    def _read_exclude(
+        self, options: _Options, image: LoadedImage, shape: tuple[int, ...]
+    ) -> np.ndarray:
+        exclude = self._read_mask(cast(ImageLike, options.exclude), options)
+        if exclude.shape == shape:
+            return exclude
+        if not options.resize:
+            raise UserError(_sizes_differ(image, exclude.shape, shape, name="exclude"))
+        return resize_hole(exclude, shape)
 
     def _to_network(self, color: np.ndarray, known: np.ndarray) -> np.ndarray:
         """Convert colors to the network's input, float32 ``[H, W, C]``."""
@@ -372,6 +418,27 @@ class Inpainter:
         if color.shape[-1] < output.shape[-1]:
             output = output.mean(axis=-1, keepdims=True)
         return values.from_network(output, color.dtype, self._value_range)
+
+
+def _trusted_depth(info: Mapping[str, Any] | None) -> int | None:
+    """Return the depth that a weights file names, if it does."""
+    depth = (info or {}).get("trusted_depth")
+    return depth if isinstance(depth, int) and depth > 0 else None
+
+
+def _add_detail(
+    network_values: np.ndarray, hole: np.ndarray, exclude: np.ndarray, seed: int
+) -> None:
+    """Add detail to a filled hole, in place.
+
+    Gray images of a color network have three equal channels; one of them is searched.
+    """
+    image = np.clip((network_values + 1) * 127.5, 0, 255)
+    if np.array_equal(image[..., :1].repeat(image.shape[2], axis=2), image):
+        image = image[..., :1]
+    guide = sharpen_guide(image, hole, image)
+    filled = add_detail(image, hole, guide, seed=seed, exclude=exclude)
+    network_values[hole] = filled[hole] / 127.5 - 1
 
 
 def _to_numpy(image: LoadedImage) -> np.ndarray:
@@ -424,7 +491,11 @@ def _check_range(known: np.ndarray, value_range: tuple[float, float]) -> None:
 
 
 def _sizes_differ(
-    image: LoadedImage, mask: tuple[int, ...], shape: tuple[int, ...]
+    image: LoadedImage,
+    mask: tuple[int, ...],
+    shape: tuple[int, ...],
+    *,
+    name: str = "mask",
 ) -> str:
     height, width = shape
     hint = "resize_mask makes it fit"
@@ -432,6 +503,6 @@ def _sizes_differ(
         if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:
             hint = "PIL.ImageOps.exif_transpose turns the image upright"
     return (
-        f"mask has {mask[1]} x {mask[0]} pixels, and the image has {width} x "
+        f"{name} has {mask[1]} x {mask[0]} pixels, and the image has {width} x "
         f"{height}; {hint}."
     )

@@ -1,0 +1,562 @@
+"""Detail for filled holes: patches of the same image, chosen by a guide.
+
+A network knows what belongs in a hole, but not how this image's grass, grain or brick
+looks. The image knows. `add_detail` combines the two. From coarse to fine, every patch
+that touches the hole searches for the most similar patch outside it (PatchMatch), and
+every pixel of the hole becomes the weighted mean of what these patches suggest. Two
+images decide which patches are similar:
+
+* the low frequencies of the guide, which do not change;
+* the current estimate, with all its detail.
+
+The guide's weight falls with the distance from the rim of the hole, in pixels of the
+scale at hand. So narrow holes and coarse scales follow the guide. The middle of a wide
+hole, where a network only knows a color, follows the estimate of the coarser scale.
+
+Images are float32 ``[H, W, C]`` in [0, 255]; a *hole* is bool ``[H, W]``, True where to
+fill.
+
+References: Barnes et al., "PatchMatch", 2009, for the search; Wexler et al.,
+"Space-Time Completion of Video", 2007, for the vote at several scales; Yang et al.,
+"High-Resolution Image Inpainting using Multi-Scale Neural Patch Synthesis", 2017, for a
+network's output as the guide.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pconv_jax._errors import UserError
+
+# Patches are squares of 2 RADIUS + 1 = 5 pixels. Smaller ones copy less structure,
+# larger ones fit less well.
+RADIUS = 2
+_SIDE = 2 * RADIUS + 1
+
+_ROUNDS = 8  # Searches and votes at each scale.
+_STRIDES = (8, 4, 2, 1)  # Distances, in pixels, at which neighbors share their matches.
+_ESTIMATE_WEIGHT = 0.6  # Of differences from the estimate, beside those from the guide.
+_RIM = 6.0  # Depth, in pixels, at which the guide's weight begins to fall by e a _RIM.
+_LEAST_WEIGHT = 0.02  # The guide's weight at any depth.
+_RIM_DECAY = 1.3  # A vote loses this factor for each pixel of depth: rims are surer.
+_MAX_DECAY = 30  # Pixels of depth from which on this factor stays the same.
+_MIN_SIDE = 48  # Pixels. Smaller images are not halved.
+_MIN_SOURCES = 64  # Patches to copy from. An image with fewer is not halved further.
+_MIN_MARGIN = 64  # Pixels around a hole to copy from; at least its extent.
+_NARROW = (2.5, 5.0)  # Depths, in pixels, up to and from which a hole is (not) narrow.
+_REACH_OF_DEPTH = 6  # Pixels along a hole within which it has one width.
+_INPAINT_RADIUS = 3  # Of OpenCV's method, in pixels.
+_CELL = 16  # Pixels. Holes closer than this are filled together.
+
+
+def add_detail(
+    image: np.ndarray,
+    hole: np.ndarray,
+    guide: np.ndarray,
+    *,
+    seed: int = 0,
+    exclude: np.ndarray | None = None,
+) -> np.ndarray:
+    """Fill a hole with detail of the image, guided by a smoother filling of it.
+
+    The search looks at a window around each hole, so its cost and memory depend on the
+    size of the holes, not of the image.
+
+    Args:
+      image: ``[H, W, C]`` in [0, 255], uint8 or float. Its values in the hole do not
+        matter.
+      hole: Bool ``[H, W]``, True where to fill.
+      guide: Like ``image``, with the hole filled, such as by a network.
+      seed: Seed of the search. In wide holes, seeds give visibly different results.
+      exclude: Bool ``[H, W]``, True where not to copy from. By default all pixels
+        outside the hole may be copied.
+
+    Returns:
+      The filled image, of the dtype of ``image``. Pixels outside the hole are equal to
+      those of ``image``. A hole without a patch to copy nearby is filled by the guide.
+
+    Raises:
+      UserError: If shapes differ.
+    """
+    image, hole, guide = np.asarray(image), np.asarray(hole), np.asarray(guide)
+    if image.ndim != 3 or hole.shape != image.shape[:2] or guide.shape != image.shape:
+        raise UserError(
+            "image and guide must be [H, W, C] and hole [H, W] of one size, got "
+            f"{list(image.shape)}, {list(guide.shape)} and {list(hole.shape)}."
+        )
+    excluded = hole
+    if exclude is not None:
+        if np.shape(exclude) != hole.shape:
+            raise UserError(
+                f"exclude must be [H, W] = {list(hole.shape)}, got "
+                f"{list(np.shape(exclude))}."
+            )
+        excluded = hole | exclude
+    result = image.copy()
+    for number, (window, part) in enumerate(_regions(hole)):
+        start = np.where(hole[window][..., None], guide[window], image[window]).astype(
+            np.float32
+        )
+        scale = _Scale(start, part, ~excluded[window])
+        if not _centers(scale.source).any():  # Nothing to copy: the guide is all.
+            result[window][part] = guide[window][part]
+            continue
+        filled = _fill_window(scale, np.random.default_rng((seed, number)))
+        if image.dtype == np.uint8:
+            filled = np.clip(np.rint(filled), 0, 255)
+        result[window][part] = filled[part].astype(image.dtype)
+    return result
+
+
+def sharpen_guide(image: np.ndarray, hole: np.ndarray, guide: np.ndarray) -> np.ndarray:
+    """Replace a network's output in narrow holes by Navier-Stokes inpainting.
+
+    Holes of a few pixels are the one kind that a network fills less accurately than the
+    classical method (Bertalmio et al. 2001). The transition is smooth: Navier-Stokes
+    alone in holes up to 5 pixels wide, the network alone from 10 pixels on.
+
+    Args:
+      image: ``[H, W, C]`` in [0, 255], uint8 or float.
+      hole: Bool ``[H, W]``, True where to fill.
+      guide: Like ``image``, with the hole filled by a network.
+
+    Returns:
+      The new guide, of the dtype of ``guide``.
+    """
+    result = guide.copy()
+    for window, part in _regions(hole):
+        depth = _depth(part)
+        for _ in range(_REACH_OF_DEPTH):  # The largest depth nearby, along the hole.
+            depth = np.where(part, cv2.dilate(depth, np.ones((3, 3))), 0)
+        low, high = _NARROW
+        narrow = np.clip((high - depth) / (high - low), 0, 1).astype(np.float32)
+        narrow_hole = ((narrow > 0) & part).astype(np.uint8)
+        if not narrow_hole.any():
+            continue
+        known = np.where(hole[window][..., None], guide[window], image[window])
+        known = np.where(narrow_hole[..., None] > 0, 0, known)
+        known = np.clip(np.rint(known), 0, 255).astype(np.uint8)
+        classical = np.stack(
+            [
+                cv2.inpaint(plane, narrow_hole, _INPAINT_RADIUS, cv2.INPAINT_NS)
+                for plane in np.moveaxis(known, -1, 0)
+            ],
+            axis=-1,
+        )
+        weight = cv2.GaussianBlur(narrow, (0, 0), 1.5)[..., None]
+        mixed = weight * classical + (1 - weight) * guide[window]
+        if result.dtype == np.uint8:
+            mixed = np.rint(mixed)
+        result[window][part] = mixed[part].astype(result.dtype)
+    return result
+
+
+class _Scale(NamedTuple):
+    """An image at one resolution.
+
+    Attributes:
+      image: Float32 ``[H, W, C]``, with the guide in the hole.
+      hole: Bool ``[H, W]``, True where to fill.
+      source: Bool ``[H, W]``, True where to copy from.
+    """
+
+    image: np.ndarray
+    hole: np.ndarray
+    source: np.ndarray
+
+
+class _Matches(NamedTuple):
+    """For each pixel, the center of its patch's match, or -1: int ``[H, W]`` each."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+
+
+def _regions(hole: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
+    """Divide a hole into parts that are filled one after the other.
+
+    Yields:
+      The window of the image that a part is filled from, and the part in the window.
+    """
+    pads = [(0, -n % _CELL) for n in hole.shape]
+    cells = np.pad(hole, pads).reshape(
+        -(-hole.shape[0] // _CELL), _CELL, -(-hole.shape[1] // _CELL), _CELL
+    )
+    occupied = cells.any(axis=(1, 3)).astype(np.uint8)
+    number, labels, boxes, _ = cv2.connectedComponentsWithStats(occupied)
+    for label in range(1, number):
+        left, top, width, height = boxes[label, :4]
+        mine = labels[top : top + height, left : left + width] == label
+        mine = mine.repeat(_CELL, axis=0).repeat(_CELL, axis=1)
+        top, left = top * _CELL, left * _CELL
+        part = hole[top:, left:][: len(mine), : mine.shape[1]]
+        part = part & mine[: len(part), : part.shape[1]]
+        margin = max(_MIN_MARGIN, *part.shape)
+        before = min(top, margin), min(left, margin)
+        rows, columns = (
+            slice(int(start - b), int(start + n + margin))
+            for start, b, n in zip((top, left), before, part.shape)
+        )
+        window = rows, columns
+        after = [n - b - m for n, b, m in zip(hole[window].shape, before, part.shape)]
+        yield window, np.pad(part, list(zip(before, after)))
+
+
+def _fill_window(scale: _Scale, rng: np.random.Generator) -> np.ndarray:
+    """Fill the hole of a window, from coarse to fine."""
+    widest = float(_depth(scale.hole).max())
+    scales = [scale]
+    # Halve until the hole is a few pixels wide.
+    while widest > 2 ** len(scales) and min(scales[-1].hole.shape) >= _MIN_SIDE:
+        smaller = _halve(scales[-1])
+        if _centers(smaller.source).sum() < _MIN_SOURCES:
+            break
+        scales.append(smaller)
+    # Narrow holes are compared, and pinned to the guide, at finer frequencies.
+    compared = float(np.clip(widest / 6, 1.0, 1.5))
+    pinned = float(np.clip(widest / 4, 1.5, 3.0))
+    estimate = matches = None
+    for scale in reversed(scales):
+        estimate, matches = _refine_scale(scale, estimate, matches, compared, rng)
+    assert estimate is not None
+    # Near the rim the low frequencies of the guide are more accurate than the vote's.
+    shift = _blur(scales[0].image - estimate, pinned)
+    return estimate + _guide_weight(scales[0].hole)[..., None] * shift
+
+
+def _refine_scale(
+    scale: _Scale,
+    estimate: np.ndarray | None,
+    matches: _Matches | None,
+    sigma: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, _Matches]:
+    """Search and vote at one scale.
+
+    Args:
+      scale: The image at this scale.
+      estimate: The filled image of the next coarser scale, or None at the coarsest.
+      matches: The matches of that scale.
+      sigma: Standard deviation of the low-pass of the guide, in pixels.
+      rng: Source of random numbers.
+
+    Returns:
+      The filled image of this scale, and its matches.
+    """
+    image, hole, source = scale
+    low = _blur(image, sigma)
+    if estimate is None:
+        current = low  # The first search goes by the guide alone.
+    else:
+        size = image.shape[1::-1]
+        current = _channels(cv2.resize(estimate, size, interpolation=cv2.INTER_CUBIC))
+    current = np.where(hole[..., None], current, image)
+    near = cv2.dilate(hole.astype(np.uint8), np.ones((_SIDE, _SIDE))) > 0
+    rows, columns = np.nonzero(near)
+    is_center = _centers(source)
+    grid = _Grid(*hole.shape)
+    first = _first_matches(rows, columns, is_center, matches, rng)
+    targets = _Targets(
+        pixel=grid.number(rows, columns),
+        in_hole=hole[rows, columns],
+        guide_weight=_guide_weight(hole)[rows, columns],
+        rim_weight=_RIM_DECAY ** -np.minimum(_depth(near), _MAX_DECAY)[rows, columns],
+        match=grid.number(*first),
+    )
+    count = len(rows)
+    rest = _bucket(count, 4096) - count
+    target_at = np.full(hole.shape, -1, np.int32)
+    target_at[rows, columns] = np.arange(count)
+    problem = _Problem(
+        low=grid.flatten(low),
+        is_center=grid.flatten(is_center, border=False),
+        target_at=grid.flatten(target_at, border=-1),
+        # The last target fills them up: its neighbors are pixels, too.
+        targets=_Targets(*(np.pad(x, (0, rest), mode="edge") for x in targets)),
+        total=count,
+        row=grid.row,
+        reach=max(hole.shape),
+    )
+    key = jax.random.key(rng.integers(2**32))
+    flat, match = _refine(key, grid.flatten(current), problem)
+    rows_of_match, columns_of_match = grid.place(np.asarray(match)[:count])
+    found = _Matches(*(np.full(hole.shape, -1, np.int32) for _ in range(2)))
+    found.rows[rows, columns] = rows_of_match
+    found.columns[rows, columns] = columns_of_match
+    return grid.unflatten(np.asarray(flat)), found
+
+
+def _first_matches(
+    rows: np.ndarray,
+    columns: np.ndarray,
+    is_center: np.ndarray,
+    coarser: _Matches | None,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take the matches of the coarser scale, and random ones where there is none."""
+    centers = np.flatnonzero(is_center)
+    chosen = rng.choice(centers, len(rows))
+    found = chosen // is_center.shape[1], chosen % is_center.shape[1]
+    if coarser is None:
+        return found
+    height, width = is_center.shape
+    above = tuple(
+        np.minimum(x // 2, n - 1) for x, n in zip((rows, columns), coarser.rows.shape)
+    )
+    fine_rows = np.clip(2 * coarser.rows[above] + rows % 2, 0, height - 1)
+    fine_columns = np.clip(2 * coarser.columns[above] + columns % 2, 0, width - 1)
+    usable = (coarser.rows[above] >= 0) & is_center[fine_rows, fine_columns]
+    return (
+        np.where(usable, fine_rows, found[0]),
+        np.where(usable, fine_columns, found[1]),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """The pixels of an image with a border of RADIUS, numbered row by row."""
+
+    height: int
+    width: int
+
+    @property
+    def row(self) -> int:
+        """The number of pixels in a row."""
+        return self.width + 2 * RADIUS
+
+    def number(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Return the numbers of pixels."""
+        return ((rows + RADIUS) * self.row + columns + RADIUS).astype(np.int32)
+
+    def place(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows and columns of numbers."""
+        return number // self.row - RADIUS, number % self.row - RADIUS
+
+    def flatten(self, image: np.ndarray, border: int | None = None) -> np.ndarray:
+        """Return values by number, padded to one of a few lengths: ``[P, ...]``.
+
+        The border has a value, or by default those of the nearest pixels.
+        """
+        widths = [(RADIUS, RADIUS)] * 2 + [(0, 0)] * (image.ndim - 2)
+        if border is None:
+            flat = np.pad(image, widths, mode="edge")
+        else:
+            flat = np.pad(image, widths, constant_values=border)
+        flat = flat.reshape(-1, *image.shape[2:])
+        rest = _bucket(len(flat), 16384) - len(flat)
+        widths = [(0, rest)] + [(0, 0)] * (flat.ndim - 1)
+        return np.pad(flat, widths, constant_values=border or 0)
+
+    def unflatten(self, flat: np.ndarray) -> np.ndarray:
+        """Return the image that was flattened, without its border."""
+        size = (self.height + 2 * RADIUS) * self.row
+        image = flat[:size].reshape(-1, self.row, *flat.shape[1:])
+        return image[RADIUS:-RADIUS, RADIUS:-RADIUS]
+
+
+class _Targets(NamedTuple):
+    """The patches that touch the hole, by their centers: ``[T]`` each.
+
+    Attributes:
+      pixel: Number of the center.
+      in_hole: Whether the center is in the hole.
+      guide_weight: Weight of differences from the guide.
+      rim_weight: Weight of the patch's votes.
+      match: Number of the center of the patch that is copied.
+    """
+
+    pixel: Any
+    in_hole: Any
+    guide_weight: Any
+    rim_weight: Any
+    match: Any
+
+
+class _Problem(NamedTuple):
+    """What does not change while matches are searched at one scale.
+
+    Attributes:
+      low: Float32 ``[P, C]``, the low frequencies of the guide.
+      is_center: Bool ``[P]``, whether the patch around a pixel may be copied.
+      target_at: Int32 ``[P]``, the target whose center a pixel is, or -1.
+      targets: The patches that touch the hole.
+      total: Their number; the others fill up the arrays.
+      row: Number of pixels in a row.
+      reach: Largest distance of a random jump, in pixels.
+    """
+
+    low: Any
+    is_center: Any
+    target_at: Any
+    targets: _Targets
+    total: Any
+    row: Any
+    reach: Any
+
+
+@jax.jit
+def _refine(
+    key: jax.Array, image: jax.Array, problem: _Problem
+) -> tuple[jax.Array, jax.Array]:
+    """Search matches and vote, in turn.
+
+    All pixels are numbered along one axis, and the geometry is dynamic, so that a few
+    lengths P and T serve images and holes of any size.
+
+    Args:
+      key: PRNG key.
+      image: Float32 ``[P, C]``, with the current estimate in the hole.
+      problem: The rest.
+
+    Returns:
+      The image with the new estimate, and the matches ``[T]``.
+    """
+    targets = problem.targets
+    exists = jnp.arange(len(targets.pixel)) < problem.total
+    place = jnp.where(exists & targets.in_hole, targets.pixel, len(image))
+
+    def round_(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
+        image, match = state
+        key_of_round = jax.random.fold_in(key, number)
+        match, distance = _search(key_of_round, image, match, problem)
+        spread = jnp.where(exists, distance, 0).sum() / problem.total + 1
+        # The constant lets patches vote where all of them are dissimilar.
+        weight = targets.rim_weight * (jnp.exp(-distance / (2 * spread)) + 1e-6)
+        votes = _vote(image, match, weight, problem)
+        return image.at[place].set(votes, mode="drop"), match
+
+    return lax.fori_loop(0, _ROUNDS, round_, (image, targets.match))
+
+
+def _search(
+    key: jax.Array, image: jax.Array, match: jax.Array, problem: _Problem
+) -> tuple[jax.Array, jax.Array]:
+    """Improve the matches of all targets; return them and their distances, ``[T]``."""
+    low, is_center, target_at, targets, _, row, reach = problem
+    # The guide is smooth: the center and the corners of a patch stand for all of it.
+    points = row * jnp.array([0, -2, -2, 2, 2]) + jnp.array([0, -2, 2, -2, 2])
+    wanted = _patches(image, targets.pixel, row)
+    guide = _take(low, targets.pixel[:, None] + points)
+
+    def distance(center: jax.Array) -> jax.Array:
+        detail = jnp.square(wanted - _patches(image, center, row)).sum((1, 2, 3))
+        structure = jnp.square(guide - _take(low, center[:, None] + points)).sum((1, 2))
+        structure *= _SIDE**2 / len(points)
+        return targets.guide_weight * structure + _ESTIMATE_WEIGHT**2 * detail
+
+    def offer(state: Any, center: jax.Array) -> Any:
+        match, best = state
+        center = jnp.clip(center, 0, len(image) - 1)
+        center = jnp.where(_take(is_center, center), center, match)
+        new = distance(center)
+        better = new < best
+        return jnp.where(better, center, match), jnp.where(better, new, best)
+
+    def propagate(state: Any, shift: jax.Array) -> Any:
+        neighbor = target_at.at[targets.pixel - shift].get(mode="clip")
+        center = state[0].at[neighbor].get(mode="clip") + shift
+        return offer(state, jnp.where(neighbor >= 0, center, -1)), None
+
+    def jump(state: Any, key: jax.Array, far: jax.Array) -> Any:
+        down, right = jax.random.randint(key, (2, len(match)), -far, far + 1)
+        return offer(state, state[0] + down * row + right)
+
+    def step(state: Any, stride_and_key: tuple[jax.Array, jax.Array]) -> Any:
+        stride, key = stride_and_key
+        shifts = stride * (row * jnp.array([0, 0, 1, -1]) + jnp.array([1, -1, 0, 0]))
+        state, _ = lax.scan(propagate, state, shifts)
+        return jump(state, key, jnp.maximum(1, reach * stride // 32)), None
+
+    keys = jax.random.split(key, len(_STRIDES) + 1)
+    state = match, distance(match)
+    state, _ = lax.scan(step, state, (jnp.array(_STRIDES), keys[1:]))
+    return jump(state, keys[0], reach)
+
+
+def _vote(
+    image: jax.Array, match: jax.Array, weight: jax.Array, problem: _Problem
+) -> jax.Array:
+    """Average what the patches around a pixel suggest for it: ``[T, C]``."""
+    target_at, row = problem.target_at, problem.row
+    steps = jnp.arange(_SIDE) - RADIUS
+
+    def add(state: tuple[jax.Array, jax.Array], offset: jax.Array) -> Any:
+        total, votes = state
+        voter = target_at.at[problem.targets.pixel - offset].get(mode="clip")
+        one = jnp.where(voter >= 0, weight.at[voter].get(mode="clip"), 0)
+        color = _take(image, match.at[voter].get(mode="clip") + offset)
+        return (total + one, votes + one[:, None] * color), None
+
+    nothing = jnp.full(len(match), 1e-12), jnp.zeros((len(match), image.shape[1]))
+    offsets = (steps[:, None] * row + steps).ravel()
+    (total, votes), _ = lax.scan(add, nothing, offsets)
+    return votes / total[:, None]
+
+
+def _patches(image: jax.Array, center: jax.Array, row: jax.Array) -> jax.Array:
+    """Gather the patches around pixels, row by row: ``[T, S, S, C]``."""
+    starts = center[:, None] + row * (jnp.arange(_SIDE) - RADIUS) - RADIUS
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(2, 3), collapsed_slice_dims=(), start_index_map=(0,)
+    )
+    shape = (_SIDE, image.shape[1])
+    return lax.gather(
+        image, starts[..., None], numbers, shape, mode="promise_in_bounds"
+    )
+
+
+def _take(values: jax.Array, index: jax.Array) -> jax.Array:
+    return values.at[index].get(mode="promise_in_bounds")
+
+
+def _halve(scale: _Scale) -> _Scale:
+    """Halve an image; a pixel of the hole keeps the larger one in the hole."""
+    size = tuple(-(-n // 2) for n in scale.hole.shape[::-1])
+    shrink = functools.partial(cv2.resize, dsize=size, interpolation=cv2.INTER_AREA)
+    return _Scale(
+        _channels(shrink(scale.image)),
+        shrink(scale.hole.astype(np.float32)) > 0.01,
+        shrink(scale.source.astype(np.float32)) > 0.99,
+    )
+
+
+def _centers(source: np.ndarray) -> np.ndarray:
+    """Find the centers of the patches that lie in a source completely."""
+    square = np.ones((_SIDE, _SIDE))
+    border: dict[str, Any] = dict(borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return cv2.erode(source.astype(np.uint8), square, **border) > 0
+
+
+def _guide_weight(hole: np.ndarray) -> np.ndarray:
+    fall = np.exp(-np.maximum(_depth(hole) - _RIM, 0) / _RIM)
+    return (_LEAST_WEIGHT + (1 - _LEAST_WEIGHT) * fall).astype(np.float32)
+
+
+def _depth(hole: np.ndarray) -> np.ndarray:
+    """Compute the distance of each pixel of a hole from its rim, in pixels."""
+    return cv2.distanceTransform(hole.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)
+
+
+def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    return _channels(cv2.GaussianBlur(image, (0, 0), sigma))
+
+
+def _channels(image: np.ndarray) -> np.ndarray:
+    """Restore the channel axis that OpenCV drops if there is one channel."""
+    return image if image.ndim == 3 else image[..., None]
+
+
+def _bucket(count: int, least: int) -> int:
+    """Round up to one of a few numbers, so that little is compiled.
+
+    They are powers of two, and an eighth more: an image of a power of two has a border.
+    """
+    return int(1.125 * 2 ** max(0, math.ceil(math.log2(max(count, least) / 1.125))))

@@ -1,0 +1,194 @@
+import numpy as np
+import pytest
+
+from pconv_jax._errors import UserError
+from pconv_jax.inpaint import detail
+from pconv_jax.inpaint.detail import add_detail, sharpen_guide
+
+
+def stripes(height=96, width=96):
+    """Diagonal stripes of two colors, four pixels wide."""
+    y, x = np.mgrid[:height, :width]
+    return np.where(((x + y) // 4 % 2)[..., None], (200, 120, 40), (40, 90, 160))
+
+
+def square_hole(shape, size):
+    hole = np.zeros(shape, bool)
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    hole[top : top + size, left : left + size] = True
+    return hole
+
+
+def mean_guide(image, hole):
+    """The guide of a network that knows nothing but the mean color."""
+    return np.where(hole[..., None], image[~hole].mean(axis=0), image)
+
+
+@pytest.fixture(scope="module")
+def striped():
+    """Stripes, a hole, and a guide of their mean color."""
+    image = stripes().astype(np.uint8)
+    hole = square_hole(image.shape[:2], 24)
+    return image, hole, mean_guide(image, hole).astype(np.uint8)
+
+
+def test_texture_is_continued(striped):
+    image, hole, guide = striped
+    filled = add_detail(image, hole, guide)
+    assert filled.dtype == np.uint8
+    np.testing.assert_array_equal(filled[~hole], image[~hole])
+    error, error_of_guide = (
+        np.abs(x[hole].astype(float) - image[hole]).mean() for x in (filled, guide)
+    )
+    assert error_of_guide > 40 and error < 5
+
+
+def test_the_same_seed_gives_the_same_and_another_one_not():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    hole = square_hole(image.shape[:2], 20)
+    guide = mean_guide(image, hole).astype(np.uint8)
+    first, again, other = (add_detail(image, hole, guide, seed=s) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other)[hole].any()
+
+
+def test_the_content_of_the_hole_does_not_matter(striped):
+    image, hole, guide = striped
+    other = np.where(hole[..., None], 255 - image, image)
+    np.testing.assert_array_equal(
+        add_detail(other, hole, guide), add_detail(image, hole, guide)
+    )
+
+
+def test_excluded_pixels_are_not_copied():
+    """Red fits the guide best; without it, stripes have to do."""
+    image = stripes().astype(np.uint8)
+    image[:, :40] = (255, 0, 0)
+    hole = square_hole(image.shape[:2], 12)
+    guide = np.where(hole[..., None], np.uint8([255, 0, 0]), image)
+    red = np.all(image == (255, 0, 0), axis=-1)
+    with_red, without = (add_detail(image, hole, guide, exclude=e) for e in (None, red))
+    distance, farther = (np.abs(x[hole] - [255.0, 0, 0]) for x in (with_red, without))
+    assert distance.mean() < farther.mean()
+    rng = np.random.default_rng(0)
+    scale = detail._Scale(guide.astype(np.float32), hole, ~hole & ~red)
+    _, matches = detail._refine_scale(scale, None, None, 1.0, rng)
+    assert matches.columns[matches.rows >= 0].min() == 40 + 2
+
+
+def test_without_a_patch_to_copy_the_guide_stays():
+    image = np.full((20, 20, 3), 50, np.uint8)
+    hole = np.ones((20, 20), bool)
+    hole[:2] = False  # No square of 5 x 5 pixels is left.
+    guide = np.where(hole[..., None], np.uint8(90), image)
+    np.testing.assert_array_equal(add_detail(image, hole, guide), guide)
+
+
+def test_nothing_to_fill():
+    image = stripes(30, 40).astype(np.float32)
+    hole = np.zeros((30, 40), bool)
+    np.testing.assert_array_equal(add_detail(image, hole, image), image)
+    np.testing.assert_array_equal(sharpen_guide(image, hole, image), image)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_floats_and_gray_images(channels):
+    image = stripes()[..., :channels].astype(np.float32)
+    hole = square_hole(image.shape[:2], 24)
+    filled = add_detail(image, hole, mean_guide(image, hole).astype(np.float32))
+    assert filled.dtype == np.float32 and filled.shape == image.shape
+    np.testing.assert_array_equal(filled[~hole], image[~hole])
+    assert np.abs(filled - image)[hole].mean() < 5
+
+
+def test_holes_that_touch_the_border_of_the_image():
+    image = stripes().astype(np.float32)
+    hole = np.zeros(image.shape[:2], bool)
+    hole[:20, :20] = hole[80:, 30:60] = hole[40:50, 90:] = True
+    filled = add_detail(image, hole, mean_guide(image, hole).astype(np.float32))
+    assert np.isfinite(filled).all()
+    np.testing.assert_array_equal(filled[~hole], image[~hole])
+    assert np.abs(filled - image)[hole].mean() < 12
+
+
+def test_every_pixel_of_a_hole_is_in_one_region():
+    rng = np.random.default_rng(0)
+    for shape in ((70, 130), (16, 16), (257, 33)):
+        hole = rng.random(shape) < 0.002
+        hole[3:9, 5:] = True
+        count = np.zeros(shape, int)
+        for window, part in detail._regions(hole):
+            assert part.shape == hole[window].shape
+            assert not part[~hole[window]].any()
+            count[window] += part
+        np.testing.assert_array_equal(count, hole)
+
+
+def test_a_window_does_not_grow_with_the_image():
+    hole = np.zeros((3000, 4000), bool)
+    hole[1500:1520, 2000:2030] = hole[10, 10] = True
+    sizes = [part.shape for _, part in detail._regions(hole)]
+    assert len(sizes) == 2 and max(max(size) for size in sizes) < 200
+
+
+def test_wide_holes_are_filled_to_the_middle():
+    """Votes get weaker with the depth, but never so weak that they are lost."""
+    image = np.full((420, 420, 1), 80, np.float32)
+    hole = square_hole((420, 420), 400)
+    filled = add_detail(image, hole, image)
+    np.testing.assert_allclose(filled, image, atol=1e-2)
+
+
+def test_matches_are_nearly_the_nearest():
+    """Beside a search of all patches, on an image of noise."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (40, 44, 1)).astype(np.float32)
+    hole = square_hole((40, 44), 6)
+    scale = detail._Scale(image, hole, ~hole)
+    filled, matches = detail._refine_scale(scale, image, None, 1.0, rng)
+    centers = detail._centers(~hole)
+    rows, columns = np.nonzero(matches.rows >= 0)
+    assert len(rows) == 10 * 10  # The hole and two pixels around it.
+    found = matches.rows[rows, columns], matches.columns[rows, columns]
+    assert centers[found].all()
+    # The last search was for the estimate before the last vote, hence not exact.
+    low = detail._blur(image, 1.0)
+    weight = detail._guide_weight(hole)
+    pad = [(2, 2), (2, 2), (0, 0)]
+    patches = np.lib.stride_tricks.sliding_window_view(
+        np.pad(np.where(hole[..., None], filled, image), pad, "edge"), (5, 5), (0, 1)
+    )
+    lows = np.lib.stride_tricks.sliding_window_view(
+        np.pad(low, pad, "edge"), (5, 5), (0, 1)
+    )[..., [0, 0, 2, 4, 4], [0, 4, 2, 0, 4]]
+    distances = []
+    for y, x, match in zip(rows, columns, zip(*found)):
+        detail_distance = np.square(patches - patches[y, x]).sum((2, 3, 4))
+        guide_distance = np.square(lows - lows[y, x]).sum((2, 3)) * 5
+        distance = weight[y, x] * guide_distance + 0.36 * detail_distance
+        best = distance[centers].min()
+        distances.append(distance[match] / best)
+    assert np.median(distances) < 1.5
+
+
+def test_narrow_holes_follow_navier_stokes_and_wide_ones_the_network():
+    y, x = np.mgrid[:80, :80]
+    image = np.stack([2 * x, 3 * y, x + y], axis=-1).astype(np.float32)
+    hole = np.zeros((80, 80), bool)
+    hole[10:12, 5:75] = hole[40:70, 20:60] = True
+    network = np.where(hole[..., None], np.float32(255), image)
+    guide = sharpen_guide(image, hole, network)
+    np.testing.assert_array_equal(guide[~hole], image[~hole])
+    assert np.abs(guide - image)[10:12, 10:70].mean() < 20  # Of 255.
+    np.testing.assert_array_equal(guide[50:60, 30:50], 255)
+
+
+def test_mistakes():
+    image, hole = np.zeros((20, 30, 3), np.uint8), np.zeros((20, 30), bool)
+    with pytest.raises(UserError, match=r"of one size, got .*\[20, 31\]"):
+        add_detail(image, np.zeros((20, 31), bool), image)
+    with pytest.raises(UserError, match=r"image and guide must be .*\[20, 30\]"):
+        add_detail(image[..., 0], hole, image)
+    with pytest.raises(UserError, match=r"exclude must be .* = \[20, 30\], got \[3\]"):
+        add_detail(image, hole, image, exclude=np.zeros(3, bool))
