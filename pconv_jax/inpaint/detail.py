@@ -47,6 +47,12 @@ _ESTIMATE_WEIGHT = 0.6  # Of differences from the estimate, beside those from th
 _RIM = 6.0  # Depth, in pixels, at which the guide's weight begins to fall by e a _RIM.
 _LEAST_WEIGHT = 0.02  # The guide's weight at any depth.
 _RIM_DECAY = 1.3  # A vote loses this factor for each pixel of depth: rims are surer.
+# Standard deviations of low-passes, in pixels. The guide is compared at finer
+# frequencies in narrow holes, where it is accurate, than in wide ones, where it lacks
+# texture.
+_GUIDE_SIGMA = (0.8, 1.5)
+_DEPTH_PER_SIGMA = 16  # Depth of a hole, in pixels, for a sigma of 1.
+_PINNED_SIGMA = 1.5  # Of the difference from the guide that is removed at the end.
 _MAX_DECAY = 30  # Pixels of depth from which on this factor stays the same.
 _MIN_SIDE = 48  # Pixels. Smaller images are not halved.
 _MIN_SOURCES = 64  # Patches to copy from. An image with fewer is not halved further.
@@ -220,15 +226,13 @@ def _fill_window(scale: _Scale, rng: np.random.Generator) -> np.ndarray:
         if _centers(smaller.source).sum() < _MIN_SOURCES:
             break
         scales.append(smaller)
-    # Narrow holes are compared, and pinned to the guide, at finer frequencies.
-    compared = float(np.clip(widest / 6, 1.0, 1.5))
-    pinned = float(np.clip(widest / 4, 1.5, 3.0))
+    sigma = float(np.clip(widest / _DEPTH_PER_SIGMA, *_GUIDE_SIGMA))
     estimate = matches = None
     for scale in reversed(scales):
-        estimate, matches = _refine_scale(scale, estimate, matches, compared, rng)
+        estimate, matches = _refine_scale(scale, estimate, matches, sigma, rng)
     assert estimate is not None
     # Near the rim the low frequencies of the guide are more accurate than the vote's.
-    shift = _blur(scales[0].image - estimate, pinned)
+    shift = _blur(scales[0].image - estimate, _PINNED_SIGMA)
     return estimate + _guide_weight(scales[0].hole)[..., None] * shift
 
 

@@ -6,7 +6,7 @@ from pconv_jax.inpaint import detail
 from pconv_jax.inpaint.detail import add_detail, sharpen_guide
 
 
-def stripes(height=96, width=96):
+def stripes(height=128, width=128):
     """Diagonal stripes of two colors, four pixels wide."""
     y, x = np.mgrid[:height, :width]
     return np.where(((x + y) // 4 % 2)[..., None], (200, 120, 40), (40, 90, 160))
@@ -28,7 +28,7 @@ def mean_guide(image, hole):
 def striped():
     """Stripes, a hole, and a guide of their mean color."""
     image = stripes().astype(np.uint8)
-    hole = square_hole(image.shape[:2], 24)
+    hole = square_hole(image.shape[:2], 48)
     return image, hole, mean_guide(image, hole).astype(np.uint8)
 
 
@@ -40,7 +40,7 @@ def test_texture_is_continued(striped):
     error, error_of_guide = (
         np.abs(x[hole].astype(float) - image[hole]).mean() for x in (filled, guide)
     )
-    assert error_of_guide > 40 and error < 5
+    assert error_of_guide > 40 and error < error_of_guide / 3
 
 
 def test_the_same_seed_gives_the_same_and_another_one_not():
@@ -95,17 +95,19 @@ def test_nothing_to_fill():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_floats_and_gray_images(channels):
     image = stripes()[..., :channels].astype(np.float32)
-    hole = square_hole(image.shape[:2], 24)
-    filled = add_detail(image, hole, mean_guide(image, hole).astype(np.float32))
+    hole = square_hole(image.shape[:2], 48)
+    guide = mean_guide(image, hole).astype(np.float32)
+    filled = add_detail(image, hole, guide)
     assert filled.dtype == np.float32 and filled.shape == image.shape
     np.testing.assert_array_equal(filled[~hole], image[~hole])
-    assert np.abs(filled - image)[hole].mean() < 5
+    error, error_of_guide = (np.abs(x - image)[hole].mean() for x in (filled, guide))
+    assert error < error_of_guide / 2
 
 
 def test_holes_that_touch_the_border_of_the_image():
     image = stripes().astype(np.float32)
     hole = np.zeros(image.shape[:2], bool)
-    hole[:20, :20] = hole[80:, 30:60] = hole[40:50, 90:] = True
+    hole[:20, :20] = hole[112:, 30:60] = hole[40:50, 122:] = True
     filled = add_detail(image, hole, mean_guide(image, hole).astype(np.float32))
     assert np.isfinite(filled).all()
     np.testing.assert_array_equal(filled[~hole], image[~hole])
