@@ -208,3 +208,46 @@ def test_help(command, capsys):
     assert "--output" in printed or "127.0.0.1" in printed
     if command == "inpaint":
         assert "WHITE IS FILLED" in printed and "examples:" in printed
+
+
+def test_variants_detail_and_exclude(network, tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    hole = np.zeros((64, 64), np.uint8)
+    hole[24:44, 24:44] = 255
+    left = np.zeros((64, 64), np.uint8)
+    left[:, :24] = 255
+    for name, array in {"i": image, "m": hole, "x": left}.items():
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+
+    def repair(name, *options):
+        files = (
+            f"--{o}={tmp_path / f}.png" for o, f in (("image", "i"), ("mask", "m"))
+        )
+        output = tmp_path / f"{name}.png"
+        inpaint(network, *files, f"--output={output}", *options)
+        return np.asarray(Image.open(output))
+
+    first = repair("a", "--variants=2")
+    second = np.asarray(Image.open(tmp_path / "a-2.png"))
+    np.testing.assert_array_equal(repair("b", "--seed=1"), second)
+    results = [first, second, repair("c", "--no-detail")]
+    results += [repair("d", f"--exclude={tmp_path / 'x.png'}")]
+    for number, result in enumerate(results):
+        np.testing.assert_array_equal(result[hole == 0], image[hole == 0])
+        for other in results[:number]:
+            assert (result != other).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--variants=0"], "--variants must be at least 1, got 0"),
+        (["--seed=-1"], "--seed must not be negative, got -1"),
+        (["--no-detail", "--variants=2"], "--variants and --exclude require --detail"),
+    ],
+)
+def test_options_of_detail_that_make_no_sense(network, folder, options, message):
+    files = (f"--image={folder}", f"--output={folder / 'out'}")
+    with pytest.raises(SystemExit, match=message):
+        inpaint(network, *files, *options)
