@@ -42,6 +42,8 @@ RADIUS = 2
 _SIDE = 2 * RADIUS + 1
 
 _ROUNDS = 8  # Searches and votes at each scale.
+# With more patches than these, half as many: coarser scales have found most matches.
+_MANY_TARGETS = 60_000
 _STRIDES = (8, 4, 2, 1)  # Distances, in pixels, at which neighbors share their matches.
 _ESTIMATE_WEIGHT = 0.6  # Of differences from the estimate, beside those from the guide.
 _RIM = 6.0  # Depth, in pixels, at which the guide's weight begins to fall by e a _RIM.
@@ -288,6 +290,7 @@ def _refine_scale(
         total=count,
         row=grid.row,
         reach=max(hole.shape),
+        rounds=_ROUNDS if count <= _MANY_TARGETS else _ROUNDS // 2,
     )
     key = jax.random.key(rng.integers(2**32))
     flat, match = _refine(key, grid.flatten(current), problem)
@@ -395,6 +398,7 @@ class _Problem(NamedTuple):
       total: Their number; the others fill up the arrays.
       row: Number of pixels in a row.
       reach: Largest distance of a random jump, in pixels.
+      rounds: Number of searches and votes.
     """
 
     low: Any
@@ -404,6 +408,7 @@ class _Problem(NamedTuple):
     total: Any
     row: Any
     reach: Any
+    rounds: Any
 
 
 @jax.jit
@@ -437,14 +442,14 @@ def _refine(
         votes = _vote(image, match, weight, problem)
         return image.at[place].set(votes, mode="drop"), match
 
-    return lax.fori_loop(0, _ROUNDS, round_, (image, targets.match))
+    return lax.fori_loop(0, problem.rounds, round_, (image, targets.match))
 
 
 def _search(
     key: jax.Array, image: jax.Array, match: jax.Array, problem: _Problem
 ) -> tuple[jax.Array, jax.Array]:
     """Improve the matches of all targets; return them and their distances, ``[T]``."""
-    low, is_center, target_at, targets, _, row, reach = problem
+    low, is_center, target_at, targets, _, row, reach, _ = problem
     # The guide is smooth: the center and the corners of a patch stand for all of it.
     points = row * jnp.array([0, -2, -2, 2, 2]) + jnp.array([0, -2, 2, -2, 2])
     wanted = _patches(image, targets.pixel, row)
