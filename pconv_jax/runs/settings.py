@@ -344,10 +344,16 @@ class Field(NamedTuple):
         """Convert a value to the type of the setting.
 
         Raises:
-          TypeError: If it is of another type, saying what is expected.
+          TypeError: If it is of another type, or empty where None is meant, saying
+            what is expected.
         """
         if self.optional and (value is None or value == "none"):
             return None
+        if self.optional and _is_empty(value):
+            raise TypeError(
+                f"must not be empty, got {value!r}; use None, or none on the command "
+                "line"
+            )
         if self.choices or self.type is str:
             converted = value if isinstance(value, str) else None
         elif self.type is int:
@@ -478,6 +484,11 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a value is ``""``, or paths of which one is."""
+    return value == "" or (isinstance(value, list | tuple) and "" in value)
 
 
 def _is_number(value: Any, kind: Any) -> bool:

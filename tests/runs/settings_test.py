@@ -4,7 +4,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from pconv_jax import masks
+from pconv_jax import UserError, masks
 from pconv_jax.runs import opening
 from pconv_jax.runs.config import default_config, default_workdir, read_settings
 from pconv_jax.runs.settings import FIELDS, Settings, differences
@@ -130,6 +130,32 @@ def test_values_that_make_no_sense(name, value, message):
     config.update_from_flattened_dict({name: value})
     with pytest.raises(ValueError, match=message):
         read_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, "") for name, field in FIELDS.items() if field.optional),
+        ("data.path", ("",)),
+        ("data.path", ["a.tar", ""]),
+    ],
+)
+def test_an_empty_text_is_not_none(name, value):
+    config = default_config()
+    config.update_from_flattened_dict({name: value})
+    message = f"config: {name} must not be empty, got .*; use None, or none"
+    with pytest.raises(UserError, match=message):
+        read_settings(config)
+
+
+@pytest.mark.parametrize("value", ["a.tar", ("a.tar",), ["a.tar"]])
+def test_one_path_may_be_a_text(value):
+    config = default_config()
+    config.data.path = config.data.validation_path = value
+    data = read_settings(config).data
+    assert data.path == data.validation_path == ("a.tar",)
+    config.data.path = None
+    assert read_settings(config).data.path is None
 
 
 def test_integers_will_do_for_floats():
