@@ -20,6 +20,7 @@ from pconv_jax.runs.checkpoint import Checkpoints
 from pconv_jax.runs.config import default_config, default_workdir, read_settings
 from pconv_jax.train import experiment, hooks, loop
 from pconv_jax.unet import IMAGENET, PConvUNet
+from pconv_jax.weights import hub
 from pconv_jax.weights import vgg as vgg_weights
 from tests.helpers import ROOT
 
@@ -230,7 +231,7 @@ def test_init_from_nothing(tmp_path):
 
 def test_init_from_weights_of_another_project(tmp_path):
     (tmp_path / "weights.pth").touch()
-    with pytest.raises(ValueError, match="are made one by 'pconv convert"):
+    with pytest.raises(ValueError, match="'pconv convert SOURCE .*' makes one"):
         loop.train_and_evaluate(
             tiny(init_from=str(tmp_path / "weights.pth")), tmp_path / "run"
         )
@@ -352,7 +353,7 @@ def test_unreadable_pictures_are_in_the_summary(tmp_path):
 
 def test_random_features_are_warned_of_until_the_end(tmp_path, monkeypatch):
     def no_network():
-        raise OSError("no network")
+        raise hub.DownloadError("no network")
 
     monkeypatch.setattr(vgg_weights, "download_vgg16", no_network)
     monkeypatch.setenv("PCONV_CACHE", str(tmp_path / "cache"))
