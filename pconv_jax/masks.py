@@ -352,7 +352,7 @@ def _extent(y: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _grid(y: jax.Array, x: jax.Array, cells: int) -> tuple[int, ...]:
-    """Compute the shape of a coarse grid with `cells` cells per sqrt(H * W)."""
+    """Compute the shape of a coarse grid with a number of cells per sqrt(H * W)."""
     scale = cells * (y.size * x.size) ** -0.5
     return tuple(1 + max(1, round(n * scale)) for n in (y.size, x.size))
 
@@ -399,5 +399,5 @@ def _rim(shape: tuple[int, ...], rows: int, columns: int) -> np.ndarray:
 
 
 def _quiet_rim(shape: tuple[int, ...]) -> np.ndarray:
-    """Mark the rim, 50 of 512 pixels, without holes in half of the published masks."""
+    """Mark the rim, 50 of 512 pixels, that half of the published masks leave valid."""
     return _rim(shape, *(max(1, n * 50 // 512) for n in shape))

@@ -95,7 +95,7 @@ def paper_stages(
 
 
 def suggest_sizes(size: int, multiple: int) -> str:
-    """List the multiples next to a size for an error message, as in '256 or 320'."""
+    """List the multiples next to a size, for an error, as in ``'256 or 320'``."""
     below = size // multiple * multiple
     above = -(-size // multiple) * multiple or multiple
     return " or ".join(str(n) for n in sorted({below, above}) if n)
@@ -125,7 +125,7 @@ class PConvUNet(nn.Module):
       width: Features of the first stage, 64 by default.
       out_features: Channels of the output, 3 by default.
       conv: ``'partial'`` (the default), or ``'standard'`` for the same network of
-        ordinary convolutions, the paper's baseline. It takes the mask as a further
+        standard convolutions, the paper's baseline. It takes the mask as a further
         input channel, and its whole output counts as valid.
       stages: The encoder's and the decoder's stages. None (the default) for
         `paper_stages`.

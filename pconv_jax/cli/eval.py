@@ -73,14 +73,14 @@ def add(commands: Subparsers) -> None:
     add("--vgg", help="weights file of a VGG, for a perceptual distance")
     add("--out", help="directory of the results")
     config_options.add_config_options(command, required=False)
-    command.set_defaults(run=_eval)
+    command.set_defaults(run=_run)
 
 
 def _words(text: str) -> list[str]:
     return text.split(",")
 
 
-def _eval(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
     with config_options.importing_training():
         from pconv_jax.evaluate import runner
         from pconv_jax.runs import output

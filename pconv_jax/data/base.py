@@ -73,7 +73,7 @@ class ImageSource(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Number of images, readable or not."""
+        """Get the number of images, readable or not."""
 
     @abc.abstractmethod
     def read(self, index: int) -> bytes:
@@ -81,7 +81,7 @@ class ImageSource(abc.ABC):
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """Name of an image, for messages."""
+        """Get the name of an image, for messages."""
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:

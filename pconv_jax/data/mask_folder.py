@@ -26,12 +26,12 @@ class AugmentOptions(TypedDict, total=False):
 class MaskFolder:
     """The mask images of a folder and of all folders below it, sorted by path.
 
-    Item ``i`` is uint8 ``[H, W, 1]``, 1 = valid, 0 = hole. In the masks of Liu et al.,
+    Item i is uint8 ``[H, W, 1]``, 1 = valid, 0 = hole. In the masks of Liu et al.,
     holes are white in the test set and black in the training set.
 
     Args:
       path: The folder.
-      hole_color: Color of the holes, 'white' (the default) or 'black'.
+      hole_color: Color of the holes, ``'white'`` (the default) or ``'black'``.
       threshold: Gray value, as a fraction of 255, above which a pixel is white. The
         default, 0.6, is the paper's.
       hole_ratio: Range ``(low, high]`` of the hole ratio of the masks that `sample`
@@ -156,7 +156,8 @@ def augment(
       size: Height and width of the result in pixels.
       rng: Random generator.
       dilate: Range of the diameter by which holes are dilated, in pixels of a result of
-        512 pixels; it scales with `size`. The default is (9, 49). None does not dilate.
+        512 pixels; it scales with ``size``. The default is (9, 49). None does not
+        dilate.
       rotate: Whether to rotate by a random angle. The default is True.
       shift: Whether to shift by up to a quarter of the result in each direction. The
         default is True.

@@ -124,16 +124,17 @@ def train_batches(
       workers: Number of worker processes. With 0, the default, threads of this process
         read ahead, one for each core and up to eight, which is faster until Python
         itself is the limit. Workers take seconds to start, and the script needs
-        `if __name__ == '__main__'`.
+        ``if __name__ == '__main__'``.
       scale: Range of the side of the square crop, relative to the short side of the
         image. The default is (0.5, 1.0).
       flip: Whether to mirror half of the crops, left to right. The default is True.
-      mask_folder: Masks to draw from. With None, the default, batches have no 'mask'.
+      mask_folder: Masks to draw from. With None, the default, batches have no
+        ``'mask'``.
 
     Returns:
-      An iterator, to be closed, over dicts with 'image', uint8 ``[B, S, S, 3]``;
-      'seed', uint32 ``[B]``, a random number for each record; and, with a
-      `mask_folder`, 'mask', uint8 ``[B, S, S, 1]``, 1 = valid. B is
+      An iterator, to be closed, over dicts with ``'image'``, uint8 ``[B, S, S, 3]``;
+      ``'seed'``, uint32 ``[B]``, a random number for each record; and, with a
+      ``mask_folder``, ``'mask'``, uint8 ``[B, S, S, 1]``, 1 = valid. B is
       ``batch_size // process_count``.
 
     Raises:
@@ -207,9 +208,9 @@ def eval_batches(
         default, is one example for each image.
 
     Returns:
-      An iterator over dicts with 'image', uint8 ``[B, S, S, 3]``; 'index', int32
-      ``[B]``, the number of the example; and 'weight', float32 ``[B]``, which is 1, or
-      0 for examples that fill up the last batch.
+      An iterator over dicts with ``'image'``, uint8 ``[B, S, S, 3]``; ``'index'``,
+      int32 ``[B]``, the number of the example; and ``'weight'``, float32 ``[B]``, which
+      is 1, or 0 for examples that fill up the last batch.
 
     Raises:
       UserError: If an argument is out of range; while iterating, if more than 5 % of

@@ -28,14 +28,14 @@ PathOrPaths = PathLike | Sequence[PathLike]
 class FolderSource(ImageSource):
     """The images of a folder and of all folders below it, in the order of their keys.
 
-    Hidden files and folders (`.name`) are skipped. Links to folders are followed, and
+    Hidden files and folders (``.name``) are skipped. Links to folders are followed, and
     each folder is read once.
 
     Args:
       path: The folder.
 
     Attributes:
-      keys: Paths relative to the folder, with '/'.
+      keys: Paths relative to the folder, with ``/``.
 
     Raises:
       UserError: If there is no such folder or no image in it.
@@ -104,10 +104,10 @@ class BundledSource(ImageSource):
     """A few photos that scikit-image carries, to try things out.
 
     Args:
-      split: 'train' (three photos) or 'validation' (two others).
+      split: ``'train'`` (three photos) or ``'validation'`` (two others).
 
     Raises:
-      UserError: If `split` is something else, or scikit-image is not installed.
+      UserError: If ``split`` is something else, or scikit-image is not installed.
     """
 
     _FILES = {
@@ -184,22 +184,22 @@ def open_source(
 ) -> ImageSource:
     """Open the training or the validation images of a source.
 
-    Without a `validation_path`, a folder or tar files are split by a hash of each
+    Without a ``validation_path``, a folder or tar files are split by a hash of each
     image's key, so an image keeps its side when others are added. If one side would be
     empty, it gets the image whose hash is closest to it.
 
     Args:
-      kind: 'bundled', 'folder', 'tar' or 'tfds'.
-      split: 'train' or 'validation'.
+      kind: ``'bundled'``, ``'folder'``, ``'tar'`` or ``'tfds'``.
+      split: ``'train'`` or ``'validation'``.
       path: The folder; or one tar file or a sequence of them.
       validation_path: The same for validation. None (the default) holds out a part of
-        `path`.
+        ``path``.
       name: Name of the TFDS data set.
       data_dir: Folder of the TFDS data sets. None (the default) is
-        `~/tensorflow_datasets`.
+        ``~/tensorflow_datasets``.
       feature: Image feature of the TFDS data set; see `TFDSSource` for the default.
-      train_split: Split of the TFDS data set to train on, 'train' by default.
-      validation_split: Split of the TFDS data set to validate on, 'validation' by
+      train_split: Split of the TFDS data set to train on, ``'train'`` by default.
+      validation_split: Split of the TFDS data set to validate on, ``'validation'`` by
         default.
       validation_fraction: Fraction of the images held out, in (0, 1). The default is
         0.05.
@@ -249,7 +249,7 @@ def _open_tfds(
     name: str, split: str, data_dir: PathLike | None, feature: str | None
 ) -> ImageSource:
     try:
-        from pconv_jax.data.tfrecord import TFDSSource  # Slow to import.
+        from pconv_jax.data.tfds_source import TFDSSource  # Slow to import.
     except ModuleNotFoundError as error:
         if error.name != "tensorflow_datasets":
             raise

@@ -60,7 +60,7 @@ class TrainTransform(grain.transforms.RandomMap):
 
 
 def _readable(source: ImageSource, wanted: int) -> tuple[int, np.ndarray]:
-    """Read an image or, if it is unreadable, the next readable one; with its index."""
+    """Read an image or, if it is unreadable, the next readable one, and its index."""
     skipped = []
     while len(skipped) <= max_unreadable(source):
         index = (wanted + len(skipped)) % len(source)
@@ -74,7 +74,7 @@ def _readable(source: ImageSource, wanted: int) -> tuple[int, np.ndarray]:
 def eval_example(
     source: ImageSource, image_size: int, num_examples: int, number: int
 ) -> dict[str, Any]:
-    """Make evaluation example `number`; see `pipeline.eval_batches`."""
+    """Make the evaluation example of a number; see `pipeline.eval_batches`."""
     turn, wanted = divmod(number, len(source))
     index, image = _readable(source, wanted)
     if index != wanted:

@@ -161,7 +161,7 @@ def as_array(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def alpha_of(array: np.ndarray) -> np.ndarray | None:
-    """Return the alpha channel of an image ``[H, W, C]`` with C = 2 or 4, else None."""
+    """Get the alpha channel of an image ``[H, W, C]`` with C = 2 or 4, else None."""
     return array[..., -1] if array.shape[2:] in ((2,), (4,)) else None
 
 

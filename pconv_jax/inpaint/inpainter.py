@@ -61,7 +61,7 @@ class Inpainter:
 
     Attributes:
       model: The network.
-      info: Facts about it; see `pretrained.Pretrained`.
+      info: Facts about the network; see `pretrained.Pretrained`.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Inpainter:
         Args:
           model: Network with as many output channels as input channels.
           variables: Its ``params`` and ``batch_stats``.
-          info: Facts about it. By default none.
+          info: Facts about the network. By default none.
           value_range: Values of float images that are the network's -1 and 1. By
             default (0, 1). None gives the network floats as they are, for data that are
             not images.
@@ -221,14 +221,14 @@ class Inpainter:
 
         Args:
           image: A Pillow image of (almost) any mode; an array ``[H, W]``, ``[H, W, C]``
-            or ``[N, H, W, C]``, of uint8, uint16, bool, or floats in `value_range`; the
-            path of a file; or a sequence of these. One channel more than the network
-            takes is alpha. A color network takes gray images, too. Floats that are not
-            finite are part of the hole.
-          mask: Mask, **white, 255, 1 or True where to fill**, of any kind that `image`
-            can be (see `hole_from_mask`); for batches also ``[N, H, W]``. One mask for
-            all images, or one for each. None (the default) fills where the image is
-            transparent, which becomes opaque, or not finite.
+            or ``[N, H, W, C]``, of uint8, uint16, bool, or floats in ``value_range``;
+            the path of a file; or a sequence of these. One channel more than the
+            network takes is alpha. A color network takes gray images, too. Floats that
+            are not finite are part of the hole.
+          mask: Mask, **white, 255, 1 or True where to fill**, of any kind that
+            ``image`` can be (see `hole_from_mask`); for batches also ``[N, H, W]``. One
+            mask for all images, or one for each. None (the default) fills where the
+            image is transparent, which becomes opaque, or not finite.
           invert_mask: Whether to fill where the mask is black, 0 or False instead. By
             default False.
           resize_mask: Whether to resize a mask to the image's size, by nearest
@@ -238,7 +238,7 @@ class Inpainter:
           seed: Seed of the search for detail. In wide holes, seeds give visibly
             different results. By default 0.
           exclude: Mask, **white where not to copy detail from**, such as the rest of an
-            object that is removed. Like `mask`; by default there is none.
+            object that is removed. Like ``mask``; by default there is none.
           return_depth: Whether to return the fill depth, too. By default False.
 
         Returns:
@@ -246,7 +246,7 @@ class Inpainter:
           image, or an array if it has 16-bit color or is a ``.npy`` file. A sequence
           gives a list. The EXIF orientation of a Pillow image is ignored.
 
-          With `return_depth`, a pair of it and uint8 ``[H, W]``: the stage of the
+          With ``return_depth``, a pair of it and uint8 ``[H, W]``: the stage of the
           network's encoder at which a pixel becomes valid, 0 outside the hole. Where
           the network does not close the hole, halving the image counts as a stage.
 
@@ -421,7 +421,7 @@ class Inpainter:
 
 
 def _trusted_depth(info: Mapping[str, Any] | None) -> int | None:
-    """Return the depth that a weights file names, if it does."""
+    """Get the depth that a weights file names, or None."""
     depth = (info or {}).get("trusted_depth")
     return depth if isinstance(depth, int) and depth > 0 else None
 

@@ -1,6 +1,6 @@
 """Image metrics, one number for each pair of images.
 
-Images are float ``[N, H, W, C]`` with values in [0, 1], unless `max_val` is given;
+Images are float ``[N, H, W, C]`` with values in [0, 1], unless ``max_val`` is given;
 masks are ``[N, H, W, 1]``, 1 = valid, 0 = hole. Every metric returns float32 ``[N]``.
 """
 
@@ -80,8 +80,8 @@ def ssim(a: ArrayLike, b: ArrayLike, *, max_val: float = 1.0) -> jax.Array:
 
     Windows are Gaussian, of 11 pixels with sigma 1.5; K1 = 0.01 and K2 = 0.03. The
     result is the mean over channels and over all windows that lie inside the image. It
-    equals scikit-image's `structural_similarity` with `gaussian_weights=True` and
-    `use_sample_covariance=False`.
+    equals scikit-image's ``structural_similarity`` with ``gaussian_weights=True`` and
+    ``use_sample_covariance=False``.
 
     Args:
       a: Images ``[N, H, W, C]``, at least 11 pixels high and wide.

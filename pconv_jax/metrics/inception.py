@@ -308,7 +308,7 @@ def inception_score(logits: ArrayLike, *, splits: int = 10) -> tuple[float, floa
     samples.
 
     Args:
-      logits: ``[N, classes]``, see `features_and_logits`.
+      logits: ``[N, classes]``; see `features_and_logits`.
       splits: Number of equal parts. The default, 10, is the paper's, for 50,000
         samples.
 

@@ -1,4 +1,4 @@
-"""Config files: Python files that define an experiment, see ``configs/``.
+"""Config files: Python files that define an experiment; see ``configs/``.
 
 A config file defines ``get_config()``, which starts from `default_config`, changes some
 fields and returns the config.

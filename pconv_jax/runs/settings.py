@@ -41,7 +41,7 @@ def setting(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The network, see `pconv_jax.PConvUNet`."""
+    """The network; see `pconv_jax.PConvUNet`."""
 
     depth: int = setting(
         8,
@@ -263,7 +263,7 @@ class Settings:
         return cls.from_dict(_upgrade(values))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested values by name that JSON can hold."""
+        """Convert the settings to nested values by name, which JSON can hold."""
         return dataclasses.asdict(self)
 
     def _check_together(self) -> None:
@@ -308,7 +308,7 @@ class Field(NamedTuple):
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The allowed words; empty for a setting that is no word."""
+        """The allowed words; empty for a setting of another type."""
         is_literal = typing.get_origin(self.type) is Literal
         return typing.get_args(self.type) if is_literal else ()
 
@@ -412,7 +412,7 @@ _EXPECTED = {
 
 
 def suggest_field(name: str) -> str:
-    """Return a hint at the field that was meant, for an error, or ``""``."""
+    """Guess which field was meant, as a sentence for an error, or ``""``."""
     close = difflib.get_close_matches(name, FIELDS, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 

@@ -38,7 +38,7 @@ def train_and_evaluate(
     """Train a network, or resume its training, and validate it.
 
     Args:
-      config: The settings, or a config that holds them, see `default_config`.
+      config: The settings, or a config that holds them; see `default_config`.
       workdir: Directory of the run, which is made if it does not exist.
       model: The network, if it is not the one that the settings describe.
 
@@ -89,7 +89,7 @@ def train_and_evaluate(
         draw = hooks.Draw(
             writer,
             model=experiment.model,
-            images=experiment.validation_images,
+            source=experiment.validation_source,
             image_size=settings.image_size,
         )
         validate = hooks.Validate(
@@ -97,7 +97,7 @@ def train_and_evaluate(
             progress,
             save,
             model=experiment.model,
-            images=experiment.validation_images,
+            source=experiment.validation_source,
             image_size=settings.image_size,
             examples=settings.validation_examples,
         )
@@ -134,7 +134,7 @@ def train_and_evaluate(
                     stopped = stop_requested(step)
                     if stopped or is_due(settings.log_every):
                         log.write(learning_rate=phase.learning_rate)
-                    if stopped:  # Whoever asked may not wait for a validation.
+                    if stopped:  # A validation may take longer than a scheduler waits.
                         save(state)
                         break
                     draw_now = is_due(settings.picture_every)
@@ -156,7 +156,7 @@ def train_and_evaluate(
             evaluation = validate(state, write=False)
         if unreadable:
             names = ", ".join(sorted(unreadable))
-            warnings.append(f"{len(unreadable)} unreadable picture(s): {names}")
+            warnings.append(f"{len(unreadable)} unreadable image(s): {names}")
         summary = {
             "step": step,
             "finished": finished,
@@ -176,6 +176,6 @@ def format_summary(summary: Mapping[str, Any], workdir: str | pathlib.Path) -> s
         lines = [format_table(summary["table"], decimals=3), ""]
         lines += [f"Finished at step {summary['step']}. Validation: {numbers}."]
     else:
-        lines = [f"Stopped at step {summary['step']}, to go on by the same command."]
-    lines += [f"Checkpoints, metrics and pictures are in {workdir}."]
+        lines = [f"Stopped at step {summary['step']}. The same command resumes it."]
+    lines += [f"Checkpoints, metrics and images are in {workdir}."]
     return "\n".join(lines + [f"WARNING: {w}" for w in summary["warnings"]])

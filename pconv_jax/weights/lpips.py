@@ -64,7 +64,7 @@ def load_lpips_params(net: str = "alex") -> Params:
       Parameters for `distance`, as NumPy arrays.
 
     Raises:
-      UserError: If `net` is another name; if a file cannot be downloaded, with a line
+      UserError: If ``net`` is another name; if a file cannot be downloaded, with a line
         that says where to put it; or if it is another file, with a list of all arrays
         that are missing, of another shape or not finite.
     """

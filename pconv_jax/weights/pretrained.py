@@ -79,7 +79,7 @@ def save_pretrained(
     Raises:
       UserError: If the variables are not float32; if they are not the network's, with a
         list of all arrays that are missing, unexpected, of another shape or not finite;
-        or if `info` cannot be written as JSON.
+        or if ``info`` cannot be written as JSON.
       RunError: If the file cannot be written.
     """
     path = _check_suffix(path)

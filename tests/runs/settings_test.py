@@ -233,7 +233,7 @@ def test_model_and_source_of_an_experiment():
     names = [
         {source.name(i) for i in range(len(source))}
         for source in (
-            opening.get_images(settings.data, split)
+            opening.get_source(settings.data, split)
             for split in ("train", "validation")
         )
     ]
@@ -243,7 +243,7 @@ def test_model_and_source_of_an_experiment():
 def test_folder_without_a_path():
     path = next(path for path in EXPERIMENTS if path.stem == "folder")
     with pytest.raises(ValueError, match="path is needed for kind 'folder'"):
-        opening.get_images(read_settings(load(path)).data, "train")
+        opening.get_source(read_settings(load(path)).data, "train")
 
 
 def test_several_tar_files(tmp_path):
@@ -255,7 +255,7 @@ def test_several_tar_files(tmp_path):
             write_tar(path, {f"{n}.png": encode(photo())})
         config.data[name] = tuple(map(str, paths))
     for split in ("train", "validation"):
-        assert len(opening.get_images(read_settings(config).data, split)) == 2
+        assert len(opening.get_source(read_settings(config).data, split)) == 2
 
 
 def test_what_is_held_out_may_not_be_nothing(tmp_path):

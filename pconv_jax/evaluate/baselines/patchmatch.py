@@ -31,7 +31,7 @@ def complete(
       seed: Seed of the random search, 0 by default.
 
     Returns:
-      uint8 ``[H, W, C]``, with the valid pixels of `image`.
+      uint8 ``[H, W, C]``, with the valid pixels of ``image``.
 
     Raises:
       ValueError: If there is no patch of 3 x 3 valid pixels.
@@ -108,7 +108,7 @@ class _Field:
             self._start_from(coarser)
 
     def matches(self) -> np.ndarray:
-        """Rows and columns of the matches, ``[H, W, 2]``; -1 where there is none."""
+        """Get each match's row and column, ``[H, W, 2]``; -1 where there is none."""
         field = np.full((*self._shape, 2), -1)
         rows, columns = self._rows_and_columns(self._targets)
         field[rows, columns] = np.stack(self._rows_and_columns(self._match), axis=-1)

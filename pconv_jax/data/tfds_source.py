@@ -28,11 +28,13 @@ class TFDSSource(ImageSource):
     prepare it.
 
     Args:
-      name: Name of the data set, such as 'celeb_a_hq/256' or 'imagenet2012:5.1.0'.
-      split: Split, such as 'train' or 'train[:90%]'.
-      data_dir: Folder of the data sets. None (the default) is `~/tensorflow_datasets`.
-      feature: Name of the image feature. None (the default) is 'image' if there is one,
-        else the only image feature.
+      name: Name of the data set, such as ``'celeb_a_hq/256'`` or
+        ``'imagenet2012:5.1.0'``.
+      split: Split, such as ``'train'`` or ``'train[:90%]'``.
+      data_dir: Folder of the data sets. None (the default) is
+        ``~/tensorflow_datasets``.
+      feature: Name of the image feature. None (the default) is ``'image'`` if there is
+        one, else the only image feature.
 
     Raises:
       UserError: If there is no such data set, split or feature, or if the data set is
