@@ -60,7 +60,7 @@ def _decode(data: bytes, name: str, mode: int) -> np.ndarray:
             pass
     if image is None:
         reason = "truncated or not an image" if data else "it is empty"
-        raise UnreadableImageError(f"cannot read {name}: {reason}")
+        raise UnreadableImageError(f"cannot read {name}: {reason}.")
     return image
 
 
@@ -87,7 +87,7 @@ class ImageSource(abc.ABC):
         try:
             data = self.read(index)
         except OSError as error:
-            message = f"cannot read {self.name(index)}: {error.strerror or error}"
+            message = f"cannot read {self.name(index)}: {error.strerror or error}."
             raise UnreadableImageError(message) from error
         return decode_image(data, self.name(index))
 

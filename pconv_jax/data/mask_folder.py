@@ -59,10 +59,10 @@ class MaskFolder:
     ):
         if hole_color not in ("white", "black"):
             raise UserError(
-                f"hole_color must be 'white' or 'black', got {hole_color!r}"
+                f"hole_color must be 'white' or 'black', got {hole_color!r}."
             )
         if not 0 < threshold < 1:
-            raise UserError(f"threshold must be in (0, 1), got {threshold}")
+            raise UserError(f"threshold must be in (0, 1), got {threshold}.")
         root = pathlib.Path(path).expanduser()
         self.paths = sorted(
             file for file in _files.iter_files(root) if file.suffix.lower() in _SUFFIXES
@@ -71,13 +71,13 @@ class MaskFolder:
             found = "it has none" if os.path.isdir(root) else "there is no such folder"
             raise UserError(
                 f"path must be a folder of mask images ({', '.join(_SUFFIXES)}), "
-                f"but {found}: {path}"
+                f"but {found}: {path}."
             )
         low, high = hole_ratio
         if not 0 <= low < high <= 1:
             raise UserError(
                 f"hole_ratio must be (low, high) with 0 <= low < high <= 1, "
-                f"got {hole_ratio}"
+                f"got {hole_ratio}."
             )
         self.hole_color = hole_color
         self.threshold = threshold
@@ -91,7 +91,7 @@ class MaskFolder:
         try:
             data = path.read_bytes()
         except OSError as error:
-            message = f"cannot read {path}: {error.strerror or error}"
+            message = f"cannot read {path}: {error.strerror or error}."
             raise UnreadableImageError(message) from error
         white = decode_gray(data, str(path)) > self.threshold * 255
         valid = white if self.hole_color == "black" else ~white
@@ -110,8 +110,8 @@ class MaskFolder:
         Args:
           rng: Random generator.
           size: Height and width of the result in pixels.
-          tries: Maximum number of masks to draw, 20 by default. If no hole ratio is in
-            range, the mask closest to the range is returned.
+          tries: Maximum number of masks to draw. The default is 20. If no hole ratio is
+            in range, the mask closest to the range is returned.
           **options: Options of `augment`.
 
         Returns:
@@ -122,7 +122,7 @@ class MaskFolder:
         """
         low, high = self.hole_ratio
         if tries < 1:
-            raise UserError(f"tries must be at least 1, got {tries}")
+            raise UserError(f"tries must be at least 1, got {tries}.")
         best: tuple[float, np.ndarray] | None = None
         for _ in range(tries):
             mask = augment(self[int(rng.integers(len(self)))], size, rng, **options)
@@ -172,12 +172,12 @@ def augment(
     """
     mask = np.asarray(mask, np.uint8)
     if mask.ndim != 3 or mask.shape[-1] != 1:
-        raise UserError(f"mask must be [H, W, 1], got shape {mask.shape}")
+        raise UserError(f"mask must be [H, W, 1], got shape {mask.shape}.")
     if size < 1:
-        raise UserError(f"size must be at least 1 pixel, got {size}")
+        raise UserError(f"size must be at least 1 pixel, got {size}.")
     if dilate is not None and not 0 <= dilate[0] <= dilate[1]:
         raise UserError(
-            f"dilate must be (low, high) with 0 <= low <= high, got {dilate}"
+            f"dilate must be (low, high) with 0 <= low <= high, got {dilate}."
         )
     height, width, _ = mask.shape
     square = min(height, width)

@@ -41,7 +41,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
 
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._batches:
-            raise ValueError("these batches are closed; call train_batches again")
+            raise ValueError("these batches are closed; call train_batches again.")
         try:
             # Copied out of the memory that a worker may share with this process: on
             # CPU, JAX would hold on to it.
@@ -148,21 +148,21 @@ def train_batches(
     if batch_size % process_count:
         raise UserError(
             f"batch_size is global and must be a multiple of process_count "
-            f"(={process_count}), got {batch_size}"
+            f"(={process_count}), got {batch_size}."
         )
     if not 0 <= process_index < process_count:
         raise UserError(
-            f"process_index must be in [0, {process_count}), got {process_index}"
+            f"process_index must be in [0, {process_count}), got {process_index}."
         )
     if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be in [0, 2**32), got {seed}")
+        raise UserError(f"seed must be in [0, 2**32), got {seed}.")
     if start_step < 0 or workers < 0:
         raise UserError(
-            f"start_step and workers must not be negative, got {start_step}, {workers}"
+            f"start_step and workers must not be negative, got {start_step}, {workers}."
         )
     low, high = scale
     if not 0 < low <= high <= 1:
-        raise UserError(f"scale must be 0 < low <= high <= 1, got {scale}")
+        raise UserError(f"scale must be 0 < low <= high <= 1, got {scale}.")
 
     _set_up_opencv()
     transform = TrainTransform(source, image_size, (low, high), flip, mask_folder)
@@ -253,4 +253,4 @@ def _set_up_opencv(*_: int) -> None:
 def _check_positive(**arguments: int) -> None:
     for name, value in arguments.items():
         if value < 1:
-            raise UserError(f"{name} must be positive, got {value}")
+            raise UserError(f"{name} must be positive, got {value}.")

@@ -54,7 +54,7 @@ class TFDSSource(ImageSource):
         self._feature = feature or _image_feature(features, name)
         if self._feature not in features:
             raise UserError(
-                f"feature must be one of {sorted(features)} of {name}, got {feature!r}"
+                f"feature must be one of {sorted(features)} of {name}, got {feature!r}."
             )
         # The other features are not parsed, since some need TensorFlow.
         self._features = tfds.features.FeaturesDict(
@@ -104,7 +104,7 @@ def _image_feature(features: tfds.features.FeaturesDict, name: str) -> str:
         return "image"
     if len(images) != 1:
         raise UserError(
-            f"feature must name one of the image features of {name}: {sorted(images)}"
+            f"feature must name one of the image features of {name}: {sorted(images)}."
         )
     return images[0]
 
@@ -115,7 +115,7 @@ def _open_records(builder: tfds.core.DatasetBuilder, split: str) -> _Records:
         raise UserError(
             f"name: the data set {info.full_name} is prepared as "
             f"{info.file_format and info.file_format.value}; only array_record and "
-            "tfrecord can be read"
+            "tfrecord can be read."
         )
     try:
         instructions = info.splits[split].file_instructions
@@ -131,7 +131,7 @@ def _open_records(builder: tfds.core.DatasetBuilder, split: str) -> _Records:
         )
         return cast(_Records, records)
     except OSError as error:
-        raise UserError(f"data_dir: cannot read {info.full_name}: {error}") from error
+        raise UserError(f"data_dir: cannot read {info.full_name}: {error}.") from error
 
 
 class _TFRecords:
@@ -165,5 +165,5 @@ def _tfrecord_spans(path: str) -> list[Span]:
             spans.append(Span(path, offset + 12, length))
             offset += 12 + length + 4
     if offset != size:
-        raise UserError(f"data_dir: the TFRecord file {path} is cut short or damaged")
+        raise UserError(f"data_dir: the TFRecord file {path} is cut short or damaged.")
     return spans

@@ -116,5 +116,5 @@ def too_many_unreadable(source: ImageSource, names: Sequence[str]) -> UserError:
     """Make the error for a source with too many unreadable images."""
     return UserError(
         f"{len(names)} of the {len(source)} images of source cannot be read, over "
-        f"{_MAX_UNREADABLE:.0%}; remove or repair them: {', '.join(names[:10])}"
+        f"{_MAX_UNREADABLE:.0%}; remove or repair them: {', '.join(names[:10])}."
     )

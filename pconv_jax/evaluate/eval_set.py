@@ -67,7 +67,7 @@ class EvalSet:
             there are fewer images than examples.
           image_size: Side of the squares after resizing, in pixels; at least 11.
           examples: Number of examples of each class.
-          seed: Seed of the drawn masks, 0 by default.
+          seed: Seed of the drawn masks. The default is 0.
           mask_folder: Mask images, such as NVIDIA's test set. The class of a mask
             follows from its hole ratio and from whether it has a hole within 50/512 of
             the border, as NVIDIA's are numbered. A class with fewer masks than examples
@@ -231,7 +231,7 @@ def draw_masks(
       hole_bin: Index into `masks.HOLE_BINS`, one for all examples or ``[N]``.
       border: Whether holes touch the border.
       image_size: Side of the masks, in pixels.
-      seed: Seed of the evaluation, 0 by default.
+      seed: Seed of the evaluation. The default is 0.
 
     Returns:
       uint8 ``[N, H, W, 1]``, 1 = valid and 0 = hole.

@@ -110,8 +110,8 @@ def draw_examples(
       variables: Its ``params`` and ``batch_stats``.
       source: The images.
       image_size: Side of the squares, in pixels.
-      count: Number of examples, 6 by default.
-      seed: Seed of the masks, 0 by default.
+      count: Number of examples. The default is 6.
+      seed: Seed of the masks. The default is 0.
 
     Returns:
       uint8 ``[H, W, 3]``.

@@ -137,7 +137,7 @@ class Baseline:
 
         Args:
           name: One of `classical.BASELINES`.
-          time_budget: Seconds that an image may take, 60 by default. A longer time
+          time_budget: Seconds that an image may take. The default is 60. A longer time
             counts as a failure.
         """
         self.name = name

@@ -47,12 +47,12 @@ class EvalData:
         split of the run's settings, or scikit-image's photos for weights without
         settings.
       masks: A folder of mask images. None (the default) draws masks.
-      hole_color: Color of the holes in ``masks``, ``'white'`` by default.
+      hole_color: Color of the holes in ``masks``. The default is ``'white'``.
       image_size: Side of the square images, in pixels. None (the default) takes the
         run's.
       examples: Number of examples of each of `MASK_CLASSES`. None (the default) takes
         the run's.
-      seed: Seed of the drawn masks and of the intervals, 0 by default.
+      seed: Seed of the drawn masks and of the intervals. The default is 0.
     """
 
     images: str | None = None
@@ -126,7 +126,7 @@ def evaluate_network(
       source: The images; see `EvalSet`.
       image_size: Side of the squares after resizing, in pixels.
       examples: Number of examples of each of `MASK_CLASSES`.
-      seed: Seed of the masks and of the intervals, 0 by default.
+      seed: Seed of the masks and of the intervals. The default is 0.
       progress: Whether to show a progress bar (the default).
 
     Raises:
@@ -173,7 +173,7 @@ def evaluate_run(
       data: What to change of the evaluation data; nothing by default.
       methods: Methods to compare; see `methods.get_methods`; ``'network'`` stands for
         the evaluated network. `DEFAULT_METHODS` by default.
-      time_budget: Seconds that a baseline may take for an image, 60 by default.
+      time_budget: Seconds that a baseline may take for an image. The default is 60.
       learned: Whether to compute LPIPS, FID and Inception Score (the default), if the
         weights of their networks are available or can be downloaded.
       vgg: Weights of a VGG, see `load_vgg_params`, for a perceptual distance that needs

@@ -184,4 +184,4 @@ def key_of(record: Record) -> Key:
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
-    return RunError(f"cannot write to {path}: {error.strerror or error}")
+    return RunError(f"cannot write to {path}: {error.strerror or error}.")

@@ -79,7 +79,7 @@ def read(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image
     Args:
       path: A PNG, JPEG, TIFF, WebP, BMP, GIF or NumPy file. Of several frames or pages,
         the first is read, with a warning.
-      max_pixels: Larger images are refused before they are decoded. By default
+      max_pixels: Larger images are refused before they are decoded. The default is
         100,000,000.
 
     Raises:

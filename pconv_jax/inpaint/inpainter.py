@@ -83,9 +83,10 @@ class Inpainter:
           value_range: Values of float images that are the network's -1 and 1. By
             default (0, 1). None gives the network floats as they are, for data that are
             not images.
-          max_pixels: Files of larger images are refused. By default 100,000,000.
-          detail: Whether to add detail of the image to the network's output. By default
-            True. Data that are not images (see ``value_range``) never get it.
+          max_pixels: Files of larger images are refused. The default is 100,000,000.
+          detail: Whether to add detail of the image to the network's output. The
+            default is True. Data that are not images (see ``value_range``) never get
+            it.
 
         Raises:
           UserError: If the channels of the network differ, or the range is empty.
@@ -229,17 +230,17 @@ class Inpainter:
             ``image`` can be (see `hole_from_mask`); for batches also ``[N, H, W]``. One
             mask for all images, or one for each. None (the default) fills where the
             image is transparent, which becomes opaque, or not finite.
-          invert_mask: Whether to fill where the mask is black, 0 or False instead. By
-            default False.
+          invert_mask: Whether to fill where the mask is black, 0 or False instead. The
+            default is False.
           resize_mask: Whether to resize a mask to the image's size, by nearest
-            neighbors. By default False.
+            neighbors. The default is False.
           dilate: Number of pixels by which to enlarge the hole, for example to remove a
-            rim. By default 0.
+            rim. The default is 0.
           seed: Seed of the search for detail. In wide holes, seeds give visibly
-            different results. By default 0.
+            different results. The default is 0.
           exclude: Mask, **white where not to copy detail from**, such as the rest of an
             object that is removed. Like ``mask``; by default there is none.
-          return_depth: Whether to return the fill depth, too. By default False.
+          return_depth: Whether to return the fill depth, too. The default is False.
 
         Returns:
           The image, of the same type, size and dtype. A file gives an upright Pillow

@@ -165,7 +165,7 @@ def double(
     Args:
       array: The array, of one channel or several.
       shape: Height and width of the result.
-      interpolation: OpenCV's kind of interpolation. By default linear.
+      interpolation: OpenCV's kind of interpolation. The default is linear.
     """
     height, width = array.shape[:2]
     planes = [

@@ -133,7 +133,7 @@ class Checkpoints:
         Args:
           step: Not smaller than the step of the last `save` or `restore`.
           items: Pytrees of arrays by name; on several hosts, replicated ones.
-          meta: A dict to store with them, which JSON can hold. By default empty.
+          meta: A dict to store with them, which JSON can hold. The default is empty.
           metrics: Numbers by name. If ``best_metric`` is missing or NaN, the checkpoint
             is never the best one.
 

@@ -69,7 +69,7 @@ def load_lpips_params(net: str = "alex") -> Params:
         that are missing, of another shape or not finite.
     """
     if net not in NETWORKS:
-        raise UserError(f"net must be 'alex' or 'vgg', got {net!r}")
+        raise UserError(f"net must be 'alex' or 'vgg', got {net!r}.")
     heads, trunk = hub.find_published(*_PUBLISHED[net])
     image = jnp.zeros((1, 32, 32, 3))
     shapes = jax.eval_shape(LPIPS(net).init, jax.random.key(0), image, image)["params"]

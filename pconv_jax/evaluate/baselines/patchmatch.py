@@ -26,9 +26,9 @@ def complete(
     Args:
       image: uint8 ``[H, W, C]``. Its pixels in the hole do not matter.
       hole: bool ``[H, W]``.
-      patch_size: Side of the patches in pixels, odd; 7 by default. If no patch of this
-        size is free of the hole, smaller ones are used, down to 3.
-      seed: Seed of the random search, 0 by default.
+      patch_size: Side of the patches in pixels, odd. The default is 7. If no patch of
+        this size is free of the hole, smaller ones are used, down to 3.
+      seed: Seed of the random search. The default is 0.
 
     Returns:
       uint8 ``[H, W, C]``, with the valid pixels of ``image``.

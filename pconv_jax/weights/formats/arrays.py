@@ -182,7 +182,7 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
     try:
         import h5py  # Only Keras' files need it.
     except ImportError:
-        raise UserError("Keras' files need h5py: pip install h5py") from None
+        raise UserError("Keras' files need h5py: pip install h5py.") from None
     arrays = {}
 
     def visit(name: str, item: Any) -> None:
