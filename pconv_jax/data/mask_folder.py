@@ -9,7 +9,7 @@ import numpy as np
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
-from pconv_jax.data.base import UnreadableImageError, decode_gray
+from pconv_jax.data.decode import UnreadableImageError, decode_gray
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

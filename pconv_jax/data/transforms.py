@@ -11,7 +11,8 @@ from absl import logging
 
 from pconv_jax._errors import UserError
 from pconv_jax._images import central_square
-from pconv_jax.data.base import ImageSource, UnreadableImageError
+from pconv_jax.data.base import ImageSource
+from pconv_jax.data.decode import UnreadableImageError
 from pconv_jax.data.mask_folder import MaskFolder
 
 _MAX_UNREADABLE = 0.05  # As a fraction of a source.
