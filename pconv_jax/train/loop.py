@@ -23,9 +23,10 @@ from pconv_jax.runs.config import read_settings
 from pconv_jax.runs.output import format_table, write_json
 from pconv_jax.runs.settings import Settings
 from pconv_jax.train import hooks
-from pconv_jax.train.experiment import open_experiment
+from pconv_jax.train.experiment import Experiment, Phase, open_experiment
 from pconv_jax.train.loggers import MetricWriter, Progress
 from pconv_jax.train.restore import check_workdir, lock_workdir, restore_or_create
+from pconv_jax.train.step import TrainState
 from pconv_jax.unet import PConvUNet
 
 
@@ -68,8 +69,7 @@ def train_and_evaluate(
                 best_metric="psnr",
             )
         )
-        state = restore_or_create(experiment, checkpoints, workdir)
-        state = parallel.replicate(state)
+        state = parallel.replicate(restore_or_create(experiment, checkpoints, workdir))
         step = int(state.step)
         writer = stack.enter_context(
             MetricWriter(workdir, first_step=step + 1, enabled=primary)
@@ -119,11 +119,7 @@ def train_and_evaluate(
                 continue
             progress.write(f"{phase.name}: to step {phase.stop}")
             if step == phase.start > 0:
-                # As if the phase was a run of its own, started from these weights.
-                opt_state = experiment.optimizer(phase).init(state.params)
-                state = parallel.replicate(
-                    dataclasses.replace(state, opt_state=opt_state)
-                )
+                state = _reset_optimizer(experiment, phase, state)
             train_step = experiment.compile_step(phase)
             log.start_phase()
             with contextlib.closing(experiment.open_batches(step)) as batches:
@@ -157,16 +153,31 @@ def train_and_evaluate(
         if unreadable:
             names = ", ".join(sorted(unreadable))
             warnings.append(f"{len(unreadable)} unreadable image(s): {names}")
-        summary = {
-            "step": step,
-            "finished": finished,
-            "validation": evaluation.mean() if finished and evaluation else {},
-            "table": evaluation.table() if finished and evaluation else [],
-            "warnings": warnings,
-        }
+        summary = _summarize(step, evaluation if finished else None, warnings)
         if primary:
             write_json(workdir / "summary.json", summary)
     return summary
+
+
+def _reset_optimizer(
+    experiment: Experiment, phase: Phase, state: TrainState
+) -> TrainState:
+    """Start a phase as if it was a run of its own, from the weights of a state."""
+    opt_state = experiment.optimizer(phase).init(state.params)
+    return parallel.replicate(dataclasses.replace(state, opt_state=opt_state))
+
+
+def _summarize(
+    step: int, evaluation: Evaluation | None, warnings: list[str]
+) -> dict[str, Any]:
+    """Make the content of ``summary.json``; only finished runs have an evaluation."""
+    return {
+        "step": step,
+        "finished": evaluation is not None,
+        "validation": evaluation.mean() if evaluation else {},
+        "table": evaluation.table() if evaluation else [],
+        "warnings": warnings,
+    }
 
 
 def format_summary(summary: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
