@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pconv_jax._errors import RunError as RunError
     from pconv_jax._errors import UserError as UserError
     from pconv_jax.data.base import ImageSource as ImageSource
-    from pconv_jax.data.base import UnreadableImageError as UnreadableImageError
+    from pconv_jax.data.decode import UnreadableImageError as UnreadableImageError
     from pconv_jax.data.mask_folder import MaskFolder as MaskFolder
     from pconv_jax.data.pipeline import eval_batches as eval_batches
     from pconv_jax.data.pipeline import train_batches as train_batches
@@ -92,7 +92,7 @@ _MODULES = {
     "random_mask": "masks",
     "touches_border": "masks",
     "ImageSource": "data.base",
-    "UnreadableImageError": "data.base",
+    "UnreadableImageError": "data.decode",
     "MaskFolder": "data.mask_folder",
     "eval_batches": "data.pipeline",
     "train_batches": "data.pipeline",

@@ -71,7 +71,7 @@ def upsample(x: ArrayLike) -> jax.Array:
 
 
 def materialize(x: Operand) -> jax.Array:
-    """Return an operand as an array, upsampled if it is `Upsampled`."""
+    """Convert an operand to an array, upsampled if it is `Upsampled`."""
     return upsample(x.x) if isinstance(x, Upsampled) else x
 
 
@@ -167,7 +167,7 @@ def _per_axis(name: str, value: IntOrSequence, ndim: int) -> tuple[int, ...]:
 
 
 def _is_int(value: object) -> bool:
-    """Whether a value is an integer of Python or NumPy, not a symbolic size."""
+    """Return whether a value is an integer of Python or NumPy, not a symbolic size."""
     return isinstance(value, int | np.integer)
 
 
@@ -241,7 +241,7 @@ def _continue(x: jax.Array, window: Window) -> jax.Array:
 
 
 def _stays_small(x: Operand, window: Window, groups: int) -> bool:
-    """Whether an operand is `Upsampled` and convolved without repeating its pixels."""
+    """Return whether an operand is convolved without repeating its pixels."""
     return (
         isinstance(x, Upsampled)
         and groups == 1
@@ -467,7 +467,7 @@ def _conv_upsampled(
 
 
 def _shift(x: jax.Array, by: int, axis: int) -> jax.Array:
-    """Move pixels towards the beginning of an axis and fill the end with zeros."""
+    """Move pixels toward the beginning of an axis and fill the end with zeros."""
     return _pad(x, [(0, 0)] * (axis - 1) + [(-by, by)])
 
 

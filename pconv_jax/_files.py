@@ -75,7 +75,7 @@ def _sync(path: Path, flags: int) -> None:
 def iter_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Find the files of a folder and of all folders below it, including linked ones.
 
-    Hidden files and folders (`.name`) are skipped. Each folder is read once, at its
+    Hidden files and folders (``.name``) are skipped. Each folder is read once, at its
     first place in alphabetical order, even if links lead to it again. Otherwise one
     image could count as several, some of them for training and others for evaluation.
 
@@ -83,7 +83,7 @@ def iter_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
       folder: Folder to search. It may be hidden itself.
 
     Yields:
-      Paths that start with `folder`. Nothing if the folder does not exist.
+      Paths that start with ``folder``. Nothing if the folder does not exist.
     """
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):

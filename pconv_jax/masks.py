@@ -133,24 +133,24 @@ def random_mask(
         isinstance(n, int | np.integer) and n >= 8 for n in shape
     ):
         raise ValueError(
-            f"shape must be (height, width), integers of at least 8, got {shape}"
+            f"shape must be (height, width), integers of at least 8, got {shape}."
         )
     if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}.")
     if border not in (True, False, None):
-        raise ValueError(f"border must be True, False or None, got {border!r}")
+        raise ValueError(f"border must be True, False or None, got {border!r}.")
     bounds = hole_ratio if isinstance(hole_ratio, tuple | list) else (hole_ratio,) * 2
     if not any(isinstance(bound, Tracer) for bound in bounds):
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < 1:
             raise ValueError(
                 "hole_ratio must be a number in (0, 1), or a range (low, high) with "
-                f"0 < low <= high < 1, got {hole_ratio}"
+                f"0 < low <= high < 1, got {hole_ratio}."
             )
         inner = ~_quiet_rim(shape)
         if border is False and _whole_pixels(bounds[1], inner.size) > inner.sum():
             raise ValueError(
                 f"hole_ratio reaches {bounds[1]}, but with border=False there is room "
-                f"for {inner.mean():.3f} of {shape[0]}x{shape[1]} pixels at most"
+                f"for {inner.mean():.3f} of {shape[0]}x{shape[1]} pixels at most."
             )
     first, last = (_whole_pixels(bound, math.prod(shape)) for bound in bounds)
     return _random_mask(key, first, last, shape=shape, kind=kind, border=border)
@@ -352,7 +352,7 @@ def _extent(y: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _grid(y: jax.Array, x: jax.Array, cells: int) -> tuple[int, ...]:
-    """Compute the shape of a coarse grid with `cells` cells per sqrt(H * W)."""
+    """Compute the shape of a coarse grid with a number of cells per sqrt(H * W)."""
     scale = cells * (y.size * x.size) ** -0.5
     return tuple(1 + max(1, round(n * scale)) for n in (y.size, x.size))
 
@@ -399,5 +399,5 @@ def _rim(shape: tuple[int, ...], rows: int, columns: int) -> np.ndarray:
 
 
 def _quiet_rim(shape: tuple[int, ...]) -> np.ndarray:
-    """Mark the rim, 50 of 512 pixels, without holes in half of the published masks."""
+    """Mark the rim, 50 of 512 pixels, that half of the published masks leave valid."""
     return _rim(shape, *(max(1, n * 50 // 512) for n in shape))

@@ -71,9 +71,9 @@ def paper_stages(
     Args:
       depth: Number of encoder stages and of decoder stages. The default, 8, is the
         paper's for 512 pixels; 7 is common for 256.
-      width: Features of the first stage, 64 by default. Each of the next three stages
-        doubles them; later ones keep eight times the width.
-      out_features: Channels of the network's output, 3 by default.
+      width: Features of the first stage. The default is 64. Each of the next three
+        stages doubles them; later ones keep eight times the width.
+      out_features: Channels of the network's output. The default is 3.
 
     Returns:
       The encoder's and the decoder's stages.
@@ -95,7 +95,7 @@ def paper_stages(
 
 
 def suggest_sizes(size: int, multiple: int) -> str:
-    """List the multiples next to a size for an error message, as in '256 or 320'."""
+    """List the multiples next to a size, for an error, as in ``'256 or 320'``."""
     below = size // multiple * multiple
     above = -(-size // multiple) * multiple or multiple
     return " or ".join(str(n) for n in sorted({below, above}) if n)
@@ -120,12 +120,12 @@ class PConvUNet(nn.Module):
       ((1, 32, 32, 3), (1, 32, 32, 1))
 
     Attributes:
-      depth: Number of encoder stages, 8 by default; heights and widths must be
+      depth: Number of encoder stages. The default is 8. Heights and widths must be
         multiples of ``2**depth``.
-      width: Features of the first stage, 64 by default.
-      out_features: Channels of the output, 3 by default.
+      width: Features of the first stage. The default is 64.
+      out_features: Channels of the output. The default is 3.
       conv: ``'partial'`` (the default), or ``'standard'`` for the same network of
-        ordinary convolutions, the paper's baseline. It takes the mask as a further
+        standard convolutions, the paper's baseline. It takes the mask as a further
         input channel, and its whole output counts as valid.
       stages: The encoder's and the decoder's stages. None (the default) for
         `paper_stages`.

@@ -2,7 +2,7 @@
 
 The networks end after their third block, at ``pool3``. Images are ``[N, H, W, 3]`` RGB
 in [-1, 1]. The networks normalize them by ImageNet's statistics, so the weights are
-those of torchvision, transposed. They form an ordinary parameter tree,
+those of torchvision, transposed. They form a parameter tree,
 ``{'conv1_1': {'kernel', 'bias'}, ...}``.
 
 Reference: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale

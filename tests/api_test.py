@@ -20,7 +20,7 @@ MODULES = {
 # Names that only one module may use.
 OWNERS = {
     "orbax": "runs.checkpoint",
-    "tensorflow_datasets": "data.tfrecord",
+    "tensorflow_datasets": "data.tfds_source",
     "tensorboardX": "train.loggers",
     "pmap": "runs.parallel",
     "shard_map": "runs.parallel",

@@ -130,7 +130,7 @@ def run(
       The content of ``ablation.json``; None if a run was asked to stop.
     """
     eval_set = EvalSet(
-        opening.get_images(settings.data, "validation"),
+        opening.get_source(settings.data, "validation"),
         image_size=settings.image_size,
         examples=settings.evaluation_examples,
     )

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = "pconv") -> None:
 
     Args:
       argv: Arguments. By default those of the process.
-      program: Name of the program in front of an error. By default pconv.
+      program: Name of the program in front of an error. The default is pconv.
     """
     parser = argparse.ArgumentParser(
         prog="pconv", description="Image inpainting with partial convolutions."

@@ -60,9 +60,10 @@ def read_config(arguments: argparse.Namespace) -> Any:
             values = [FIELDS[name].parse(text) for text in texts]
         except TypeError as error:
             raise UserError(f"--config.{name} {error}.") from None
-        is_paths = FIELDS[name].type is Paths and None not in values
-        value = tuple(path for paths in values for path in paths) if is_paths else None
-        config.update_from_flattened_dict({name: value if is_paths else values[-1]})
+        value = values[-1]
+        if FIELDS[name].type is Paths and None not in values:
+            value = tuple(path for paths in values for path in paths)
+        config.update_from_flattened_dict({name: value})
     return config
 
 

@@ -32,11 +32,12 @@ def add(commands: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = command.add_argument
-    add("--workdir", help="directory of a training run")
-    add("--weights", help="a weights file instead of a run")
-    add("--step", type=int, help="step of the checkpoint (default: the newest)")
-    add(
+    command.add_argument("--workdir", help="directory of a training run")
+    command.add_argument("--weights", help="a weights file instead of a run")
+    command.add_argument(
+        "--step", type=int, help="step of the checkpoint (default: the newest)"
+    )
+    command.add_argument(
         "--methods",
         type=_words,
         default=None,
@@ -45,42 +46,48 @@ def add(commands: Subparsers) -> None:
         "patchmatch; NAME=PATH for another network, by its workdir or weights file; or "
         "all (default: network,mean,telea,navier_stokes)",
     )
-    add("--examples", type=int, help="examples of each class of masks")
-    add("--images", help="folder or tar file of other images")
-    add("--masks", help="folder of mask images")
-    add(
+    command.add_argument("--examples", type=int, help="examples of each class of masks")
+    command.add_argument("--images", help="folder or tar file of other images")
+    command.add_argument("--masks", help="folder of mask images")
+    command.add_argument(
         "--hole_color",
         choices=("white", "black"),
         default="white",
         help="color of the holes in --masks (default: white)",
     )
-    add("--image_size", type=int, help="side of the images, in pixels")
-    add("--seed", type=int, default=0, help="seed of masks and intervals (default: 0)")
-    add(
+    command.add_argument("--image_size", type=int, help="side of the images, in pixels")
+    command.add_argument(
+        "--seed", type=int, default=0, help="seed of masks and intervals (default: 0)"
+    )
+    command.add_argument(
         "--time_budget",
         type=float,
         default=60.0,
         metavar="SECONDS",
         help="longest time of a baseline for an image (default: 60)",
     )
-    add(
+    command.add_argument(
         "--learned",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="compute LPIPS, FID and Inception Score, if their weights can be found",
     )
-    add("--nolearned", dest="learned", action="store_false", help=argparse.SUPPRESS)
-    add("--vgg", help="weights file of a VGG, for a perceptual distance")
-    add("--out", help="directory of the results")
+    command.add_argument(
+        "--nolearned", dest="learned", action="store_false", help=argparse.SUPPRESS
+    )
+    command.add_argument(
+        "--vgg", help="weights file of a VGG, for a perceptual distance"
+    )
+    command.add_argument("--out", help="directory of the results")
     config_options.add_config_options(command, required=False)
-    command.set_defaults(run=_eval)
+    command.set_defaults(run=_run)
 
 
 def _words(text: str) -> list[str]:
     return text.split(",")
 
 
-def _eval(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
     with config_options.importing_training():
         from pconv_jax.evaluate import runner
         from pconv_jax.runs import output

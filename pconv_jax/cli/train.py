@@ -46,10 +46,10 @@ def add(commands: Subparsers) -> None:
     processes.add_argument("--num_processes", type=int, help="number of processes")
     processes.add_argument("--process_id", type=int, help="index of this process")
     config_options.add_config_options(command, required=True)
-    command.set_defaults(run=_train)
+    command.set_defaults(run=_run)
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
     with config_options.importing_training():
         from pconv_jax.runs import config as config_lib
         from pconv_jax.runs import output, parallel

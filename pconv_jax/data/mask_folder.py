@@ -9,7 +9,7 @@ import numpy as np
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
-from pconv_jax.data.base import UnreadableImageError, decode_gray
+from pconv_jax.data.decode import UnreadableImageError, decode_gray
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -26,12 +26,12 @@ class AugmentOptions(TypedDict, total=False):
 class MaskFolder:
     """The mask images of a folder and of all folders below it, sorted by path.
 
-    Item ``i`` is uint8 ``[H, W, 1]``, 1 = valid, 0 = hole. In the masks of Liu et al.,
+    Item i is uint8 ``[H, W, 1]``, 1 = valid, 0 = hole. In the masks of Liu et al.,
     holes are white in the test set and black in the training set.
 
     Args:
       path: The folder.
-      hole_color: Color of the holes, 'white' (the default) or 'black'.
+      hole_color: Color of the holes, ``'white'`` (the default) or ``'black'``.
       threshold: Gray value, as a fraction of 255, above which a pixel is white. The
         default, 0.6, is the paper's.
       hole_ratio: Range ``(low, high]`` of the hole ratio of the masks that `sample`
@@ -59,10 +59,10 @@ class MaskFolder:
     ):
         if hole_color not in ("white", "black"):
             raise UserError(
-                f"hole_color must be 'white' or 'black', got {hole_color!r}"
+                f"hole_color must be 'white' or 'black', got {hole_color!r}."
             )
         if not 0 < threshold < 1:
-            raise UserError(f"threshold must be in (0, 1), got {threshold}")
+            raise UserError(f"threshold must be in (0, 1), got {threshold}.")
         root = pathlib.Path(path).expanduser()
         self.paths = sorted(
             file for file in _files.iter_files(root) if file.suffix.lower() in _SUFFIXES
@@ -71,13 +71,13 @@ class MaskFolder:
             found = "it has none" if os.path.isdir(root) else "there is no such folder"
             raise UserError(
                 f"path must be a folder of mask images ({', '.join(_SUFFIXES)}), "
-                f"but {found}: {path}"
+                f"but {found}: {path}."
             )
         low, high = hole_ratio
         if not 0 <= low < high <= 1:
             raise UserError(
                 f"hole_ratio must be (low, high) with 0 <= low < high <= 1, "
-                f"got {hole_ratio}"
+                f"got {hole_ratio}."
             )
         self.hole_color = hole_color
         self.threshold = threshold
@@ -91,7 +91,7 @@ class MaskFolder:
         try:
             data = path.read_bytes()
         except OSError as error:
-            message = f"cannot read {path}: {error.strerror or error}"
+            message = f"cannot read {path}: {error.strerror or error}."
             raise UnreadableImageError(message) from error
         white = decode_gray(data, str(path)) > self.threshold * 255
         valid = white if self.hole_color == "black" else ~white
@@ -110,8 +110,8 @@ class MaskFolder:
         Args:
           rng: Random generator.
           size: Height and width of the result in pixels.
-          tries: Maximum number of masks to draw, 20 by default. If no hole ratio is in
-            range, the mask closest to the range is returned.
+          tries: Maximum number of masks to draw. The default is 20. If no hole ratio is
+            in range, the mask closest to the range is returned.
           **options: Options of `augment`.
 
         Returns:
@@ -122,7 +122,7 @@ class MaskFolder:
         """
         low, high = self.hole_ratio
         if tries < 1:
-            raise UserError(f"tries must be at least 1, got {tries}")
+            raise UserError(f"tries must be at least 1, got {tries}.")
         best: tuple[float, np.ndarray] | None = None
         for _ in range(tries):
             mask = augment(self[int(rng.integers(len(self)))], size, rng, **options)
@@ -156,7 +156,8 @@ def augment(
       size: Height and width of the result in pixels.
       rng: Random generator.
       dilate: Range of the diameter by which holes are dilated, in pixels of a result of
-        512 pixels; it scales with `size`. The default is (9, 49). None does not dilate.
+        512 pixels; it scales with ``size``. The default is (9, 49). None does not
+        dilate.
       rotate: Whether to rotate by a random angle. The default is True.
       shift: Whether to shift by up to a quarter of the result in each direction. The
         default is True.
@@ -171,12 +172,12 @@ def augment(
     """
     mask = np.asarray(mask, np.uint8)
     if mask.ndim != 3 or mask.shape[-1] != 1:
-        raise UserError(f"mask must be [H, W, 1], got shape {mask.shape}")
+        raise UserError(f"mask must be [H, W, 1], got shape {mask.shape}.")
     if size < 1:
-        raise UserError(f"size must be at least 1 pixel, got {size}")
+        raise UserError(f"size must be at least 1 pixel, got {size}.")
     if dilate is not None and not 0 <= dilate[0] <= dilate[1]:
         raise UserError(
-            f"dilate must be (low, high) with 0 <= low <= high, got {dilate}"
+            f"dilate must be (low, high) with 0 <= low <= high, got {dilate}."
         )
     height, width, _ = mask.shape
     square = min(height, width)

@@ -41,7 +41,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
 
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._batches:
-            raise ValueError("these batches are closed; call train_batches again")
+            raise ValueError("these batches are closed; call train_batches again.")
         try:
             # Copied out of the memory that a worker may share with this process: on
             # CPU, JAX would hold on to it.
@@ -124,16 +124,17 @@ def train_batches(
       workers: Number of worker processes. With 0, the default, threads of this process
         read ahead, one for each core and up to eight, which is faster until Python
         itself is the limit. Workers take seconds to start, and the script needs
-        `if __name__ == '__main__'`.
+        ``if __name__ == '__main__'``.
       scale: Range of the side of the square crop, relative to the short side of the
         image. The default is (0.5, 1.0).
       flip: Whether to mirror half of the crops, left to right. The default is True.
-      mask_folder: Masks to draw from. With None, the default, batches have no 'mask'.
+      mask_folder: Masks to draw from. With None, the default, batches have no
+        ``'mask'``.
 
     Returns:
-      An iterator, to be closed, over dicts with 'image', uint8 ``[B, S, S, 3]``;
-      'seed', uint32 ``[B]``, a random number for each record; and, with a
-      `mask_folder`, 'mask', uint8 ``[B, S, S, 1]``, 1 = valid. B is
+      An iterator, to be closed, over dicts with ``'image'``, uint8 ``[B, S, S, 3]``;
+      ``'seed'``, uint32 ``[B]``, a random number for each record; and, with a
+      ``mask_folder``, ``'mask'``, uint8 ``[B, S, S, 1]``, 1 = valid. B is
       ``batch_size // process_count``.
 
     Raises:
@@ -147,21 +148,21 @@ def train_batches(
     if batch_size % process_count:
         raise UserError(
             f"batch_size is global and must be a multiple of process_count "
-            f"(={process_count}), got {batch_size}"
+            f"(={process_count}), got {batch_size}."
         )
     if not 0 <= process_index < process_count:
         raise UserError(
-            f"process_index must be in [0, {process_count}), got {process_index}"
+            f"process_index must be in [0, {process_count}), got {process_index}."
         )
     if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be in [0, 2**32), got {seed}")
+        raise UserError(f"seed must be in [0, 2**32), got {seed}.")
     if start_step < 0 or workers < 0:
         raise UserError(
-            f"start_step and workers must not be negative, got {start_step}, {workers}"
+            f"start_step and workers must not be negative, got {start_step}, {workers}."
         )
     low, high = scale
     if not 0 < low <= high <= 1:
-        raise UserError(f"scale must be 0 < low <= high <= 1, got {scale}")
+        raise UserError(f"scale must be 0 < low <= high <= 1, got {scale}.")
 
     _set_up_opencv()
     transform = TrainTransform(source, image_size, (low, high), flip, mask_folder)
@@ -207,9 +208,9 @@ def eval_batches(
         default, is one example for each image.
 
     Returns:
-      An iterator over dicts with 'image', uint8 ``[B, S, S, 3]``; 'index', int32
-      ``[B]``, the number of the example; and 'weight', float32 ``[B]``, which is 1, or
-      0 for examples that fill up the last batch.
+      An iterator over dicts with ``'image'``, uint8 ``[B, S, S, 3]``; ``'index'``,
+      int32 ``[B]``, the number of the example; and ``'weight'``, float32 ``[B]``, which
+      is 1, or 0 for examples that fill up the last batch.
 
     Raises:
       UserError: If an argument is out of range; while iterating, if more than 5 % of
@@ -252,4 +253,4 @@ def _set_up_opencv(*_: int) -> None:
 def _check_positive(**arguments: int) -> None:
     for name, value in arguments.items():
         if value < 1:
-            raise UserError(f"{name} must be positive, got {value}")
+            raise UserError(f"{name} must be positive, got {value}.")

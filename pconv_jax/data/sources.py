@@ -28,14 +28,14 @@ PathOrPaths = PathLike | Sequence[PathLike]
 class FolderSource(ImageSource):
     """The images of a folder and of all folders below it, in the order of their keys.
 
-    Hidden files and folders (`.name`) are skipped. Links to folders are followed, and
+    Hidden files and folders (``.name``) are skipped. Links to folders are followed, and
     each folder is read once.
 
     Args:
       path: The folder.
 
     Attributes:
-      keys: Paths relative to the folder, with '/'.
+      keys: Paths relative to the folder, with ``/``.
 
     Raises:
       UserError: If there is no such folder or no image in it.
@@ -44,7 +44,7 @@ class FolderSource(ImageSource):
     def __init__(self, path: PathLike):
         self._root = pathlib.Path(path).expanduser()
         if not os.path.isdir(self._root):
-            raise UserError(f"path must be a folder of images, got {str(path)!r}")
+            raise UserError(f"path must be a folder of images, got {str(path)!r}.")
         keys = (
             file.relative_to(self._root).as_posix()
             for file in _files.iter_files(self._root)
@@ -104,10 +104,10 @@ class BundledSource(ImageSource):
     """A few photos that scikit-image carries, to try things out.
 
     Args:
-      split: 'train' (three photos) or 'validation' (two others).
+      split: ``'train'`` (three photos) or ``'validation'`` (two others).
 
     Raises:
-      UserError: If `split` is something else, or scikit-image is not installed.
+      UserError: If ``split`` is something else, or scikit-image is not installed.
     """
 
     _FILES = {
@@ -120,7 +120,7 @@ class BundledSource(ImageSource):
         if importlib.util.find_spec("skimage") is None:
             raise UserError(
                 "the bundled photos are those of scikit-image, which is not installed: "
-                "pip install 'pconv-jax[train]'"
+                "pip install 'pconv-jax[train]'."
             )
 
     def __len__(self) -> int:
@@ -184,23 +184,23 @@ def open_source(
 ) -> ImageSource:
     """Open the training or the validation images of a source.
 
-    Without a `validation_path`, a folder or tar files are split by a hash of each
+    Without a ``validation_path``, a folder or tar files are split by a hash of each
     image's key, so an image keeps its side when others are added. If one side would be
     empty, it gets the image whose hash is closest to it.
 
     Args:
-      kind: 'bundled', 'folder', 'tar' or 'tfds'.
-      split: 'train' or 'validation'.
+      kind: ``'bundled'``, ``'folder'``, ``'tar'`` or ``'tfds'``.
+      split: ``'train'`` or ``'validation'``.
       path: The folder; or one tar file or a sequence of them.
       validation_path: The same for validation. None (the default) holds out a part of
-        `path`.
+        ``path``.
       name: Name of the TFDS data set.
       data_dir: Folder of the TFDS data sets. None (the default) is
-        `~/tensorflow_datasets`.
+        ``~/tensorflow_datasets``.
       feature: Image feature of the TFDS data set; see `TFDSSource` for the default.
-      train_split: Split of the TFDS data set to train on, 'train' by default.
-      validation_split: Split of the TFDS data set to validate on, 'validation' by
-        default.
+      train_split: Split of the TFDS data set to train on. The default is ``'train'``.
+      validation_split: Split of the TFDS data set to validate on. The default is
+        ``'validation'``.
       validation_fraction: Fraction of the images held out, in (0, 1). The default is
         0.05.
 
@@ -215,15 +215,15 @@ def open_source(
         return BundledSource(split)
     if kind == "tfds":
         if not name:
-            raise UserError("name is needed for kind 'tfds', such as 'celeb_a_hq/256'")
+            raise UserError("name is needed for kind 'tfds', such as 'celeb_a_hq/256'.")
         tfds_split = train_split if split == "train" else validation_split
         return _open_tfds(name, tfds_split, data_dir, feature)
     if kind not in ("folder", "tar"):
         raise UserError(
-            f"kind must be 'bundled', 'folder', 'tar' or 'tfds', got {kind!r}"
+            f"kind must be 'bundled', 'folder', 'tar' or 'tfds', got {kind!r}."
         )
     if not path:
-        raise UserError(f"path is needed for kind {kind!r}")
+        raise UserError(f"path is needed for kind {kind!r}.")
     if validation_path:
         return _open_keyed(kind, path if split == "train" else validation_path)
     source = _open_keyed(kind, path)
@@ -232,7 +232,7 @@ def open_source(
     if not len(indices):
         raise UserError(
             f"path has only one image, {source.name(0)}, which is trained on; give a "
-            "validation_path"
+            "validation_path."
         )
     return _Subset(source, indices.tolist())
 
@@ -241,7 +241,7 @@ def _open_keyed(kind: str, path: PathOrPaths) -> FolderSource | TarSource:
     if kind == "tar":
         return TarSource(path)
     if not isinstance(path, str | os.PathLike):
-        raise UserError(f"path must be one folder for kind 'folder', got {path!r}")
+        raise UserError(f"path must be one folder for kind 'folder', got {path!r}.")
     return FolderSource(path)
 
 
@@ -249,25 +249,25 @@ def _open_tfds(
     name: str, split: str, data_dir: PathLike | None, feature: str | None
 ) -> ImageSource:
     try:
-        from pconv_jax.data.tfrecord import TFDSSource  # Slow to import.
+        from pconv_jax.data.tfds_source import TFDSSource  # Slow to import.
     except ModuleNotFoundError as error:
         if error.name != "tensorflow_datasets":
             raise
         raise UserError(
-            "kind 'tfds' needs TensorFlow Datasets: pip install 'pconv-jax[train]'"
+            "kind 'tfds' needs TensorFlow Datasets: pip install 'pconv-jax[train]'."
         ) from error
     return TFDSSource(name, split, data_dir, feature=feature)
 
 
 def _check_split(split: str) -> str:
     if split not in ("train", "validation"):
-        raise UserError(f"split must be 'train' or 'validation', got {split!r}")
+        raise UserError(f"split must be 'train' or 'validation', got {split!r}.")
     return split
 
 
 def _check_not_empty(images: Sequence[object], path: object) -> None:
     if not images:
-        raise UserError(f"no image ({', '.join(_SUFFIXES)}) in path {str(path)!r}")
+        raise UserError(f"no image ({', '.join(_SUFFIXES)}) in path {str(path)!r}.")
 
 
 def _is_image(key: str) -> bool:
@@ -279,7 +279,7 @@ def _is_image(key: str) -> bool:
 def _held_out(keys: Sequence[str], fraction: float) -> np.ndarray:
     """Choose the keys for validation: bool ``[len(keys)]``, at least one, not all."""
     if not 0 < fraction < 1:
-        raise UserError(f"validation_fraction must be in (0, 1), got {fraction}")
+        raise UserError(f"validation_fraction must be in (0, 1), got {fraction}.")
     digests = (hashlib.blake2b(os.fsencode(key), digest_size=8) for key in keys)
     hashes = np.array([int.from_bytes(d.digest(), "big") / 2**64 for d in digests])
     held_out = hashes < fraction
@@ -294,7 +294,7 @@ def _glob(path: PathLike) -> list[str]:
     path = os.path.expanduser(path)
     paths = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if not paths:
-        raise UserError(f"path must be one or several tar files; there is no {path!r}")
+        raise UserError(f"path must be one or several tar files; there is no {path!r}.")
     return paths
 
 
@@ -308,5 +308,5 @@ def _members(path: str) -> Iterator[tuple[str, Span]]:
                     yield key, Span(path, member.offset_data, member.size)
     except (OSError, tarfile.TarError) as error:
         raise UserError(
-            f"path must be an uncompressed, whole tar file, got {path!r}: {error}"
+            f"path must be an uncompressed, whole tar file, got {path!r}: {error}."
         ) from error

@@ -11,7 +11,8 @@ from absl import logging
 
 from pconv_jax._errors import UserError
 from pconv_jax._images import central_square
-from pconv_jax.data.base import ImageSource, UnreadableImageError
+from pconv_jax.data.base import ImageSource
+from pconv_jax.data.decode import UnreadableImageError
 from pconv_jax.data.mask_folder import MaskFolder
 
 _MAX_UNREADABLE = 0.05  # As a fraction of a source.
@@ -60,7 +61,7 @@ class TrainTransform(grain.transforms.RandomMap):
 
 
 def _readable(source: ImageSource, wanted: int) -> tuple[int, np.ndarray]:
-    """Read an image or, if it is unreadable, the next readable one; with its index."""
+    """Read an image or, if it is unreadable, the next readable one, and its index."""
     skipped = []
     while len(skipped) <= max_unreadable(source):
         index = (wanted + len(skipped)) % len(source)
@@ -74,7 +75,7 @@ def _readable(source: ImageSource, wanted: int) -> tuple[int, np.ndarray]:
 def eval_example(
     source: ImageSource, image_size: int, num_examples: int, number: int
 ) -> dict[str, Any]:
-    """Make evaluation example `number`; see `pipeline.eval_batches`."""
+    """Make the evaluation example of a number; see `pipeline.eval_batches`."""
     turn, wanted = divmod(number, len(source))
     index, image = _readable(source, wanted)
     if index != wanted:
@@ -116,5 +117,5 @@ def too_many_unreadable(source: ImageSource, names: Sequence[str]) -> UserError:
     """Make the error for a source with too many unreadable images."""
     return UserError(
         f"{len(names)} of the {len(source)} images of source cannot be read, over "
-        f"{_MAX_UNREADABLE:.0%}; remove or repair them: {', '.join(names[:10])}"
+        f"{_MAX_UNREADABLE:.0%}; remove or repair them: {', '.join(names[:10])}."
     )

@@ -32,8 +32,8 @@ def cluster_bootstrap(
       values: Values of the examples, ``[N]``, or ``[R, N]`` for R training runs. NaN is
         a missing value.
       images: The image that each example shows, ``[N]``.
-      seed: Seed of the resampling, 0 by default.
-      resamples: Number of resamples, 1000 by default.
+      seed: Seed of the resampling. The default is 0.
+      resamples: Number of resamples. The default is 1000.
 
     Returns:
       The interval; all NaN if there is no value.

@@ -1,4 +1,4 @@
-"""The evaluation set: which images are paired with which masks, for every method alike.
+"""The evaluation set: the pairs of images and masks that all methods get.
 
 It follows section 4.2 of the paper: six ranges of hole ratio, each with and without
 holes at the image border, and equally many examples of each of these twelve mask
@@ -60,14 +60,14 @@ class EvalSet:
         seed: int = 0,
         mask_folder: MaskFolder | None = None,
     ):
-        """Sorts the masks of the folder into classes, if there is one.
+        """Sort the masks of the folder into classes, if there is one.
 
         Args:
           source: The images. Their central squares are taken, and further squares if
             there are fewer images than examples.
           image_size: Side of the squares after resizing, in pixels; at least 11.
           examples: Number of examples of each class.
-          seed: Seed of the drawn masks, 0 by default.
+          seed: Seed of the drawn masks. The default is 0.
           mask_folder: Mask images, such as NVIDIA's test set. The class of a mask
             follows from its hole ratio and from whether it has a hole within 50/512 of
             the border, as NVIDIA's are numbered. A class with fewer masks than examples
@@ -138,7 +138,7 @@ class EvalSet:
         )
 
     def image_index(self, index: int) -> int:
-        """Get the index in `source` of the image that an example shows."""
+        """Get the index in ``source`` of the image that an example shows."""
         return int(index) % len(self.source)
 
     def describe(self) -> dict[str, Any]:
@@ -206,12 +206,12 @@ class EvalSet:
 
 
 def class_name(hole_bin: int, border: bool) -> str:
-    """Name a mask class, e.g. '10%-20%, with border'."""
+    """Name a mask class, e.g. ``'10%-20%, with border'``."""
     return f"{bin_name(hole_bin)}, {'with' if border else 'without'} border"
 
 
 def bin_name(hole_bin: int) -> str:
-    """Name a hole bin, e.g. '10%-20%'."""
+    """Name a hole bin, e.g. ``'10%-20%'``."""
     low, high = masks.HOLE_BINS[hole_bin]
     return f"{low:.0%}-{high:.0%}"
 
@@ -231,7 +231,7 @@ def draw_masks(
       hole_bin: Index into `masks.HOLE_BINS`, one for all examples or ``[N]``.
       border: Whether holes touch the border.
       image_size: Side of the masks, in pixels.
-      seed: Seed of the evaluation, 0 by default.
+      seed: Seed of the evaluation. The default is 0.
 
     Returns:
       uint8 ``[N, H, W, 1]``, 1 = valid and 0 = hole.

@@ -14,7 +14,7 @@ from pconv_jax.evaluate.eval_set import EvalSet, draw_masks
 from pconv_jax.evaluate.methods import Method, compile_fill_step
 from pconv_jax.evaluate.results import Evaluation
 from pconv_jax.evaluate.store import Record, key_of
-from pconv_jax.runs.output import picture_grid
+from pconv_jax.runs.output import image_grid
 from pconv_jax.unet import PConvUNet
 
 _BATCH = 4
@@ -28,7 +28,7 @@ class ChosenExample(NamedTuple):
     """An example to show.
 
     Attributes:
-      rank: 'best', 'median' or 'worst'.
+      rank: ``'best'``, ``'median'`` or ``'worst'``.
       record: The record of the example.
     """
 
@@ -110,8 +110,8 @@ def draw_examples(
       variables: Its ``params`` and ``batch_stats``.
       source: The images.
       image_size: Side of the squares, in pixels.
-      count: Number of examples, 6 by default.
-      seed: Seed of the masks, 0 by default.
+      count: Number of examples. The default is 6.
+      seed: Seed of the masks. The default is 0.
 
     Returns:
       uint8 ``[H, W, 3]``.
@@ -136,7 +136,7 @@ def draw_examples(
         "truth": truth,
     }
     columns = {name: x / np.float32(127.5) - 1 for name, x in columns.items()}
-    return picture_grid(columns, max_rows=count)
+    return image_grid(columns, max_rows=count)
 
 
 def lay_out(rows: Sequence[Columns]) -> np.ndarray:
@@ -155,7 +155,7 @@ def lay_out(rows: Sequence[Columns]) -> np.ndarray:
         images = (row[name] for row in rows)
         shrunk = [shrink(blank if image is None else image) for image in images]
         columns[name] = np.stack(shrunk) / np.float32(127.5) - 1
-    return picture_grid(columns, max_rows=None)
+    return image_grid(columns, max_rows=None)
 
 
 def shrink(image: np.ndarray) -> np.ndarray:

@@ -56,7 +56,7 @@ class Method(Protocol):
     def model(self) -> PConvUNet | None:
         """The network, or None for a baseline.
 
-        The raw output of a network is scored too: its valid pixels are its own.
+        Of a network, the raw output is scored too, valid pixels included.
         """
         ...
 
@@ -66,7 +66,7 @@ class Method(Protocol):
         ...
 
     def fill(self, images: np.ndarray, mask: np.ndarray) -> InpaintResult:
-        """Fill holes; report an image that cannot be filled in `errors`."""
+        """Fill holes; report an image that cannot be filled in ``errors``."""
         ...
 
     def close(self) -> None:
@@ -137,12 +137,12 @@ class Baseline:
 
         Args:
           name: One of `classical.BASELINES`.
-          time_budget: Seconds that an image may take, 60 by default. A longer time
+          time_budget: Seconds that an image may take. The default is 60. A longer time
             counts as a failure.
         """
         self.name = name
         self.description = classical.DESCRIPTIONS[name]
-        # The budget too: an image that fails within a small one may do in a large one.
+        # An image that fails within a small budget may succeed within a larger one.
         parts = (name, self.description, f"{time_budget:g}", classical.versions())
         self.fingerprint = " ".join(parts)
         self._worker = Worker(name, time_budget=time_budget)
@@ -168,9 +168,9 @@ def get_methods(
     """Create methods from their specifications.
 
     Args:
-      specs: Names of baselines; the name of `network`; ``NAME=PATH`` for other
-        networks, where PATH is a run's directory or weights; ``all`` for `network` and
-        all baselines.
+      specs: Names of baselines; the name of ``network``; ``NAME=PATH`` for other
+        networks, where PATH is a run's directory or weights; ``all`` for ``network``
+        and all baselines.
       network: The evaluated network, if there is one.
       time_budget: Seconds that a baseline may take for an image.
 
@@ -189,7 +189,7 @@ def get_methods(
 
 
 def network_name(model: PConvUNet) -> str:
-    """Get the default name of a network in tables, 'pconv' or 'conv'."""
+    """Get the default name of a network in tables, ``'pconv'`` or ``'conv'``."""
     return "pconv" if model.conv == "partial" else "conv"
 
 

@@ -24,7 +24,7 @@ class Metric(NamedTuple):
 
     Attributes:
       definition: Words that are exact enough to compute it.
-      unit: The unit, or ''.
+      unit: The unit, or ``''``.
       better: Whether lower or higher values are better.
     """
 
@@ -159,7 +159,7 @@ class Evaluation:
         return {name: i.mean for name, i in self.intervals(**where).items()}
 
     def intervals(self, **where: Any) -> dict[str, Interval]:
-        """Compute mean metrics with 95 % intervals, see `INTERVALS`.
+        """Compute mean metrics with 95 % intervals; see `INTERVALS`.
 
         Args:
           **where: Fields of the examples, as for `select`. All examples by default.
@@ -346,7 +346,7 @@ class Evaluation:
 
 
 def format_interval(interval: Interval, *, decimals: int = 3) -> str:
-    """Format an interval, e.g. as '24.310 [23.902, 24.711]'; NaN as ''."""
+    """Format an interval, e.g. as ``'24.310 [23.902, 24.711]'``; NaN as ``''``."""
     if not math.isfinite(interval.mean):
         return ""
     mean, low, high = (f"{x:.{decimals}f}" for x in interval)

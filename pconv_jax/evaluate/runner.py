@@ -47,12 +47,12 @@ class EvalData:
         split of the run's settings, or scikit-image's photos for weights without
         settings.
       masks: A folder of mask images. None (the default) draws masks.
-      hole_color: Color of the holes in `masks`, 'white' by default.
+      hole_color: Color of the holes in ``masks``. The default is ``'white'``.
       image_size: Side of the square images, in pixels. None (the default) takes the
         run's.
       examples: Number of examples of each of `MASK_CLASSES`. None (the default) takes
         the run's.
-      seed: Seed of the drawn masks and of the intervals, 0 by default.
+      seed: Seed of the drawn masks and of the intervals. The default is 0.
     """
 
     images: str | None = None
@@ -123,19 +123,19 @@ def evaluate_network(
     Args:
       model: The network.
       variables: Its ``params`` and ``batch_stats``.
-      source: The images, see `EvalSet`.
+      source: The images; see `EvalSet`.
       image_size: Side of the squares after resizing, in pixels.
       examples: Number of examples of each of `MASK_CLASSES`.
-      seed: Seed of the masks and of the intervals, 0 by default.
+      seed: Seed of the masks and of the intervals. The default is 0.
       progress: Whether to show a progress bar (the default).
 
     Raises:
       UserError: If the network does not accept the image size, or too many images
         cannot be read.
     """
-    pairs = EvalSet(source, image_size=image_size, examples=examples, seed=seed)
+    eval_set = EvalSet(source, image_size=image_size, examples=examples, seed=seed)
     network = Network(network_name(model), model, variables)
-    return compare([network], pairs, progress=progress)
+    return compare([network], eval_set, progress=progress)
 
 
 def evaluate_run(
@@ -166,14 +166,14 @@ def evaluate_run(
 
     Args:
       workdir: Directory of the run.
-      weights: Name or path of weights to evaluate instead, see `from_pretrained`.
+      weights: Name or path of weights to evaluate instead; see `from_pretrained`.
       step: Step of the checkpoint. None (the default) takes the newest.
       config: Settings that select the evaluation data, or a config with them. None
         (the default) takes those of the network, or the paper's if it has none.
       data: What to change of the evaluation data; nothing by default.
-      methods: Methods to compare, see `methods.get_methods`; 'network' stands for the
-        evaluated network. `DEFAULT_METHODS` by default.
-      time_budget: Seconds that a baseline may take for an image, 60 by default.
+      methods: Methods to compare; see `methods.get_methods`; ``'network'`` stands for
+        the evaluated network. `DEFAULT_METHODS` by default.
+      time_budget: Seconds that a baseline may take for an image. The default is 60.
       learned: Whether to compute LPIPS, FID and Inception Score (the default), if the
         weights of their networks are available or can be downloaded.
       vgg: Weights of a VGG, see `load_vgg_params`, for a perceptual distance that needs
@@ -242,13 +242,13 @@ def _load(
 
 
 def _open_eval_set(settings: Settings, data: EvalData, *, bundled: bool) -> EvalSet:
-    """Open the evaluation data: what `data` says, else what the settings say."""
+    """Open the evaluation data: what ``data`` says, else what the settings say."""
     if data.images:
         source = sources.open_images(data.images)
     elif bundled:
         source = sources.open_source("bundled", split="validation")
     else:
-        source = opening.get_images(settings.data, "validation")
+        source = opening.get_source(settings.data, "validation")
     size, examples = settings.image_size, settings.evaluation_examples
     mask_folder = None
     if data.masks:
@@ -277,7 +277,7 @@ def _check_size(method: Method, image_size: int) -> None:
 def _fingerprint(
     method: Method, eval_set: EvalSet, learned: LearnedMetrics | None
 ) -> str:
-    """Write down everything that the records of a method depend on."""
+    """Describe everything that the records of a method depend on, as text."""
     precision = jax.config.jax_default_matmul_precision
     about = [__version__, jax.__version__, jax.default_backend(), str(precision)]
     about += [eval_set.fingerprint, method.fingerprint]

@@ -157,7 +157,7 @@ class Store:
         return None if kept is None else np.asarray(kept[rows])
 
     def has(self, method: str, keys: Iterable[Key]) -> bool:
-        """Whether the store has the records of all these examples."""
+        """Return whether the store has the records of all these examples."""
         return all(key in self._records[method] for key in keys)
 
     def get(self, method: str, keys: Iterable[Key]) -> list[Record]:
@@ -184,4 +184,4 @@ def key_of(record: Record) -> Key:
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
-    return RunError(f"cannot write to {path}: {error.strerror or error}")
+    return RunError(f"cannot write to {path}: {error.strerror or error}.")

@@ -1,1 +1,1 @@
-"""Repair of images: the part for people with a photo and a mask."""
+"""Repair of images: the Inpainter, image files, and the page in the browser."""

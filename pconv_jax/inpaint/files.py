@@ -38,15 +38,15 @@ def repair_file(
       mask: Path of a mask, or of a folder with a mask of the image's name, with any
         suffix. By default there is none.
       mask_color: CSS color of the hole. By default there is none.
-      tolerance: See `hole_from_color`. By default 0.
-      invert_mask: See `Inpainter`. By default False.
-      resize_mask: See `Inpainter`. By default False.
-      dilate: See `Inpainter`. By default 0.
-      seed: See `Inpainter`. By default 0.
+      tolerance: See `hole_from_color`. The default is 0.
+      invert_mask: See `Inpainter`. The default is False.
+      resize_mask: See `Inpainter`. The default is False.
+      dilate: See `Inpainter`. The default is 0.
+      seed: See `Inpainter`. The default is 0.
       exclude: Path of a mask, or of a folder of masks like ``mask``: white where not to
         copy detail from. By default there is none.
-      max_pixels: Larger images are refused. By default 100,000,000.
-      force: Whether to replace an existing file. By default False.
+      max_pixels: Larger images are refused. The default is 100,000,000.
+      force: Whether to replace an existing file. The default is False.
 
     Returns:
       Warnings, each once.

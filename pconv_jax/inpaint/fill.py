@@ -120,7 +120,7 @@ class HoleFiller:
         Returns:
           The network's output and the fill depth, in the tile's box.
         """
-        top, left, side = tile.window
+        top, left, side = tile.square
         window = np.s_[top : top + side, left : left + side]
 
         def cut(array: np.ndarray) -> np.ndarray:  # Outside the image all is hole.

@@ -25,7 +25,7 @@ def hole_from_mask(
         mode. Of several colors, the brightest channel counts. Transparent pixels are
         not filled. If all visible pixels have one color, as in a painted layer, every
         visible pixel is filled.
-      invert: Whether black, 0 or False is filled instead. By default False.
+      invert: Whether black, 0 or False is filled instead. The default is False.
 
     Returns:
       Bool ``[H, W]``. Gray values are rounded to black or white, with a warning.

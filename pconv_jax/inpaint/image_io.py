@@ -79,7 +79,7 @@ def read(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image
     Args:
       path: A PNG, JPEG, TIFF, WebP, BMP, GIF or NumPy file. Of several frames or pages,
         the first is read, with a warning.
-      max_pixels: Larger images are refused before they are decoded. By default
+      max_pixels: Larger images are refused before they are decoded. The default is
         100,000,000.
 
     Raises:
@@ -161,7 +161,7 @@ def as_array(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def alpha_of(array: np.ndarray) -> np.ndarray | None:
-    """Return the alpha channel of an image ``[H, W, C]`` with C = 2 or 4, else None."""
+    """Get the alpha channel of an image ``[H, W, C]`` with C = 2 or 4, else None."""
     return array[..., -1] if array.shape[2:] in ((2,), (4,)) else None
 
 

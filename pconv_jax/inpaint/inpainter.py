@@ -61,7 +61,7 @@ class Inpainter:
 
     Attributes:
       model: The network.
-      info: Facts about it; see `pretrained.Pretrained`.
+      info: Facts about the network; see `pretrained.Pretrained`.
     """
 
     def __init__(
@@ -79,13 +79,14 @@ class Inpainter:
         Args:
           model: Network with as many output channels as input channels.
           variables: Its ``params`` and ``batch_stats``.
-          info: Facts about it. By default none.
+          info: Facts about the network. By default none.
           value_range: Values of float images that are the network's -1 and 1. By
             default (0, 1). None gives the network floats as they are, for data that are
             not images.
-          max_pixels: Files of larger images are refused. By default 100,000,000.
-          detail: Whether to add detail of the image to the network's output. By default
-            True. Data that are not images (see ``value_range``) never get it.
+          max_pixels: Files of larger images are refused. The default is 100,000,000.
+          detail: Whether to add detail of the image to the network's output. The
+            default is True. Data that are not images (see ``value_range``) never get
+            it.
 
         Raises:
           UserError: If the channels of the network differ, or the range is empty.
@@ -221,32 +222,32 @@ class Inpainter:
 
         Args:
           image: A Pillow image of (almost) any mode; an array ``[H, W]``, ``[H, W, C]``
-            or ``[N, H, W, C]``, of uint8, uint16, bool, or floats in `value_range`; the
-            path of a file; or a sequence of these. One channel more than the network
-            takes is alpha. A color network takes gray images, too. Floats that are not
-            finite are part of the hole.
-          mask: Mask, **white, 255, 1 or True where to fill**, of any kind that `image`
-            can be (see `hole_from_mask`); for batches also ``[N, H, W]``. One mask for
-            all images, or one for each. None (the default) fills where the image is
-            transparent, which becomes opaque, or not finite.
-          invert_mask: Whether to fill where the mask is black, 0 or False instead. By
-            default False.
+            or ``[N, H, W, C]``, of uint8, uint16, bool, or floats in ``value_range``;
+            the path of a file; or a sequence of these. One channel more than the
+            network takes is alpha. A color network takes gray images, too. Floats that
+            are not finite are part of the hole.
+          mask: Mask, **white, 255, 1 or True where to fill**, of any kind that
+            ``image`` can be (see `hole_from_mask`); for batches also ``[N, H, W]``. One
+            mask for all images, or one for each. None (the default) fills where the
+            image is transparent, which becomes opaque, or not finite.
+          invert_mask: Whether to fill where the mask is black, 0 or False instead. The
+            default is False.
           resize_mask: Whether to resize a mask to the image's size, by nearest
-            neighbors. By default False.
+            neighbors. The default is False.
           dilate: Number of pixels by which to enlarge the hole, for example to remove a
-            rim. By default 0.
+            rim. The default is 0.
           seed: Seed of the search for detail. In wide holes, seeds give visibly
-            different results. By default 0.
+            different results. The default is 0.
           exclude: Mask, **white where not to copy detail from**, such as the rest of an
-            object that is removed. Like `mask`; by default there is none.
-          return_depth: Whether to return the fill depth, too. By default False.
+            object that is removed. Like ``mask``; by default there is none.
+          return_depth: Whether to return the fill depth, too. The default is False.
 
         Returns:
           The image, of the same type, size and dtype. A file gives an upright Pillow
           image, or an array if it has 16-bit color or is a ``.npy`` file. A sequence
           gives a list. The EXIF orientation of a Pillow image is ignored.
 
-          With `return_depth`, a pair of it and uint8 ``[H, W]``: the stage of the
+          With ``return_depth``, a pair of it and uint8 ``[H, W]``: the stage of the
           network's encoder at which a pixel becomes valid, 0 outside the hole. Where
           the network does not close the hole, halving the image counts as a stage.
 
@@ -421,7 +422,7 @@ class Inpainter:
 
 
 def _trusted_depth(info: Mapping[str, Any] | None) -> int | None:
-    """Return the depth that a weights file names, if it does."""
+    """Get the depth that a weights file names, or None."""
     depth = (info or {}).get("trusted_depth")
     return depth if isinstance(depth, int) and depth > 0 else None
 

@@ -206,7 +206,7 @@ def show(
     Args:
       image: Path of the image.
       mask: Path of a mask, whose hole is painted over. By default there is none.
-      invert: Whether the mask is black where to fill. By default False.
+      invert: Whether the mask is black where to fill. The default is False.
 
     Returns:
       The image at the size of the page; None if there is no image.
@@ -297,9 +297,9 @@ def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -
 
     Args:
       inpainter: Repairs the images.
-      host: Address to listen on. By default 127.0.0.1; ``'0.0.0.0'`` lets other
+      host: Address to listen on. The default is 127.0.0.1; ``'0.0.0.0'`` lets other
         machines in.
-      port: Port to listen on. By default 7860.
+      port: Port to listen on. The default is 7860.
 
     Raises:
       UserError: If the address and port cannot be listened on.

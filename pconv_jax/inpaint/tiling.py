@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 Box = tuple[slice, slice]
-"""Slices of rows and of columns."""
+"""Slices of the rows and of the columns."""
 
 # Sides in pixels of the squares in which images are repaired, rounded up to multiples
 # that the network takes. There are few, because each is compiled.
@@ -17,7 +17,7 @@ SIDES = (128, 256, 384, 512, 768, 1024)
 MARGINS = (64, 128)
 
 
-class Window(NamedTuple):
+class Square(NamedTuple):
     """A square that the network sees. It may reach beyond the image."""
 
     top: int
@@ -30,11 +30,11 @@ class Tile(NamedTuple):
 
     Attributes:
       box: Rows and columns that contain some of the hole.
-      window: The square that the network sees, in which the box lies.
+      square: The square that the network sees, in which the box lies.
     """
 
     box: Box
-    window: Window
+    square: Square
 
 
 def divide(hole: np.ndarray, sides: Sequence[int]) -> list[Tile]:
@@ -58,14 +58,14 @@ def _divide(hole: np.ndarray, box: Box, sides: Sequence[int]) -> list[Tile]:
     if not hole[box].any():
         return []
     box = _tighten(hole, box)
-    window = _find_window(box, hole.shape, sides)
-    parts = _cut(hole, box, force=window is None)
+    square = _find_square(box, hole.shape, sides)
+    parts = _cut(hole, box, force=square is None)
     tiles = [tile for part in parts for tile in _divide(hole, part, sides)]
-    if window is None:
+    if square is None:
         return tiles
-    if tiles and sum(tile.window.side**2 for tile in tiles) < window.side**2:
+    if tiles and sum(tile.square.side**2 for tile in tiles) < square.side**2:
         return tiles
-    return [Tile(box, window)]
+    return [Tile(box, square)]
 
 
 def _tighten(hole: np.ndarray, box: Box) -> Box:
@@ -83,8 +83,8 @@ def _tighten_slice(old: slice, used: np.ndarray) -> slice:
     return slice(old.start + int(first), old.start + int(last) + 1)
 
 
-def _find_window(box: Box, shape: Sequence[int], sides: Sequence[int]) -> Window | None:
-    """Find the smallest square with a box and its margin, or None if all are small."""
+def _find_square(box: Box, shape: Sequence[int], sides: Sequence[int]) -> Square | None:
+    """Find the smallest square for a box and its margin; None if all are too small."""
     extents = [s.stop - s.start for s in box]
     margin = int(np.clip(max(extents) // 4, *MARGINS))
     needed = max(min(e + 2 * margin, n) for e, n in zip(extents, shape))
@@ -93,7 +93,7 @@ def _find_window(box: Box, shape: Sequence[int], sides: Sequence[int]) -> Window
         return None
     middles = [(s.start + s.stop) // 2 for s in box]
     top, left = (max(min(m - side // 2, n - side), 0) for m, n in zip(middles, shape))
-    return Window(top, left, side)
+    return Square(top, left, side)
 
 
 def _cut(hole: np.ndarray, box: Box, *, force: bool) -> tuple[Box, ...]:
@@ -165,7 +165,7 @@ def double(
     Args:
       array: The array, of one channel or several.
       shape: Height and width of the result.
-      interpolation: OpenCV's kind of interpolation. By default linear.
+      interpolation: OpenCV's kind of interpolation. The default is linear.
     """
     height, width = array.shape[:2]
     planes = [

@@ -12,7 +12,7 @@ def is_float(array: np.ndarray) -> bool:
 
 
 def white(array: np.ndarray) -> int:
-    """Return the value of white: 1 for bools and floats, else the dtype's largest."""
+    """Get the value of white: 1 for bools and floats, else the dtype's largest."""
     if array.dtype == bool or is_float(array):
         return 1
     return np.iinfo(array.dtype).max

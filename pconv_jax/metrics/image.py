@@ -1,6 +1,6 @@
 """Image metrics, one number for each pair of images.
 
-Images are float ``[N, H, W, C]`` with values in [0, 1], unless `max_val` is given;
+Images are float ``[N, H, W, C]`` with values in [0, 1], unless ``max_val`` is given;
 masks are ``[N, H, W, 1]``, 1 = valid, 0 = hole. Every metric returns float32 ``[N]``.
 """
 
@@ -48,7 +48,7 @@ def l1_hole(a: ArrayLike, b: ArrayLike, mask: ArrayLike) -> jax.Array:
     if mask.shape != (*a.shape[:3], 1):
         raise ValueError(
             f"mask must have shape {(*a.shape[:3], 1)} for images of shape {a.shape}, "
-            f"got {mask.shape}"
+            f"got {mask.shape}."
         )
     error = jnp.where(mask == 0, jnp.abs(a - b), 0).sum(axis=(1, 2, 3))
     count = jnp.sum(mask == 0, axis=(1, 2, 3)) * a.shape[-1]
@@ -80,8 +80,8 @@ def ssim(a: ArrayLike, b: ArrayLike, *, max_val: float = 1.0) -> jax.Array:
 
     Windows are Gaussian, of 11 pixels with sigma 1.5; K1 = 0.01 and K2 = 0.03. The
     result is the mean over channels and over all windows that lie inside the image. It
-    equals scikit-image's `structural_similarity` with `gaussian_weights=True` and
-    `use_sample_covariance=False`.
+    equals scikit-image's ``structural_similarity`` with ``gaussian_weights=True`` and
+    ``use_sample_covariance=False``.
 
     Args:
       a: Images ``[N, H, W, C]``, at least 11 pixels high and wide.
@@ -99,7 +99,7 @@ def ssim(a: ArrayLike, b: ArrayLike, *, max_val: float = 1.0) -> jax.Array:
     if min(a.shape[1:3]) < 11:
         raise ValueError(
             f"a and b must be at least 11 pixels high and wide, the size of the "
-            f"window, got {a.shape[1]}x{a.shape[2]}"
+            f"window, got {a.shape[1]}x{a.shape[2]}."
         )
     c1, c2 = (0.01 * max_val) ** 2, (0.03 * max_val) ** 2
     # Variances are differences of mean squares. Without the mean of the image, the
@@ -126,12 +126,12 @@ def check_pair(a: ArrayLike, b: ArrayLike) -> tuple[jax.Array, jax.Array]:
     if a.ndim != 4 or a.shape != b.shape:
         raise ValueError(
             "a and b must have the same shape [N, H, W, C], got "
-            f"{a.shape} and {b.shape}"
+            f"{a.shape} and {b.shape}."
         )
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (a, b)):
         raise ValueError(
             f"a and b must be float images, got {a.dtype} and {b.dtype}; divide uint8 "
-            "images by 255"
+            "images by 255."
         )
     return a.astype(jnp.float32), b.astype(jnp.float32)
 

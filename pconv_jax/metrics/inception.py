@@ -238,11 +238,11 @@ def features_and_logits(
     """
     images = jnp.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
-        raise ValueError(f"images must be [N, H, W, 3], got shape {images.shape}")
+        raise ValueError(f"images must be [N, H, W, 3], got shape {images.shape}.")
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255
     elif not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images must be uint8 or float, got {images.dtype}")
+        raise ValueError(f"images must be uint8 or float, got {images.dtype}.")
     shape = (len(images), IMAGE_SIZE, IMAGE_SIZE, 3)
     images = jax.image.resize(
         images.astype(jnp.float32), shape, "bilinear", antialias=False
@@ -281,7 +281,7 @@ def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
     if a.shape[1] != b.shape[1]:
         raise ValueError(
             "features_a and features_b must have the same number of features, got "
-            f"shapes {a.shape} and {b.shape}"
+            f"shapes {a.shape} and {b.shape}."
         )
     samples = min(len(a), len(b))
     if samples < a.shape[1]:
@@ -308,7 +308,7 @@ def inception_score(logits: ArrayLike, *, splits: int = 10) -> tuple[float, floa
     samples.
 
     Args:
-      logits: ``[N, classes]``, see `features_and_logits`.
+      logits: ``[N, classes]``; see `features_and_logits`.
       splits: Number of equal parts. The default, 10, is the paper's, for 50,000
         samples.
 
@@ -324,7 +324,7 @@ def inception_score(logits: ArrayLike, *, splits: int = 10) -> tuple[float, floa
     if not 1 <= splits <= len(rows):
         raise ValueError(
             f"splits must be between 1 and the number of samples, {len(rows)}, got "
-            f"{splits}"
+            f"{splits}."
         )
     log_p = rows - rows.max(axis=1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
@@ -341,7 +341,7 @@ def inception_score(logits: ArrayLike, *, splits: int = 10) -> tuple[float, floa
 def _as_rows(x: ArrayLike, name: str) -> np.ndarray:
     rows = np.asarray(x, np.float64)
     if rows.ndim != 2 or len(rows) < 2:
-        raise ValueError(f"{name} must be [samples >= 2, D], got shape {rows.shape}")
+        raise ValueError(f"{name} must be [samples >= 2, D], got shape {rows.shape}.")
     if not np.isfinite(rows).all():
-        raise ValueError(f"{name} must be finite")
+        raise ValueError(f"{name} must be finite.")
     return rows

@@ -92,7 +92,7 @@ class LPIPS(nn.Module):
         if a.shape[-1] != 3 or min(a.shape[1:3]) < network.smallest:
             raise ValueError(
                 f"a and b must be RGB images of at least {network.smallest} x "
-                f"{network.smallest} pixels, got shape {a.shape}"
+                f"{network.smallest} pixels, got shape {a.shape}."
             )
         # Equals the shift and scale of the original, which takes images in [-1, 1].
         x = (jnp.concatenate([a, b]) - jnp.array(IMAGENET_MEAN)) / jnp.array(

@@ -70,7 +70,7 @@ class Checkpoints:
         """
         if keep < 1:
             raise UserError(f"keep must be at least 1, got {keep}.")
-        logging.getLogger("absl").addFilter(_is_no_orbax_chatter)
+        logging.getLogger("absl").addFilter(_is_logged)
         self._directory = pathlib.Path(os.path.abspath(directory))
         self._keep = keep
         self._best_metric = best_metric
@@ -133,7 +133,7 @@ class Checkpoints:
         Args:
           step: Not smaller than the step of the last `save` or `restore`.
           items: Pytrees of arrays by name; on several hosts, replicated ones.
-          meta: A dict to store with them, which JSON can hold. By default empty.
+          meta: A dict to store with them, which JSON can hold. The default is empty.
           metrics: Numbers by name. If ``best_metric`` is missing or NaN, the checkpoint
             is never the best one.
 
@@ -153,10 +153,10 @@ class Checkpoints:
                 self._add_metrics(step, metrics)
             return False
         if reserved := {"meta", "metrics"} & set(items):
-            raise ValueError(f"items must not be named {reserved}: taken.")
+            raise ValueError(f"items must not be named {sorted(reserved)}: reserved.")
         record = {"meta": dict(meta or {}), "metrics": metrics}
         self._manager.wait_until_finished()
-        self._clear_the_way(step)
+        self._prepare_to_save(step)
 
         flat = {name: _flatten(jax.device_get(tree)) for name, tree in items.items()}
         flat = {name: jax.tree.map(np.asarray, leaves) for name, leaves in flat.items()}
@@ -234,7 +234,7 @@ class Checkpoints:
             )
         return None
 
-    def _clear_the_way(self, step: int) -> None:
+    def _prepare_to_save(self, step: int) -> None:
         """Delete newer steps and the remains of a killed save."""
         if self._current is None:
             later = [other for other in self.steps() if other >= step]
@@ -253,7 +253,7 @@ class Checkpoints:
         else:
             for other in [s for s in self.steps() if s > self._current]:
                 _logger.warning(
-                    "Deleting the checkpoint of step %d: the run was taken up again "
+                    "Deleting the checkpoint of step %d: the run was resumed "
                     "from step %d.",
                     other,
                     self._current,
@@ -371,8 +371,8 @@ class _Preserve:
         return [step in kept for step in steps]
 
 
-def _is_no_orbax_chatter(record: logging.LogRecord) -> bool:
-    """Drop Orbax's progress reports, dozens a save, from absl's log."""
+def _is_logged(record: logging.LogRecord) -> bool:
+    """Keep Orbax's progress reports, dozens a save, out of absl's log."""
     return record.levelno >= logging.ERROR or "orbax" not in record.pathname
 
 
@@ -396,14 +396,14 @@ def _describe(leaf: np.ndarray) -> dict[str, Any]:
 
 
 def _blank(described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Tell Orbax to restore NumPy arrays. The memory of these is never touched."""
+    """Make arrays that tell Orbax to restore NumPy. Their memory is never touched."""
     return {
         path: np.empty(leaf["shape"], leaf["dtype"]) for path, leaf in described.items()
     }
 
 
 def _seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record as JSON reads it back, with its checksum."""
+    """Convert a record to what JSON reads back, and add its checksum."""
     try:
         text = json.dumps(record)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""Config files: Python files that define an experiment, see ``configs/``.
+"""Config files: Python files that define an experiment; see ``configs/``.
 
 A config file defines ``get_config()``, which starts from `default_config`, changes some
 fields and returns the config.
@@ -66,8 +66,8 @@ def default_workdir(name: str) -> str:
 def _config_value(field: Field) -> Any:
     if not field.optional:
         return field.default
-    # Only a reference may become None.
-    kind = tuple if field.type is Paths else str
+    # Only a reference may become None. Paths may be one text or several.
+    kind = object if field.type is Paths else str
     return FieldReference(field.default, field_type=kind)
 
 

@@ -1,4 +1,4 @@
-"""Opens what settings describe: networks and images; reads trained networks."""
+"""Networks and images that settings describe, and networks of runs and files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,12 +49,12 @@ def get_model(settings: ModelSettings) -> PConvUNet:
     )
 
 
-def get_images(settings: DataSettings, split: str) -> ImageSource:
+def get_source(settings: DataSettings, split: str) -> ImageSource:
     """Open the images of an experiment.
 
     Args:
       settings: Where they are.
-      split: 'train' or 'validation'.
+      split: ``'train'`` or ``'validation'``.
 
     Raises:
       UserError: As `open_source`.
@@ -105,7 +105,7 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
 
 
 def load_weights(name_or_path: str | Path) -> Trained:
-    """Read a network from a weights file, see `pretrained.from_pretrained`.
+    """Read a network from a weights file; see `pretrained.from_pretrained`.
 
     Raises:
       UserError: As `from_pretrained`, or if the network does not output RGB images.
@@ -123,7 +123,7 @@ def load_weights(name_or_path: str | Path) -> Trained:
 
 
 def load_network(place: str | Path) -> Trained:
-    """Read the network of a run, by its workdir, or of a weights file.
+    """Read a network from the workdir of a run, or from a weights file.
 
     Raises:
       UserError: As `load_run` and `load_weights`.

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pconv_jax import _files
 from pconv_jax._images import to_uint8
 
-_GAP = 2  # Pixels between the pictures of a grid.
+_GAP = 2  # Pixels between the images of a grid.
 _CAPTION_HEIGHT = 18
 
 
@@ -44,10 +44,10 @@ def write_png(path: pathlib.Path, image: np.ndarray) -> None:
     _files.write_bytes(path, png.getvalue())
 
 
-def picture_grid(
+def image_grid(
     columns: Mapping[str, ArrayLike], *, max_rows: int | None = 8
 ) -> np.ndarray:
-    """Lay out images in a grid: an example a row, a captioned column for each stage.
+    """Lay out images in a grid: a row for each example, under captioned columns.
 
     Args:
       columns: Images by caption, from left to right: float ``[N, H, W, 3]`` in [-1, 1],
@@ -61,15 +61,15 @@ def picture_grid(
       ValueError: If there is no column, or if a shape differs or is not
         ``[N, H, W, 3]``.
     """
-    pictures = {name: np.asarray(x, np.float32) for name, x in columns.items()}
-    shapes = {name: x.shape for name, x in pictures.items()}
+    images = {name: np.asarray(x, np.float32) for name, x in columns.items()}
+    shapes = {name: x.shape for name, x in images.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"columns must be images of one shape, got {shapes}.")
     shape = next(iter(shapes.values()))
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape:
         raise ValueError(f"columns must be images [N, H, W, 3], got {list(shape)}.")
     height, width = shape[1:3]
-    stack = np.stack([_as_uint8(x[:max_rows]) for x in pictures.values()], axis=1)
+    stack = np.stack([_as_uint8(x[:max_rows]) for x in images.values()], axis=1)
     rows, count = stack.shape[:2]
     grid = np.full(
         (
@@ -80,7 +80,7 @@ def picture_grid(
         255,
         np.uint8,
     )
-    for column, name in enumerate(pictures):
+    for column, name in enumerate(images):
         left = column * (width + _GAP)
         grid[:_CAPTION_HEIGHT, left : left + width] = _caption(name, width)
         for row in range(rows):
@@ -95,7 +95,7 @@ def _as_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def _caption(text: str, width: int) -> np.ndarray:
-    """Draw black text on a white strip, as large as fits into `width`."""
+    """Draw black text on a white strip, as large as fits into its width."""
     strip = Image.new("RGB", (width, _CAPTION_HEIGHT), "white")
     draw = ImageDraw.Draw(strip)
     sizes = range(13, 6, -1)
@@ -117,7 +117,7 @@ def format_table(
 
     Args:
       rows: Cells by column. A missing cell or None stays empty.
-      columns: The columns in order. By default they stand as they first appear.
+      columns: The columns in order. By default the order of their first appearance.
       decimals: Decimals of a float.
       markdown: Whether to format a Markdown table instead of plain text.
 

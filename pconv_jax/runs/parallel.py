@@ -74,7 +74,8 @@ def check_batch_size(batch_size: int, *, parts: int = 1) -> None:
 
     Args:
       batch_size: Size of the batch on all devices together.
-      parts: Number of parts that each device divides its share into. By default one.
+      parts: Number of parts that each device divides its share into. The default is
+        one.
 
     Raises:
       UserError: If it cannot; the message suggests the nearest sizes that can.

@@ -41,7 +41,7 @@ def setting(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The network, see `pconv_jax.PConvUNet`."""
+    """The network; see `pconv_jax.PConvUNet`."""
 
     depth: int = setting(
         8,
@@ -263,7 +263,7 @@ class Settings:
         return cls.from_dict(_upgrade(values))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested values by name that JSON can hold."""
+        """Convert the settings to nested values by name, which JSON can hold."""
         return dataclasses.asdict(self)
 
     def _check_together(self) -> None:
@@ -308,7 +308,7 @@ class Field(NamedTuple):
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The allowed words; empty for a setting that is no word."""
+        """The allowed words; empty for a setting of another type."""
         is_literal = typing.get_origin(self.type) is Literal
         return typing.get_args(self.type) if is_literal else ()
 
@@ -344,10 +344,16 @@ class Field(NamedTuple):
         """Convert a value to the type of the setting.
 
         Raises:
-          TypeError: If it is of another type, saying what is expected.
+          TypeError: If it is of another type, or empty where None is meant, saying
+            what is expected.
         """
         if self.optional and (value is None or value == "none"):
             return None
+        if self.optional and _is_empty(value):
+            raise TypeError(
+                f"must not be empty, got {value!r}; use None, or none on the command "
+                "line"
+            )
         if self.choices or self.type is str:
             converted = value if isinstance(value, str) else None
         elif self.type is int:
@@ -406,7 +412,7 @@ _EXPECTED = {
 
 
 def suggest_field(name: str) -> str:
-    """Return a hint at the field that was meant, for an error, or ``""``."""
+    """Guess which field was meant, as a sentence for an error, or ``""``."""
     close = difflib.get_close_matches(name, FIELDS, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -478,6 +484,11 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a value is ``""``, or paths of which one is."""
+    return value == "" or (isinstance(value, list | tuple) and "" in value)
 
 
 def _is_number(value: Any, kind: Any) -> bool:

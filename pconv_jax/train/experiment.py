@@ -1,4 +1,4 @@
-"""An experiment, opened: everything that training needs, resolved once."""
+"""Everything that training needs, opened once from the settings."""
 
 import dataclasses
 import functools
@@ -63,13 +63,13 @@ class Features(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything that training needs, resolved from the settings.
+    """Everything that training needs, opened from the settings.
 
     Attributes:
       settings: The settings.
       model: The network.
-      train_images: Images to train on.
-      validation_images: Images to validate on.
+      train_source: The images to train on.
+      validation_source: The images to validate on.
       features: The network of the perceptual and style terms, or None to leave these
         terms out.
       phases: The phases of training, in order. Some may be empty.
@@ -79,8 +79,8 @@ class Experiment:
 
     settings: Settings
     model: PConvUNet
-    train_images: ImageSource
-    validation_images: ImageSource
+    train_source: ImageSource
+    validation_source: ImageSource
     features: Features | None
     phases: tuple[Phase, ...]
     identity: dict[str, Any]
@@ -145,7 +145,7 @@ class Experiment:
                 hole_ratio=settings.masks.hole_ratio,
             )
         return pipeline.train_batches(
-            self.train_images,
+            self.train_source,
             batch_size=settings.batch_size,
             image_size=settings.image_size,
             seed=settings.seed,
@@ -159,7 +159,7 @@ class Experiment:
 
 
 def get_phases(settings: Settings) -> tuple[Phase, Phase]:
-    """Return the two phases of the paper, either of which may be empty."""
+    """Make the two phases of the paper, either of which may be empty."""
     first, second = settings.phase1, settings.phase2
     stop = first.steps + second.steps
     return (
@@ -192,8 +192,8 @@ def open_experiment(
     experiment = Experiment(
         settings=settings,
         model=model,
-        train_images=opening.get_images(settings.data, "train"),
-        validation_images=opening.get_images(settings.data, "validation"),
+        train_source=opening.get_source(settings.data, "train"),
+        validation_source=opening.get_source(settings.data, "validation"),
         features=features,
         phases=get_phases(settings),
         identity={
@@ -232,7 +232,7 @@ def _load_features(
 
 def _check_processes(experiment: Experiment) -> None:
     """Check that all processes train the same network by the same loss."""
-    counts = len(experiment.train_images), len(experiment.validation_images)
+    counts = len(experiment.train_source), len(experiment.validation_source)
     settings = experiment.settings.to_dict()
     del settings["data"]  # Each host may have its own path.
     about = json.dumps([settings, experiment.identity, counts])

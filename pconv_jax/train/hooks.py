@@ -59,7 +59,7 @@ class Log:
         self._started_step = step
 
     def start_phase(self) -> None:
-        """Leave the next step out of the pace: it compiles."""
+        """Exclude the next step from the pace, because it compiles."""
         self._started = None
 
     def add(self, scalars: Metrics) -> None:
@@ -109,7 +109,7 @@ class Log:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what is done inside out of the pace."""
+        """Exclude the time spent inside from the pace."""
         self.wait()
         paused = time.monotonic()
         yield
@@ -121,7 +121,7 @@ class Log:
 
 
 class Save:
-    """Saves a checkpoint."""
+    """Saves checkpoints."""
 
     def __init__(self, checkpoints: Checkpoints, *, meta: Mapping[str, Any]):
         """Prepare to save.
@@ -149,7 +149,7 @@ class Draw:
         writer: MetricWriter,
         *,
         model: PConvUNet,
-        images: ImageSource,
+        source: ImageSource,
         image_size: int,
     ):
         """Prepare to draw.
@@ -157,16 +157,16 @@ class Draw:
         Args:
           writer: Where to.
           model: The network.
-          images: The validation images.
+          source: The validation images.
           image_size: Side of the images, in pixels.
         """
         self._writer = writer
         self._model = model
-        self._images = images
+        self._source = source
         self._image_size = image_size
 
     def is_done(self, step: int) -> bool:
-        """Check whether the grid of a step is there."""
+        """Return whether the grid of a step has been drawn."""
         return self._writer.image_path(step, "validation").exists()
 
     def __call__(self, state: TrainState) -> None:
@@ -174,7 +174,7 @@ class Draw:
         if not self._writer.enabled:  # Only the first process draws.
             return
         grid = draw_examples(
-            self._model, state.variables, self._images, image_size=self._image_size
+            self._model, state.variables, self._source, image_size=self._image_size
         )
         self._writer.write_image(int(state.step), "validation", grid)
 
@@ -189,7 +189,7 @@ class Validate:
         save: Save,
         *,
         model: PConvUNet,
-        images: ImageSource,
+        source: ImageSource,
         image_size: int,
         examples: int,
     ):
@@ -200,7 +200,7 @@ class Validate:
           progress: The progress bar, which shows them.
           save: Adds them to the checkpoint.
           model: The network.
-          images: The validation images.
+          source: The validation images.
           image_size: Side of the images, in pixels.
           examples: Examples of each hole bin, with and without holes at the border.
         """
@@ -208,7 +208,7 @@ class Validate:
         self._progress = progress
         self._save = save
         self._model = model
-        self._images = images
+        self._source = source
         self._image_size = image_size
         self._examples = examples
 
@@ -223,7 +223,7 @@ class Validate:
         evaluation = runner.evaluate_network(
             self._model,
             state.variables,
-            self._images,
+            self._source,
             image_size=self._image_size,
             examples=self._examples,
             progress=self._writer.enabled,

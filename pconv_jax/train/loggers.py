@@ -119,7 +119,7 @@ class MetricWriter:
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def image_path(self, step: int, name: str) -> pathlib.Path:
-        """Return the path of the file that `write_image` writes."""
+        """Get the path of the file that `write_image` writes."""
         return self._pictures / f"{name}_{step:07d}.png"
 
 
@@ -201,7 +201,7 @@ class Progress:
         self._bar.close()
 
     def update(self, n: int = 1) -> None:
-        """Count `n` more steps."""
+        """Count more steps."""
         self._done += n
         self._bar.update(n)
 

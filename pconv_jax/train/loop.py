@@ -23,9 +23,10 @@ from pconv_jax.runs.config import read_settings
 from pconv_jax.runs.output import format_table, write_json
 from pconv_jax.runs.settings import Settings
 from pconv_jax.train import hooks
-from pconv_jax.train.experiment import open_experiment
+from pconv_jax.train.experiment import Experiment, Phase, open_experiment
 from pconv_jax.train.loggers import MetricWriter, Progress
 from pconv_jax.train.restore import check_workdir, lock_workdir, restore_or_create
+from pconv_jax.train.step import TrainState
 from pconv_jax.unet import PConvUNet
 
 
@@ -38,7 +39,7 @@ def train_and_evaluate(
     """Train a network, or resume its training, and validate it.
 
     Args:
-      config: The settings, or a config that holds them, see `default_config`.
+      config: The settings, or a config that holds them; see `default_config`.
       workdir: Directory of the run, which is made if it does not exist.
       model: The network, if it is not the one that the settings describe.
 
@@ -68,8 +69,7 @@ def train_and_evaluate(
                 best_metric="psnr",
             )
         )
-        state = restore_or_create(experiment, checkpoints, workdir)
-        state = parallel.replicate(state)
+        state = parallel.replicate(restore_or_create(experiment, checkpoints, workdir))
         step = int(state.step)
         writer = stack.enter_context(
             MetricWriter(workdir, first_step=step + 1, enabled=primary)
@@ -89,7 +89,7 @@ def train_and_evaluate(
         draw = hooks.Draw(
             writer,
             model=experiment.model,
-            images=experiment.validation_images,
+            source=experiment.validation_source,
             image_size=settings.image_size,
         )
         validate = hooks.Validate(
@@ -97,7 +97,7 @@ def train_and_evaluate(
             progress,
             save,
             model=experiment.model,
-            images=experiment.validation_images,
+            source=experiment.validation_source,
             image_size=settings.image_size,
             examples=settings.validation_examples,
         )
@@ -119,11 +119,7 @@ def train_and_evaluate(
                 continue
             progress.write(f"{phase.name}: to step {phase.stop}")
             if step == phase.start > 0:
-                # As if the phase was a run of its own, started from these weights.
-                opt_state = experiment.optimizer(phase).init(state.params)
-                state = parallel.replicate(
-                    dataclasses.replace(state, opt_state=opt_state)
-                )
+                state = _reset_optimizer(experiment, phase, state)
             train_step = experiment.compile_step(phase)
             log.start_phase()
             with contextlib.closing(experiment.open_batches(step)) as batches:
@@ -134,7 +130,7 @@ def train_and_evaluate(
                     stopped = stop_requested(step)
                     if stopped or is_due(settings.log_every):
                         log.write(learning_rate=phase.learning_rate)
-                    if stopped:  # Whoever asked may not wait for a validation.
+                    if stopped:  # A validation may take longer than a scheduler waits.
                         save(state)
                         break
                     draw_now = is_due(settings.picture_every)
@@ -156,17 +152,32 @@ def train_and_evaluate(
             evaluation = validate(state, write=False)
         if unreadable:
             names = ", ".join(sorted(unreadable))
-            warnings.append(f"{len(unreadable)} unreadable picture(s): {names}")
-        summary = {
-            "step": step,
-            "finished": finished,
-            "validation": evaluation.mean() if finished and evaluation else {},
-            "table": evaluation.table() if finished and evaluation else [],
-            "warnings": warnings,
-        }
+            warnings.append(f"{len(unreadable)} unreadable image(s): {names}")
+        summary = _summarize(step, evaluation if finished else None, warnings)
         if primary:
             write_json(workdir / "summary.json", summary)
     return summary
+
+
+def _reset_optimizer(
+    experiment: Experiment, phase: Phase, state: TrainState
+) -> TrainState:
+    """Start a phase as if it was a run of its own, from the weights of a state."""
+    opt_state = experiment.optimizer(phase).init(state.params)
+    return parallel.replicate(dataclasses.replace(state, opt_state=opt_state))
+
+
+def _summarize(
+    step: int, evaluation: Evaluation | None, warnings: list[str]
+) -> dict[str, Any]:
+    """Make the content of ``summary.json``; only finished runs have an evaluation."""
+    return {
+        "step": step,
+        "finished": evaluation is not None,
+        "validation": evaluation.mean() if evaluation else {},
+        "table": evaluation.table() if evaluation else [],
+        "warnings": warnings,
+    }
 
 
 def format_summary(summary: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
@@ -176,6 +187,6 @@ def format_summary(summary: Mapping[str, Any], workdir: str | pathlib.Path) -> s
         lines = [format_table(summary["table"], decimals=3), ""]
         lines += [f"Finished at step {summary['step']}. Validation: {numbers}."]
     else:
-        lines = [f"Stopped at step {summary['step']}, to go on by the same command."]
-    lines += [f"Checkpoints, metrics and pictures are in {workdir}."]
+        lines = [f"Stopped at step {summary['step']}. The same command resumes it."]
+    lines += [f"Checkpoints, metrics and images are in {workdir}."]
     return "\n".join(lines + [f"WARNING: {w}" for w in summary["warnings"]])

@@ -1,4 +1,4 @@
-"""The state that a run starts from: its newest checkpoint, other weights, or none."""
+"""The state that a run starts from: a checkpoint, other weights, or new ones."""
 
 import contextlib
 import dataclasses
@@ -32,8 +32,8 @@ _logger = logging.getLogger(__name__)
 def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
     """Keep other runs out of a workdir; each would resume the other's checkpoints.
 
-    An example is the same command, given again before the run that was asked to stop
-    has stopped. The lock of a process ends with the process, however that ends.
+    This happens if a command is given again before the run that it should resume has
+    stopped. The lock of a process ends with the process, however that ends.
 
     Raises:
       UserError: If another process holds the lock.

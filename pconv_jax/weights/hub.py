@@ -46,7 +46,7 @@ class Published(NamedTuple):
 
 
 def cache_path(name: str) -> Path:
-    """Return the path of a file in the cache, whether it exists or not.
+    """Get the path of a file in the cache, whether it exists or not.
 
     The cache is the folder ``PCONV_CACHE``, by default ``~/.cache/pconv_jax``.
     """
@@ -55,7 +55,7 @@ def cache_path(name: str) -> Path:
 
 
 def named_path(variable: str) -> Path | None:
-    """Return the path that an environment variable names, or None if it is not set."""
+    """Get the path that an environment variable names, or None if it is not set."""
     value = os.environ.get(variable)
     return Path(value).expanduser() if value else None
 
@@ -113,7 +113,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def repository_url(repository: str, filename: str) -> str:
-    """Return the address of a file on the Hugging Face Hub, for people."""
+    """Get the address of a file on the Hugging Face Hub, for people."""
     return f"https://huggingface.co/{repository}/resolve/main/{filename}"
 
 
@@ -176,13 +176,13 @@ def _import_hub() -> ModuleType:
         import huggingface_hub.errors  # Only downloads need it, and it is an extra.
     except ModuleNotFoundError as error:
         raise DownloadError(
-            f"it takes {error.name}: pip install 'pconv-jax[hub]'"
+            f"it needs {error.name}: pip install 'pconv-jax[hub]'"
         ) from error
     return huggingface_hub
 
 
 def _hub_errors(hub: ModuleType) -> tuple[type[Exception], ...]:
-    # Releases of the library differ in their HTTP client. The bases of this error are
+    # Versions of the library differ in their HTTP client. The bases of this error are
     # the client's, which are not always OSErrors.
     return (OSError, *hub.errors.HfHubHTTPError.__bases__)
 

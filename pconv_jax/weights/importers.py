@@ -55,7 +55,7 @@ class _Names(NamedTuple):
       depth: Number of encoder stages.
       keys: Names by our path, without the collection:
         ``{'pconv1/kernel': 'enc_1.conv...'}``.
-      prefix: Prefix that all names of the network have, and no others. By default
+      prefix: Prefix that all names of the network have, and no others. The default is
         empty.
     """
 
@@ -76,21 +76,21 @@ class Project(NamedTuple):
       sum_of_ones: The layer's value of sum(1): ``'one'`` is 1, as in version 1 of the
         paper; ``'window'`` is ``k * k``; ``'inputs'`` (the default) is
         ``C_in * k * k``, as here and in version 2.
-      decoder_slope: Slope of the decoder's leaky ReLUs, except the last. By default
+      decoder_slope: Slope of the decoder's leaky ReLUs, except the last. The default is
         0.2, as in the paper.
       last_slope: Slope of the last layer's leaky ReLU. None (the default) is no
         activation.
-      encoder_bias: Whether encoder stages without normalization have a bias. By default
-        True.
+      encoder_bias: Whether encoder stages without normalization have a bias. The
+        default is True.
       skip_first: Whether decoder stages concatenate the encoder's features before the
         decoder's own. By default after them.
       images: Description of the images that the original takes and gives. None (the
         default) if they are RGB in [-1, 1].
-      bgr: Whether these are BGR. By default False.
+      bgr: Whether these are BGR. The default is False.
       epsilon: Epsilon of batch normalization. By default Flax's, 1e-5.
       normalization: What the original subtracts from and divides images in [-1, 1] by.
-        By default None.
-      sigmoid_head: See `PConvUNet`. By default False.
+        The default is None.
+      sigmoid_head: See `PConvUNet`. The default is False.
       notes: Remarks for people. By default there are none.
     """
 
@@ -128,8 +128,8 @@ def import_network(
     Args:
       weights: A file, or its arrays by name; see `read_arrays`.
       source: Where arrays came from, for error messages. By default unknown.
-      raw: Whether to keep the original's channel order and range of values. By default
-        False.
+      raw: Whether to keep the original's channel order and range of values. The default
+        is False.
 
     Raises:
       UserError: As `read_arrays`; if no project is recognized; or if arrays are
@@ -345,9 +345,9 @@ def _torch(
       encoder: Name of an encoder block, with ``{}`` for its number.
       decoder: Name of a decoder block, with ``{}`` for its number.
       conv: Name of the convolution in a block. The normalization is ``bn``.
-      first: Number of the first block. By default 1.
-      mirrored: Whether decoder blocks are numbered from the outermost one. By default
-        True.
+      first: Number of the first block. The default is 1.
+      mirrored: Whether decoder blocks are numbered from the outermost one. The default
+        is True.
     """
     pattern = re.compile(
         rf"(.*?)({_any_number(encoder)}|{_any_number(decoder)})\.{re.escape(conv)}"

@@ -64,12 +64,12 @@ def load_lpips_params(net: str = "alex") -> Params:
       Parameters for `distance`, as NumPy arrays.
 
     Raises:
-      UserError: If `net` is another name; if a file cannot be downloaded, with a line
+      UserError: If ``net`` is another name; if a file cannot be downloaded, with a line
         that says where to put it; or if it is another file, with a list of all arrays
         that are missing, of another shape or not finite.
     """
     if net not in NETWORKS:
-        raise UserError(f"net must be 'alex' or 'vgg', got {net!r}")
+        raise UserError(f"net must be 'alex' or 'vgg', got {net!r}.")
     heads, trunk = hub.find_published(*_PUBLISHED[net])
     image = jnp.zeros((1, 32, 32, 3))
     shapes = jax.eval_shape(LPIPS(net).init, jax.random.key(0), image, image)["params"]

@@ -74,12 +74,12 @@ def save_pretrained(
       variables: Its ``params`` and ``batch_stats``, in float32.
       info: Facts about it, as for JSON. By default none.
       half: Whether to store kernels in float16, with 11 of their 24 significant bits,
-        which halves the file. By default False.
+        which halves the file. The default is False.
 
     Raises:
       UserError: If the variables are not float32; if they are not the network's, with a
         list of all arrays that are missing, unexpected, of another shape or not finite;
-        or if `info` cannot be written as JSON.
+        or if ``info`` cannot be written as JSON.
       RunError: If the file cannot be written.
     """
     path = _check_suffix(path)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from pconv_jax import UserError
-from pconv_jax.data.base import UnreadableImageError
+from pconv_jax.data.decode import UnreadableImageError
 from pconv_jax.data.mask_folder import MaskFolder, augment
 
 

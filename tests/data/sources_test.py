@@ -7,7 +7,7 @@ import pytest
 
 from pconv_jax import UserError
 from pconv_jax.data import sources
-from pconv_jax.data.base import UnreadableImageError
+from pconv_jax.data.decode import UnreadableImageError
 from tests.helpers import ROOT
 from tests.helpers.images import encode, photo, write_folder, write_tar
 

@@ -266,7 +266,7 @@ def test_vgg_distance_uses_the_given_weights(run, tmp_path):
     assert evaluation.left_out == []
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["vgg"] == "vgg.safetensors"
-    source = opening.get_images(read_settings(tiny_config()).data, "validation")
+    source = opening.get_source(read_settings(tiny_config()).data, "validation")
     protocol = EvalSet(source, image_size=SIZE, examples=1)
     ((index, truth),) = protocol.batches(1)
     mask = protocol.masks(index, 4, True)

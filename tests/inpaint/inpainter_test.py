@@ -484,7 +484,7 @@ def test_networks_that_cannot_repair():
         Inpainter(*averaging_network(), value_range=(1, 1))
 
 
-def test_networks_of_ordinary_convolutions():
+def test_networks_of_standard_convolutions():
     inpainter = Inpainter(*make_network(conv="standard"))
     image = photo()
     hole = hole_of(image.shape, size=40)

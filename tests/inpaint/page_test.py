@@ -78,7 +78,7 @@ def test_the_painted_area_is_filled(inpainter, tmp_path):
     assert pathlib.Path(result).name == "a-repaired.png"
     np.testing.assert_array_equal(Image.open(result), expected)
     assert "80 x 60 pixels" in report and f"{np.mean(depth > 0):.1%}" in report
-    # Grey outside of the hole, and inside a color for each depth.
+    # Gray outside of the hole, and inside a color for each depth.
     overlay = np.asarray(overlay, int)
     assert np.all(overlay[depth == 0].std(axis=-1) == 0)
     assert np.all(overlay[depth > 0].std(axis=-1) > 0)

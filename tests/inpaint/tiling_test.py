@@ -46,7 +46,7 @@ def test_holes_far_apart_are_repaired_apart():
     hole[10:14, 20:30] = hole[1700:1750, 2900:2950] = True
     hole[1990:, :3] = True
     sides = (128, 256, 384, 512, 768, 1024)
-    assert [t.window for t in divide(hole, sides)] == [
+    assert [t.square for t in divide(hole, sides)] == [
         *((0, 0, 256), (1744, 0, 256), (1597, 2744, 256))
     ]
     assert not divide(np.zeros((3, 3), bool), sides)

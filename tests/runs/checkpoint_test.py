@@ -413,7 +413,7 @@ def test_options_out_of_range(tmp_path):
 
 def test_reserved_item_names(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(ValueError, match="named {'meta'}"):
+        with pytest.raises(ValueError, match=r"named \['meta'\]"):
             checkpoints.save(1, {"meta": {"w": np.ones(2)}})
 
 

@@ -4,7 +4,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from pconv_jax import masks
+from pconv_jax import UserError, masks
 from pconv_jax.runs import opening
 from pconv_jax.runs.config import default_config, default_workdir, read_settings
 from pconv_jax.runs.settings import FIELDS, Settings, differences
@@ -132,6 +132,32 @@ def test_values_that_make_no_sense(name, value, message):
         read_settings(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, "") for name, field in FIELDS.items() if field.optional),
+        ("data.path", ("",)),
+        ("data.path", ["a.tar", ""]),
+    ],
+)
+def test_an_empty_text_is_not_none(name, value):
+    config = default_config()
+    config.update_from_flattened_dict({name: value})
+    message = f"config: {name} must not be empty, got .*; use None, or none"
+    with pytest.raises(UserError, match=message):
+        read_settings(config)
+
+
+@pytest.mark.parametrize("value", ["a.tar", ("a.tar",), ["a.tar"]])
+def test_one_path_may_be_a_text(value):
+    config = default_config()
+    config.data.path = config.data.validation_path = value
+    data = read_settings(config).data
+    assert data.path == data.validation_path == ("a.tar",)
+    config.data.path = None
+    assert read_settings(config).data.path is None
+
+
 def test_integers_will_do_for_floats():
     config = default_config().to_dict()
     config["loss"]["hole"] = 7
@@ -207,7 +233,7 @@ def test_model_and_source_of_an_experiment():
     names = [
         {source.name(i) for i in range(len(source))}
         for source in (
-            opening.get_images(settings.data, split)
+            opening.get_source(settings.data, split)
             for split in ("train", "validation")
         )
     ]
@@ -217,7 +243,7 @@ def test_model_and_source_of_an_experiment():
 def test_folder_without_a_path():
     path = next(path for path in EXPERIMENTS if path.stem == "folder")
     with pytest.raises(ValueError, match="path is needed for kind 'folder'"):
-        opening.get_images(read_settings(load(path)).data, "train")
+        opening.get_source(read_settings(load(path)).data, "train")
 
 
 def test_several_tar_files(tmp_path):
@@ -229,7 +255,7 @@ def test_several_tar_files(tmp_path):
             write_tar(path, {f"{n}.png": encode(photo())})
         config.data[name] = tuple(map(str, paths))
     for split in ("train", "validation"):
-        assert len(opening.get_images(read_settings(config).data, split)) == 2
+        assert len(opening.get_source(read_settings(config).data, split)) == 2
 
 
 def test_what_is_held_out_may_not_be_nothing(tmp_path):

@@ -71,7 +71,7 @@ def make_evaluation(values, name="a"):
     )
 
 
-def test_differences_are_of_the_same_seed_and_picture():
+def test_differences_are_of_the_same_seed_and_image():
     rng = np.random.default_rng(0)
     seeds = rng.normal(20, 5, (3, 1)) + rng.normal(0, 5, (3, 30))
     shift = np.array([0.5, 1.0, 1.5])[:, None]

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from pconv_jax.runs.output import format_table, picture_grid
+from pconv_jax.runs.output import format_table, image_grid
 from pconv_jax.train.loggers import MetricWriter, Progress
 from tests.helpers import ROOT
 
@@ -38,7 +38,7 @@ def read_events(workdir):
     return sorted(events, key=lambda event: event.wall_time)
 
 
-def make_picture(height=6, width=5):
+def make_image(height=6, width=5):
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
@@ -60,35 +60,35 @@ def test_scalars_are_in_the_file_as_soon_as_they_are_written(tmp_path):
 
 
 def test_tensorboard_has_the_same(tmp_path, caplog):
-    picture = make_picture()
+    written = make_image()
     with MetricWriter(tmp_path) as writer:
         writer.write_scalars(7, {"train/loss": 2.5, "train/bad": math.nan})
-        writer.write_image(7, "samples", picture)
+        writer.write_image(7, "samples", written)
     events = read_events(tmp_path)
     values = [(event.step, v) for event in events for v in event.summary.value]
     (step, scalar), (image_step, image) = values
     assert (step, scalar.tag, scalar.simple_value) == (7, "train/loss", 2.5)
     assert (image_step, image.tag) == (7, "samples")
     decoded = Image.open(io.BytesIO(image.image.encoded_image_string))
-    np.testing.assert_array_equal(np.asarray(decoded), picture)
+    np.testing.assert_array_equal(np.asarray(decoded), written)
     assert not caplog.records
 
 
-def test_pictures_are_read_back_as_they_were(tmp_path):
-    picture = make_picture()
+def test_images_are_read_back_as_they_were(tmp_path):
+    written = make_image()
     with MetricWriter(tmp_path) as writer:
-        writer.write_image(12, "validation/samples", picture[::-1])
-        writer.write_image(12, "validation/samples", picture)
+        writer.write_image(12, "validation/samples", written[::-1])
+        writer.write_image(12, "validation/samples", written)
     (path,) = (path for path in (tmp_path / "pictures").rglob("*") if path.is_file())
     assert path == tmp_path / "pictures" / "validation" / "samples_0000012.png"
     with Image.open(path) as image:
-        np.testing.assert_array_equal(np.asarray(image), picture)
+        np.testing.assert_array_equal(np.asarray(image), written)
 
 
 @pytest.mark.parametrize(
     "image", [np.zeros((4, 4, 3)), np.zeros((1, 4, 4, 3), np.uint8)]
 )
-def test_only_uint8_pictures_are_written(tmp_path, image):
+def test_only_uint8_images_are_written(tmp_path, image):
     with MetricWriter(tmp_path) as writer:
         with pytest.raises(ValueError, match=r"uint8 of shape \[H, W, 3\], got"):
             writer.write_image(1, "samples", image)
@@ -136,18 +136,18 @@ def test_a_torn_line_is_dropped_and_nothing_else(tmp_path, torn):
 def test_other_hosts_write_nothing(tmp_path):
     with MetricWriter(tmp_path / "run", enabled=False) as writer:
         writer.write_scalars(1, {"loss": 1.0})
-        writer.write_image(1, "samples", make_picture())
+        writer.write_image(1, "samples", make_image())
     assert not (tmp_path / "run").exists()
 
 
-def test_the_pictures_of_a_grid_are_where_they_belong():
+def test_the_images_of_a_grid_are_where_they_belong():
     # Middles between two levels, the ends, and what is outside.
     values = np.array([-1.0, 1.0, 0.0, -3.0, 3.0, np.nan, 0.5, -127 / 127.5])
     pixels = np.array([0, 255, 128, 0, 255, 0, 191, 0])
     x = np.broadcast_to(values[:, None, None, None], (8, 30, 40, 3))
     rng = np.random.default_rng(0)
     y = rng.integers(0, 256, (8, 30, 40, 3))
-    grid = picture_grid({"a": x, "b": jnp.asarray(y / 127.5 - 1)}, max_rows=7)
+    grid = image_grid({"a": x, "b": jnp.asarray(y / 127.5 - 1)}, max_rows=7)
     assert grid.dtype == np.uint8
     assert grid.shape == (18 + 7 * 30 + 6 * 2, 40 + 2 + 40, 3)
     rest = grid.copy()
@@ -164,9 +164,9 @@ def test_the_pictures_of_a_grid_are_where_they_belong():
 @pytest.mark.parametrize(
     "name, width", [("input", 64), ("composite", 40), ("x" * 99, 9)]
 )
-def test_captions_are_centred_above_their_own_column(name, width):
+def test_captions_are_centered_above_their_own_column(name, width):
     white = np.ones((1, 4, width, 3))
-    grid = picture_grid({"": white, name: white, " ": white})
+    grid = image_grid({"": white, name: white, " ": white})
     dark = np.flatnonzero((grid < 128).any(axis=(0, 2)))
     assert width + 2 <= dark.min() and dark.max() < 2 * width + 2
     assert abs((dark.min() + dark.max()) / 2 - (width + 2 + (width - 1) / 2)) <= 1.5
@@ -175,9 +175,9 @@ def test_captions_are_centred_above_their_own_column(name, width):
 
 def test_grids_show_all_there_is_if_it_is_less():
     x = np.zeros((3, 4, 5, 3))
-    assert picture_grid({"a": x}).shape == (18 + 3 * 4 + 2 * 2, 5, 3)
-    assert picture_grid({"a": np.zeros((9, 4, 5, 3))}).shape[0] == 18 + 8 * 4 + 7 * 2
-    assert picture_grid({"a": x}, max_rows=None).shape[0] == 18 + 3 * 4 + 2 * 2
+    assert image_grid({"a": x}).shape == (18 + 3 * 4 + 2 * 2, 5, 3)
+    assert image_grid({"a": np.zeros((9, 4, 5, 3))}).shape[0] == 18 + 8 * 4 + 7 * 2
+    assert image_grid({"a": x}, max_rows=None).shape[0] == 18 + 3 * 4 + 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_grids_show_all_there_is_if_it_is_less():
 )
 def test_columns_that_do_not_make_a_grid(columns):
     with pytest.raises(ValueError, match="columns must be images"):
-        picture_grid(columns)
+        image_grid(columns)
 
 
 ROWS = [

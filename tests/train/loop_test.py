@@ -20,6 +20,7 @@ from pconv_jax.runs.checkpoint import Checkpoints
 from pconv_jax.runs.config import default_config, default_workdir, read_settings
 from pconv_jax.train import experiment, hooks, loop
 from pconv_jax.unet import IMAGENET, PConvUNet
+from pconv_jax.weights import hub
 from pconv_jax.weights import vgg as vgg_weights
 from tests.helpers import ROOT
 
@@ -230,7 +231,7 @@ def test_init_from_nothing(tmp_path):
 
 def test_init_from_weights_of_another_project(tmp_path):
     (tmp_path / "weights.pth").touch()
-    with pytest.raises(ValueError, match="are made one by 'pconv convert"):
+    with pytest.raises(ValueError, match="'pconv convert SOURCE .*' makes one"):
         loop.train_and_evaluate(
             tiny(init_from=str(tmp_path / "weights.pth")), tmp_path / "run"
         )
@@ -333,7 +334,7 @@ def test_batch_that_devices_cannot_share(tmp_path):
         loop.train_and_evaluate(tiny(batch_size=6), tmp_path)
 
 
-def test_unreadable_pictures_are_in_the_summary(tmp_path):
+def test_unreadable_images_are_in_the_summary(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -342,17 +343,17 @@ def test_unreadable_pictures_are_in_the_summary(tmp_path):
         cv2.imwrite(str(folder / f"{i:02d}.png"), image)
     config = tiny(**{"data.source": "folder", "data.path": (str(folder),)})
     config.phase1.steps = 12
-    source = opening.get_images(read_settings(config).data, "train")
+    source = opening.get_source(read_settings(config).data, "train")
     name = source.name(3)
     pathlib.Path(name).write_bytes(b"")
     summary = loop.train_and_evaluate(config, tmp_path / "run")
     assert summary["finished"]
-    assert summary["warnings"] == [f"1 unreadable picture(s): {name}"]
+    assert summary["warnings"] == [f"1 unreadable image(s): {name}"]
 
 
 def test_random_features_are_warned_of_until_the_end(tmp_path, monkeypatch):
     def no_network():
-        raise OSError("no network")
+        raise hub.DownloadError("no network")
 
     monkeypatch.setattr(vgg_weights, "download_vgg16", no_network)
     monkeypatch.setenv("PCONV_CACHE", str(tmp_path / "cache"))
@@ -469,7 +470,7 @@ def test_killed_and_stopped_runs_end_as_one_that_never_was(tmp_path):
     )
     second = read_checkpoint(broken)[0]
     assert first + 4 <= second < 32
-    assert code == 0 and f"Stopped at step {second}, to go on by the same" in output
+    assert code == 0 and f"Stopped at step {second}. The same command" in output
     assert json.loads((broken / "summary.json").read_text())["finished"] is False
 
     result = run(command(broken))
@@ -518,7 +519,7 @@ def test_two_processes_stop_together_though_one_is_asked(tmp_path):
     assert 4 < step < 1000
     for process, output in zip(processes, outputs):
         assert process.returncode == 0, output
-        assert f"Stopped at step {step}, to go on by the same command" in output
+        assert f"Stopped at step {step}. The same command" in output
 
 
 @pytest.mark.slow

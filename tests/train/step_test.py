@@ -217,7 +217,7 @@ def test_no_feature_terms_without_features():
     np.testing.assert_allclose(scalars["total"], total, rtol=1e-6)
 
 
-def test_fill_step_gives_pictures_as_they_are_saved():
+def test_fill_step_gives_images_as_they_are_saved():
     state, batch = make_state(), make_batch(4, with_mask=True)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     step = parallel.compile_eval_step(functools.partial(fill_step, model=MODEL))

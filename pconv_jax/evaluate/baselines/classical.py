@@ -24,7 +24,7 @@ def fill(image: np.ndarray, mask: np.ndarray, *, method: str) -> np.ndarray:
       method: One of `BASELINES`.
 
     Returns:
-      uint8 ``[H, W, 3]``, with the valid pixels of `image`.
+      uint8 ``[H, W, 3]``, with the valid pixels of ``image``.
 
     Raises:
       ValueError: If the method is unknown, shapes do not match, the image is all hole,

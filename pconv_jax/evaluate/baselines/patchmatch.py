@@ -26,12 +26,12 @@ def complete(
     Args:
       image: uint8 ``[H, W, C]``. Its pixels in the hole do not matter.
       hole: bool ``[H, W]``.
-      patch_size: Side of the patches in pixels, odd; 7 by default. If no patch of this
-        size is free of the hole, smaller ones are used, down to 3.
-      seed: Seed of the random search, 0 by default.
+      patch_size: Side of the patches in pixels, odd. The default is 7. If no patch of
+        this size is free of the hole, smaller ones are used, down to 3.
+      seed: Seed of the random search. The default is 0.
 
     Returns:
-      uint8 ``[H, W, C]``, with the valid pixels of `image`.
+      uint8 ``[H, W, C]``, with the valid pixels of ``image``.
 
     Raises:
       ValueError: If there is no patch of 3 x 3 valid pixels.
@@ -108,7 +108,7 @@ class _Field:
             self._start_from(coarser)
 
     def matches(self) -> np.ndarray:
-        """Rows and columns of the matches, ``[H, W, 2]``; -1 where there is none."""
+        """Get each match's row and column, ``[H, W, 2]``; -1 where there is none."""
         field = np.full((*self._shape, 2), -1)
         rows, columns = self._rows_and_columns(self._targets)
         field[rows, columns] = np.stack(self._rows_and_columns(self._match), axis=-1)

@@ -28,7 +28,7 @@ class WorkerResult(NamedTuple):
     Attributes:
       image: uint8 ``[H, W, 3]``, or None if the method failed.
       seconds: Time of the method, without the start of the process.
-      error: Why the method failed, or ''.
+      error: Why the method failed, or ``''``.
     """
 
     image: np.ndarray | None

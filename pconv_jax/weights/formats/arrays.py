@@ -87,8 +87,8 @@ def to_tree(
       source: Where the arrays came from, for the error message.
       names: Names of arrays in the source, by path, for the error message. By default
         the paths.
-      strict: Whether arrays that are not in `shapes` are an error. By default they are
-        left out.
+      strict: Whether arrays that are not in ``shapes`` are an error. By default they
+        are left out.
 
     Raises:
       UserError: If arrays are missing, of another shape, not finite or, where strict,
@@ -144,7 +144,7 @@ def check_hash(path: Path, *, written_to: Path | None = None) -> None:
     Args:
       path: Path of the file.
       written_to: Where the file is now, if it does not have that name yet. By default
-        `path`.
+        ``path``.
 
     Raises:
       UserError: If the file has another hash.
@@ -182,7 +182,7 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
     try:
         import h5py  # Only Keras' files need it.
     except ImportError:
-        raise UserError("Keras' files need h5py: pip install h5py") from None
+        raise UserError("Keras' files need h5py: pip install h5py.") from None
     arrays = {}
 
     def visit(name: str, item: Any) -> None:

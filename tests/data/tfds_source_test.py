@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from pconv_jax import UserError
-from pconv_jax.data import pipeline, sources, tfrecord
+from pconv_jax.data import pipeline, sources, tfds_source
 from tests.helpers.images import encode, photo
 
 
@@ -104,20 +104,20 @@ def tfrecord_dir(array_record_dir, tmp_path_factory):
 def test_tfds_is_read_without_tensorflow(request, file_format):
     data_dir = request.getfixturevalue(f"{file_format}_dir")
     for split, size in TinyPhotos.SIZES.items():
-        source = tfrecord.TFDSSource("tiny_photos", split, data_dir)
+        source = tfds_source.TFDSSource("tiny_photos", split, data_dir)
         source = pickle.loads(pickle.dumps(source))
         assert len(source) == size
         assert source.name(1) == f"tiny_photos/1.0.0 {split} record 1"
         images = {source[i].tobytes() for i in range(size)}
         assert images == {photo(seed=n).tobytes() for n in range(size)}
-    part = tfrecord.TFDSSource("tiny_photos", "train[1:4]+validation[2:]", data_dir)
-    train = tfrecord.TFDSSource("tiny_photos:1.0.0", "train", str(data_dir))
-    validation = tfrecord.TFDSSource("tiny_photos", "validation", data_dir)
+    part = tfds_source.TFDSSource("tiny_photos", "train[1:4]+validation[2:]", data_dir)
+    train = tfds_source.TFDSSource("tiny_photos:1.0.0", "train", str(data_dir))
+    validation = tfds_source.TFDSSource("tiny_photos", "validation", data_dir)
     expected = [train[1], train[2], train[3], validation[2]]
     assert len(part) == 4
     for index in range(4):
         np.testing.assert_array_equal(part[index], expected[index])
-    depth = tfrecord.TFDSSource("tiny_photos", "train", data_dir, feature="depth")
+    depth = tfds_source.TFDSSource("tiny_photos", "train", data_dir, feature="depth")
     assert sorted(depth[i].max() for i in range(7)) == list(range(7))
     options = {"batch_size": 4, "image_size": 16, "seed": 3}
     batches = pipeline.train_batches(train, **options)
@@ -128,9 +128,11 @@ def test_tfds_is_read_without_tensorflow(request, file_format):
 
 def test_tfds_errors(array_record_dir, tfrecord_dir, tmp_path):
     with pytest.raises(UserError, match="Unknown split 'test'.*'train', 'validation'"):
-        tfrecord.TFDSSource("tiny_photos", "test", array_record_dir)
+        tfds_source.TFDSSource("tiny_photos", "test", array_record_dir)
     with pytest.raises(UserError, match=r"feature must be one of .*'label'.*'photo'"):
-        tfrecord.TFDSSource("tiny_photos", "train", array_record_dir, feature="photo")
+        tfds_source.TFDSSource(
+            "tiny_photos", "train", array_record_dir, feature="photo"
+        )
     folder = tmp_path / "tiny_photos" / "1.0.0"
     folder.mkdir(parents=True)
     for path in (tfrecord_dir / "tiny_photos" / "1.0.0").iterdir():
@@ -139,16 +141,16 @@ def test_tfds_errors(array_record_dir, tfrecord_dir, tmp_path):
             content[:-9] if "tfrecord" in path.name else content
         )
     with pytest.raises(UserError, match="TFRecord file .*00000-of-00002 is cut short"):
-        tfrecord.TFDSSource("tiny_photos", "train", tmp_path)
+        tfds_source.TFDSSource("tiny_photos", "train", tmp_path)
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace('"tfrecord"', '"riegeli"'))
     with pytest.raises(UserError, match="prepared as riegeli; only array_record"):
-        tfrecord.TFDSSource("tiny_photos", "train", tmp_path)
+        tfds_source.TFDSSource("tiny_photos", "train", tmp_path)
 
 
 def test_tfds_needs_to_know_the_feature():
     image = tfds.features.Image()
-    choose = tfrecord._image_feature
+    choose = tfds_source._image_feature
     assert choose({"label": 0, "hr": image}, "x") == "hr"
     assert choose({"image": image, "depth": image}, "x") == "image"
     with pytest.raises(UserError, match=r"feature must name one of .*\['hr', 'lr'\]"):
@@ -157,12 +159,12 @@ def test_tfds_needs_to_know_the_feature():
 
 def test_tfds_says_how_to_prepare_and_it_works(tmp_path):
     with pytest.raises(UserError, match="is not prepared") as error:
-        tfrecord.TFDSSource("tiny_photos", "train", tmp_path)
+        tfds_source.TFDSSource("tiny_photos", "train", tmp_path)
     assert "pip install tensorflow-cpu importlib-resources" in str(error.value)
     command = re.search(r'python -c "(.*)"', str(error.value))[1]
     tfds.disable_progress_bar()
     exec(command, {})
-    assert len(tfrecord.TFDSSource("tiny_photos", "train", tmp_path)) == 7
+    assert len(tfds_source.TFDSSource("tiny_photos", "train", tmp_path)) == 7
 
 
 def test_open_source_opens_the_splits_of_a_data_set(array_record_dir):
@@ -178,11 +180,11 @@ def test_open_source_opens_the_splits_of_a_data_set(array_record_dir):
 def test_a_wrong_split_is_the_users_mistake(request, file_format, split):
     data_dir = request.getfixturevalue(f"{file_format}_dir")
     with pytest.raises(UserError, match="split: "):
-        tfrecord.TFDSSource("tiny_photos", split, data_dir)
+        tfds_source.TFDSSource("tiny_photos", split, data_dir)
 
 
 def test_a_missing_file_is_the_users_mistake(tfrecord_dir, tmp_path):
     shutil.copytree(tfrecord_dir, tmp_path / "copy")
     next((tmp_path / "copy").rglob("*train.tfrecord*")).unlink()
     with pytest.raises(UserError, match="data_dir: cannot read tiny_photos/1.0.0: "):
-        tfrecord.TFDSSource("tiny_photos", "train", tmp_path / "copy")
+        tfds_source.TFDSSource("tiny_photos", "train", tmp_path / "copy")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pconv_jax.data import pipeline
-from pconv_jax.data.base import UnreadableImageError, decode_gray, decode_image
+from pconv_jax.data.decode import UnreadableImageError, decode_gray, decode_image
 from tests.helpers.images import encode, photo
 
 

@@ -28,11 +28,13 @@ class TFDSSource(ImageSource):
     prepare it.
 
     Args:
-      name: Name of the data set, such as 'celeb_a_hq/256' or 'imagenet2012:5.1.0'.
-      split: Split, such as 'train' or 'train[:90%]'.
-      data_dir: Folder of the data sets. None (the default) is `~/tensorflow_datasets`.
-      feature: Name of the image feature. None (the default) is 'image' if there is one,
-        else the only image feature.
+      name: Name of the data set, such as ``'celeb_a_hq/256'`` or
+        ``'imagenet2012:5.1.0'``.
+      split: Split, such as ``'train'`` or ``'train[:90%]'``.
+      data_dir: Folder of the data sets. None (the default) is
+        ``~/tensorflow_datasets``.
+      feature: Name of the image feature. None (the default) is ``'image'`` if there is
+        one, else the only image feature.
 
     Raises:
       UserError: If there is no such data set, split or feature, or if the data set is
@@ -52,7 +54,7 @@ class TFDSSource(ImageSource):
         self._feature = feature or _image_feature(features, name)
         if self._feature not in features:
             raise UserError(
-                f"feature must be one of {sorted(features)} of {name}, got {feature!r}"
+                f"feature must be one of {sorted(features)} of {name}, got {feature!r}."
             )
         # The other features are not parsed, since some need TensorFlow.
         self._features = tfds.features.FeaturesDict(
@@ -102,7 +104,7 @@ def _image_feature(features: tfds.features.FeaturesDict, name: str) -> str:
         return "image"
     if len(images) != 1:
         raise UserError(
-            f"feature must name one of the image features of {name}: {sorted(images)}"
+            f"feature must name one of the image features of {name}: {sorted(images)}."
         )
     return images[0]
 
@@ -113,7 +115,7 @@ def _open_records(builder: tfds.core.DatasetBuilder, split: str) -> _Records:
         raise UserError(
             f"name: the data set {info.full_name} is prepared as "
             f"{info.file_format and info.file_format.value}; only array_record and "
-            "tfrecord can be read"
+            "tfrecord can be read."
         )
     try:
         instructions = info.splits[split].file_instructions
@@ -129,7 +131,7 @@ def _open_records(builder: tfds.core.DatasetBuilder, split: str) -> _Records:
         )
         return cast(_Records, records)
     except OSError as error:
-        raise UserError(f"data_dir: cannot read {info.full_name}: {error}") from error
+        raise UserError(f"data_dir: cannot read {info.full_name}: {error}.") from error
 
 
 class _TFRecords:
@@ -163,5 +165,5 @@ def _tfrecord_spans(path: str) -> list[Span]:
             spans.append(Span(path, offset + 12, length))
             offset += 12 + length + 4
     if offset != size:
-        raise UserError(f"data_dir: the TFRecord file {path} is cut short or damaged")
+        raise UserError(f"data_dir: the TFRecord file {path} is cut short or damaged.")
     return spans
