@@ -32,6 +32,19 @@ from pconv_jax._errors import UserError
 
 PyTree = Any
 
+# What Orbax, TensorStore and JSON raise for missing, cut and changed files. Others,
+# such as too many open files, say nothing about the checkpoint.
+_DAMAGE = (
+    AttributeError,
+    EOFError,
+    FileNotFoundError,
+    IsADirectoryError,
+    LookupError,
+    NotADirectoryError,
+    TypeError,
+    ValueError,
+)
+
 _logger = logging.getLogger(__name__)
 
 
@@ -84,7 +97,7 @@ class Checkpoints:
         self._current: int | None = None
         self._scores: dict[int, float] = {}
         for step in self.steps() if best_metric else ():
-            with contextlib.suppress(Exception):  # `restore` reports broken steps.
+            with contextlib.suppress(*_DAMAGE):  # `restore` reports broken steps.
                 self._note_score(step, self._read_record(step)["metrics"])
 
     def __enter__(self) -> Self:
@@ -218,7 +231,7 @@ class Checkpoints:
             try:
                 record = self._read_record(candidate)
                 stored = self._read_items(candidate, targets, record["leaves"])
-            except Exception as error:  # Broken files raise errors of every kind.
+            except _DAMAGE as error:
                 reason = " ".join(str(error).split())[:200] or "no message"
                 failures.append(f"step {candidate}: {type(error).__name__}: {reason}")
                 _logger.warning("Skipped an unreadable checkpoint, %s", failures[-1])
