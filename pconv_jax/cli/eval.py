@@ -42,9 +42,10 @@ def add(commands: Subparsers) -> None:
         type=_words,
         default=None,
         metavar="NAME,...",
-        help="what to compare: network; mean, telea, navier_stokes, biharmonic, "
-        "patchmatch; NAME=PATH for another network, by its workdir or weights file; or "
-        "all (default: network,mean,telea,navier_stokes)",
+        help="what to compare: network; repair, the network with detail of the image; "
+        "mean, telea, navier_stokes, biharmonic, patchmatch; NAME=PATH for another "
+        "network, by its workdir or weights file; or all, for the network and the "
+        "baselines (default: network,mean,telea,navier_stokes)",
     )
     command.add_argument("--examples", type=int, help="examples of each class of masks")
     command.add_argument("--images", help="folder or tar file of other images")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ from pconv_jax import unet
 from pconv_jax._errors import UserError
 from pconv_jax.evaluate.baselines import classical
 from pconv_jax.evaluate.baselines.worker import Worker
+from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.runs import parallel
 from pconv_jax.runs.inference import fill_step
 from pconv_jax.runs.opening import load_network
@@ -123,6 +125,43 @@ class Network:
         errors = ["" if ok else "its output is not finite" for ok in filled["finite"]]
         return InpaintResult(filled["output"], np.full(len(images), seconds), errors)
 
+    def to_inpainter(self) -> Inpainter:
+        """Make an inpainter of the network."""
+        return Inpainter(self.model, self._variables)
+
+    def close(self) -> None:
+        """See `Method`."""
+
+
+class Repair:
+    """A network as `Inpainter` uses it, from coarse to fine and with detail."""
+
+    name = "repair"
+    description = "The network from coarse to fine, with detail: pconv_jax.Inpainter."
+    model = None  # Its valid pixels are those of the image.
+
+    def __init__(self, network: Network):
+        """Prepare to repair with a network."""
+        self.fingerprint = network.fingerprint
+        self._inpainter = network.to_inpainter()
+
+    def fill(self, images: np.ndarray, mask: np.ndarray) -> InpaintResult:
+        """See `Method`."""
+        holes = mask[..., 0] == 0
+        filled, seconds, errors = [], [], []
+        for image, hole in zip(images, holes):
+            start = time.perf_counter()
+            try:
+                with warnings.catch_warnings():  # Of large holes, which are meant here.
+                    warnings.simplefilter("ignore", UserWarning)
+                    filled.append(self._inpainter(image, hole))
+                errors.append("")
+            except UserError as error:  # For example, no pixel is valid.
+                filled.append(np.zeros_like(image))
+                errors.append(str(error))
+            seconds.append(time.perf_counter() - start)
+        return InpaintResult(np.stack(filled), np.array(seconds), errors)
+
     def close(self) -> None:
         """See `Method`."""
 
@@ -168,9 +207,9 @@ def get_methods(
     """Create methods from their specifications.
 
     Args:
-      specs: Names of baselines; the name of ``network``; ``NAME=PATH`` for other
-        networks, where PATH is a run's directory or weights; ``all`` for ``network``
-        and all baselines.
+      specs: Names of baselines; the name of ``network``; ``repair`` for `Repair` with
+        it; ``NAME=PATH`` for other networks, where PATH is a run's directory or
+        weights; ``all`` for ``network`` and all baselines.
       network: The evaluated network, if there is one.
       time_budget: Seconds that a baseline may take for an image.
 
@@ -214,9 +253,11 @@ def _get_method(
         return Network(name, other.model, other.variables, description=about)
     if network and name == network.name:
         return network
+    if network and name == Repair.name:
+        return Repair(network)
     if name in classical.BASELINES:
         return Baseline(name, time_budget=time_budget)
     raise UserError(
-        f"methods: {name!r} is unknown; use {', '.join(known)}, 'all', or NAME=PATH "
-        "for other networks."
+        f"methods: {name!r} is unknown; use {', '.join(known)}, 'repair', 'all', or "
+        "NAME=PATH for other networks."
     )

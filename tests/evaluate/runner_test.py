@@ -22,6 +22,7 @@ from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.evaluate import methods, output, runner
 from pconv_jax.evaluate.eval_set import MASK_CLASSES, EvalSet, draw_masks
 from pconv_jax.evaluate.runner import EvalData
+from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.metrics import lpips
 from pconv_jax.runs import opening
 from pconv_jax.runs.checkpoint import Checkpoints
@@ -36,6 +37,7 @@ from tests.helpers.evaluation import (
     make_eval_set,
     write_mask_folder,
 )
+from tests.helpers.networks import make_network
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -308,6 +310,22 @@ def test_mistakes_are_user_errors(run, options, message):
         options = options | {"workdir": options.get("workdir") or run}
     with pytest.raises(ValueError, match=message):
         runner.evaluate_run(**options, learned=False)
+
+
+def test_repair_is_what_the_inpainter_does():
+    network = methods.Network("tiny", *make_network())
+    (repair,) = methods.get_methods(["repair"], network, time_budget=60.0)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
+    mask = np.ones((2, 32, 32, 1), np.uint8)
+    mask[0, 8:20, 8:20] = 0
+    mask[1] = 0
+    result = repair.fill(images, mask)
+    expected = Inpainter(*make_network())(images[0], mask[0, ..., 0] == 0)
+    np.testing.assert_array_equal(result.images[0], expected)
+    assert result.errors[0] == "" and "no valid pixel" in result.errors[1]
+    with pytest.raises(ValueError, match="'repair' is unknown"):
+        methods.get_methods(["repair"], None, time_budget=60.0)
 
 
 @pytest.mark.slow
