@@ -1,6 +1,11 @@
 """Settings that JAX reads once, when it starts: so they stand before every test."""
 
+import contextlib
+import ctypes
+import functools
+import gc
 import os
+import sys
 
 # Expected numbers, and four devices, are a CPU's, also where there is a GPU; and so are
 # those of the processes that tests start.
@@ -19,6 +24,21 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_memory():
+    """Forget what a module compiled: hardly anything serves the next one."""
+    yield
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("pconv_jax", "tests"):
+            for value in vars(module).values():
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # Where the C library is GNU's:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # it keeps freed memory otherwise.
 
 
 @pytest.fixture(scope="module")
