@@ -1,11 +1,14 @@
 """Settings that JAX reads once, when it starts: so they stand before every test."""
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import gc
 import os
+import shutil
 import sys
+import tempfile
 
 # Expected numbers, and four devices, are a CPU's, also where there is a GPU; and so are
 # those of the processes that tests start.
@@ -24,6 +27,19 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+# A program is compiled once: another test reads what the first wrote. So do processes
+# that get helpers.commands.training_environment().
+if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers inherit the variable.
+    os.environ["PCONV_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="pconv-compiled-")
+    atexit.register(
+        shutil.rmtree, os.environ["PCONV_TESTS_COMPILED"], ignore_errors=True
+    )
+jax.config.update("jax_compilation_cache_dir", os.environ["PCONV_TESTS_COMPILED"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Any limit makes processes lock the folder, so that none reads half a file.
+jax.config.update("jax_compilation_cache_max_size", 2**32)
 
 
 @pytest.fixture(scope="module", autouse=True)

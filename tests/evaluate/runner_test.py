@@ -2,7 +2,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from pconv_jax.runs.config import default_config, read_settings
 from pconv_jax.unet import PConvUNet
 from pconv_jax.weights import pretrained
 from tests.helpers import ROOT
+from tests.helpers.commands import training_environment
 from tests.helpers.evaluation import (
     SIZE,
     FakeMethod,
@@ -364,20 +364,10 @@ def command(*arguments):
     return [sys.executable, str(ROOT / "eval.py"), *map(str, arguments)]
 
 
-def environment(devices=1):
-    return os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",
-    }
-
-
 def start(devices, *arguments):
     return subprocess.Popen(
         command(*arguments),
-        env=environment(devices),
+        env=training_environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )

@@ -1,7 +1,10 @@
-"""The command pconv in a process."""
+"""Commands in processes."""
 
+import os
 import subprocess
 import sys
+
+import jax
 
 from tests.helpers import ROOT
 
@@ -13,4 +16,25 @@ def pconv(*arguments):
         capture_output=True,
         text=True,
         timeout=120,
+    )
+
+
+def training_environment(devices=1):
+    """Get variables for processes that train or evaluate, and so compile long."""
+    # Each reads what those before it compiled.
+    shared = (
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    return (
+        os.environ
+        | {name.upper(): str(getattr(jax.config, name)) for name in shared}
+        | {
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": "",
+        }
     )

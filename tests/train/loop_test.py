@@ -1,6 +1,5 @@
 import contextlib
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -23,6 +22,7 @@ from pconv_jax.unet import IMAGENET, PConvUNet
 from pconv_jax.weights import hub
 from pconv_jax.weights import vgg as vgg_weights
 from tests.helpers import ROOT
+from tests.helpers.commands import training_environment
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -399,19 +399,13 @@ def command(workdir, *arguments, **fields):
     return [*program, config, *flags, f"--workdir={workdir}", *arguments]
 
 
-def environment(devices=1):
-    return os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",
-    }
-
-
 def run(arguments):
     return subprocess.run(
-        arguments, env=environment(), capture_output=True, text=True, timeout=300
+        arguments,
+        env=training_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -426,7 +420,10 @@ def start_and_signal(arguments, workdir, number, after):
 
 def start(arguments):
     return subprocess.Popen(
-        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        arguments,
+        env=training_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
