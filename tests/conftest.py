@@ -64,3 +64,12 @@ def fast_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Run a module on one worker, so that its fixtures are made once."""
+    if config.getoption("dist") == "load":  # What -n means.
+        from xdist.scheduler import LoadFileScheduling
+
+        return LoadFileScheduling(config, log)
