@@ -57,13 +57,33 @@ def release_memory():
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # it keeps freed memory otherwise.
 
 
-@pytest.fixture(scope="module")
-def fast_compilation():
-    """For tests that compile long and compute little."""
+@contextlib.contextmanager
+def _optimizations(disabled):
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", disabled)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def fast_compilation():
+    """For modules that compile long and compute little."""
+    with _optimizations(disabled=True):
+        yield
+
+
+@pytest.fixture
+def fast_compilation_once():
+    """For a test that compiles long, in a module that is optimized."""
+    with _optimizations(disabled=True):
+        yield
+
+
+@pytest.fixture
+def fast_computation_once():
+    """For a test that computes long, in a module with fast compilation."""
+    with _optimizations(disabled=False):
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -565,6 +565,7 @@ def test_errors(fields, shape, mask_shape, message):
         model.init(jax.random.key(0), images, mask)
 
 
+@pytest.mark.usefixtures("fast_compilation_once")
 @pytest.mark.parametrize("conv", ["partial", "standard"])
 def test_any_number_of_images(conv):
     model = PConvUNet(depth=2, width=4, conv=conv)

@@ -329,6 +329,7 @@ def test_repair_is_what_the_inpainter_does():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_computation_once")
 def test_the_bundled_network_beats_the_baselines():
     trained = opening.load_weights("photos")
     names = ["mean", "telea", "navier_stokes"]

@@ -295,6 +295,7 @@ def test_a_repository_on_the_hub(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_compilation_once")
 @pytest.mark.parametrize("normalization", ["none", "imagenet"])
 def test_training_goes_on_from_an_imported_network(normalization, tmp_path):
     imported = importers.import_network(small_mmagic(), "small")
@@ -320,6 +321,7 @@ def test_training_goes_on_from_an_imported_network(normalization, tmp_path):
     assert any(jax.tree.leaves(changed))
 
 
+@pytest.mark.usefixtures("fast_compilation_once")
 @pytest.mark.parametrize(
     ("fields", "difference"),
     [
