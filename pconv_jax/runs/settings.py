@@ -163,7 +163,7 @@ class Settings:
 
     seed: int = setting(0, "Seed of everything random.", within="[0, 2**32)")
     image_size: int = setting(
-        512, "Side of the square crops, in pixels.", within="[1, inf)"
+        512, "Side of the square crops, in pixels.", within="[8, inf)"
     )
     batch_size: int = setting(6, "Images of a step, on all devices.", within="[1, inf)")
     accumulate: int = setting(
@@ -272,6 +272,16 @@ class Settings:
             raise UserError(
                 "config: vgg must be imagenet, auto, none or the path of a weights "
                 f"file, got {self.vgg!r}."
+            )
+        rim = max(
+            1, self.image_size * 50 // 512
+        )  # Which masks without border leave out.
+        room = (1 - 2 * rim / self.image_size) ** 2
+        largest = self.masks.hole_ratio[1]
+        if self.masks.border == "never" and not self.masks.folder and largest > room:
+            raise UserError(
+                f"config: masks.hole_ratio reaches {largest}, but with masks.border = "
+                f"'never' there is room for {room:.3f} of the pixels."
             )
         step = 2**self.model.depth
         if self.image_size % step:

@@ -183,6 +183,7 @@ def open_experiment(
     """
     parallel.check_batch_size(settings.batch_size, parts=settings.accumulate)
     model = model or opening.get_model(settings.model)
+    _check_batch_norm(settings, model)
     warnings: list[str] = []
     params, digest = _load_features(settings.vgg, warnings)
     features = None
@@ -205,6 +206,20 @@ def open_experiment(
     )
     _check_processes(experiment)
     return experiment
+
+
+def _check_batch_norm(settings: Settings, model: PConvUNet) -> None:
+    """Check that the innermost stage has more than one value a channel to average."""
+    if parallel.device_count() > 1 or not model.encoder[-1].batch_norm:
+        return
+    images = settings.batch_size // settings.accumulate
+    if images == 1 and settings.image_size == model.size_multiple:
+        raise UserError(
+            f"config: batch_size = {settings.batch_size} and accumulate = "
+            f"{settings.accumulate} leave the innermost batch normalization one value "
+            f"a channel, at image_size = {settings.image_size} and model.depth = "
+            f"{len(model.encoder)}: use a larger batch or image, or a smaller depth."
+        )
 
 
 def _load_features(

@@ -122,6 +122,7 @@ def test_all_wrong_fields_are_named_at_once():
         ),
         ("average_decay", 1.0, r"average_decay must be a number in \[0, 1\), got 1.0"),
         ("image_size", 500, "use 256 or 512, or a smaller depth"),
+        ("image_size", 4, r"image_size must be an integer in \[8, inf\), got 4"),
         ("image_size", 100, "use 256, or a smaller depth"),
     ],
 )
@@ -156,6 +157,17 @@ def test_one_path_may_be_a_text(value):
     assert data.path == data.validation_path == ("a.tar",)
     config.data.path = None
     assert read_settings(config).data.path is None
+
+
+def test_holes_that_have_no_room_without_the_border():
+    config = default_config()
+    config.masks.border = "never"
+    read_settings(config)
+    config.masks.hole_ratio = (0.01, 0.7)
+    with pytest.raises(ValueError, match="reaches 0.7, .* there is room for 0.648"):
+        read_settings(config)
+    config.masks.folder = "masks"  # Whose masks are not drawn.
+    read_settings(config)
 
 
 def test_integers_will_do_for_floats():
