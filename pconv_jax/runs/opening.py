@@ -94,7 +94,7 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
     step, variables, meta = restored
     if (kind := meta.get("network", PConvUNet.__name__)) != PConvUNet.__name__:
         raise UserError(
-            f"workdir: {workdir} is of a {kind}, a class that the settings do not "
+            f"workdir: {workdir} holds a {kind}, a class that the settings do not "
             "describe. Build the network, and use checkpoint.restore_network."
         )
     settings = Settings.from_json(meta["config"])

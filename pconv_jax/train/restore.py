@@ -141,10 +141,10 @@ def _read_weights(experiment: Experiment) -> dict[str, Any]:
 def _check_network(experiment: Experiment, meta: Mapping[str, Any], what: str) -> None:
     ours = experiment.identity["network"]
     if (theirs := meta.get("network", ours)) != ours:
-        raise UserError(f"{what} is of a {theirs}, not a {ours}.")
+        raise UserError(f"{what} holds a {theirs}, not a {ours}.")
     if different := model_differences(meta.get("model"), experiment.model):
         raise UserError(
-            f"{what} is of a network of other {', '.join(different)}. Give that "
+            f"{what} holds a network with other {', '.join(different)}. Give that "
             "network as model, or name another run."
         )
 

@@ -287,7 +287,7 @@ def test_a_network_of_another_class_is_told_apart(tmp_path):
             tiny(**fields, init_from=str(tmp_path / "run")), tmp_path / "next"
         ),
     ):
-        with pytest.raises(ValueError, match="run is of a Other, "):
+        with pytest.raises(ValueError, match="run holds a Other, "):
             read()
     fields["init_from"] = str(tmp_path / "run")
     loop.train_and_evaluate(tiny(**fields), tmp_path / "next", model=other)
@@ -307,7 +307,9 @@ def test_a_network_is_told_apart_by_what_no_array_shows(tmp_path):
             tiny(**fields, init_from=str(tmp_path / "run")), tmp_path / "next"
         ),
     ):
-        with pytest.raises(ValueError, match="is of a network of other normalization"):
+        with pytest.raises(
+            ValueError, match="a network with other normalization"
+        ):
             read()
 
 
