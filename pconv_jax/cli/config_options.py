@@ -40,7 +40,7 @@ def read_config(arguments: argparse.Namespace) -> Any:
       The config, or None if no file is named.
 
     Raises:
-      UserError: If a value is of the wrong type, or fields are set without a file; or
+      UserError: If a value has the wrong type, or fields are set without a file. Also
         as `load_config`.
     """
     changes = {

@@ -229,7 +229,7 @@ class Settings:
             where None is allowed, as on the command line.
 
         Raises:
-          UserError: If fields are unknown, missing or of the wrong type, naming all of
+          UserError: If fields are unknown, missing or have a wrong type, naming all of
             them; or naming the first whose value is out of range.
         """
         given = _flatten(values)
