@@ -307,9 +307,7 @@ def test_a_network_is_told_apart_by_what_no_array_shows(tmp_path):
             tiny(**fields, init_from=str(tmp_path / "run")), tmp_path / "next"
         ),
     ):
-        with pytest.raises(
-            ValueError, match="a network with other normalization"
-        ):
+        with pytest.raises(ValueError, match="a network with other normalization"):
             read()
 
 
