@@ -9,9 +9,9 @@ images decide which patches are similar:
 * the low frequencies of the guide, which do not change;
 * the current estimate, with all its detail.
 
-The guide's weight falls with the distance from the rim of the hole, in pixels of the
-scale at hand. So narrow holes and coarse scales follow the guide. The middle of a wide
-hole, where a network only knows a color, follows the estimate of the coarser scale.
+The guide's weight falls with the distance from the rim of the hole. So narrow holes
+follow the guide. In wide holes, where a network only knows a color, the guide counts
+near the rim alone, and the middle continues the image from coarse to fine.
 
 Images are float32 ``[H, W, C]`` in [0, 255]; a *hole* is bool ``[H, W]``, True where to
 fill.
@@ -46,15 +46,22 @@ _ROUNDS = 8  # Searches and votes at each scale.
 _MANY_TARGETS = 60_000
 _STRIDES = (8, 4, 2, 1)  # Distances, in pixels, at which neighbors share their matches.
 _ESTIMATE_WEIGHT = 0.6  # Of differences from the estimate, beside those from the guide.
-_RIM = 6.0  # Depth, in pixels, at which the guide's weight begins to fall by e a _RIM.
-_LEAST_WEIGHT = 0.02  # The guide's weight at any depth.
+# Depth, in pixels of the image, from which on the guide's weight falls by e each such
+# depth, in narrow and in wide holes; but at most _RIM pixels of the scale at hand.
+_TRUSTED = (16.0, 4.0)
+_RIM = 6.0
+_WIDE = 32.0  # Depth, in pixels of the image, from which on a hole is wide.
 _RIM_DECAY = 1.3  # A vote loses this factor for each pixel of depth: rims are surer.
 # Standard deviations of low-passes, in pixels. The guide is compared at finer
 # frequencies in narrow holes, where it is accurate, than in wide ones, where it lacks
 # texture.
 _GUIDE_SIGMA = (0.8, 1.5)
 _DEPTH_PER_SIGMA = 16  # Depth of a hole, in pixels, for a sigma of 1.
-_PINNED_SIGMA = 1.5  # Of the difference from the guide that is removed at the end.
+# At the end, all but the finest detail moves towards the guide: by the larger part at
+# the rim, by the smaller one deep in the hole; it falls by e each so many pixels.
+_BLEND = (0.2, 0.6)
+_BLEND_DEPTH = 12.0
+_BLEND_SIGMA = 1.3
 _MAX_DECAY = 30  # Pixels of depth from which on this factor stays the same.
 _MIN_SIDE = 48  # Pixels. Smaller images are not halved.
 _MIN_SOURCES = 64  # Patches to copy from. An image with fewer is not halved further.
@@ -230,18 +237,22 @@ def _fill_window(scale: _Scale, rng: np.random.Generator) -> np.ndarray:
         scales.append(smaller)
     sigma = float(np.clip(widest / _DEPTH_PER_SIGMA, *_GUIDE_SIGMA))
     estimate = matches = None
-    for scale in reversed(scales):
-        estimate, matches = _refine_scale(scale, estimate, matches, sigma, rng)
+    for level, scale in reversed(list(enumerate(scales))):
+        weight = _guide_weight(scale.hole, 2**level)
+        estimate, matches = _refine_scale(scale, estimate, matches, weight, sigma, rng)
     assert estimate is not None
-    # Near the rim the low frequencies of the guide are more accurate than the vote's.
-    shift = _blur(scales[0].image - estimate, _PINNED_SIGMA)
-    return estimate + _guide_weight(scales[0].hole)[..., None] * shift
+    # Near the rim the guide is more accurate than the vote, and further in the mean of
+    # both is more accurate than either.
+    fall = np.exp(1 - _depth(scale.hole) / _BLEND_DEPTH)
+    part = np.clip(fall, *_BLEND)[..., None]
+    return estimate + part * _blur(scale.image - estimate, _BLEND_SIGMA)
 
 
 def _refine_scale(
     scale: _Scale,
     estimate: np.ndarray | None,
     matches: _Matches | None,
+    guide_weight: np.ndarray,
     sigma: float,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, _Matches]:
@@ -251,6 +262,7 @@ def _refine_scale(
       scale: The image at this scale.
       estimate: The filled image of the next coarser scale, or None at the coarsest.
       matches: The matches of that scale.
+      guide_weight: Weight of differences from the guide, ``[H, W]``.
       sigma: Standard deviation of the low-pass of the guide, in pixels.
       rng: Source of random numbers.
 
@@ -273,7 +285,7 @@ def _refine_scale(
     targets = _Targets(
         pixel=grid.number(rows, columns),
         in_hole=hole[rows, columns],
-        guide_weight=_guide_weight(hole)[rows, columns],
+        guide_weight=guide_weight[rows, columns],
         rim_weight=_RIM_DECAY ** -np.minimum(_depth(near), _MAX_DECAY)[rows, columns],
         match=grid.number(*first),
     )
@@ -544,9 +556,14 @@ def _centers(source: np.ndarray) -> np.ndarray:
     return cv2.erode(source.astype(np.uint8), square, **border) > 0
 
 
-def _guide_weight(hole: np.ndarray) -> np.ndarray:
-    fall = np.exp(-np.maximum(_depth(hole) - _RIM, 0) / _RIM)
-    return (_LEAST_WEIGHT + (1 - _LEAST_WEIGHT) * fall).astype(np.float32)
+def _guide_weight(hole: np.ndarray, zoom: int) -> np.ndarray:
+    """Weigh the guide by the depth in a hole, at a scale of ``1 / zoom``."""
+    depth = _depth(hole)
+    wide = depth * zoom >= _WIDE
+    if wide.any():  # Around these pixels, up to the rim, the hole is wide.
+        wide = _depth(~wide) * zoom < _WIDE
+    trusted = np.minimum(np.where(wide, *_TRUSTED[::-1]) / zoom, _RIM)
+    return np.exp(-np.maximum(depth / trusted - 1, 0)).astype(np.float32)
 
 
 def _depth(hole: np.ndarray) -> np.ndarray:

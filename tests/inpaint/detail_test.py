@@ -73,7 +73,8 @@ def test_excluded_pixels_are_not_copied():
     assert distance.mean() < farther.mean()
     rng = np.random.default_rng(0)
     scale = detail._Scale(guide.astype(np.float32), hole, ~hole & ~red)
-    _, matches = detail._refine_scale(scale, None, None, 1.0, rng)
+    weight = detail._guide_weight(hole, 1)
+    _, matches = detail._refine_scale(scale, None, None, weight, 1.0, rng)
     assert matches.columns[matches.rows >= 0].min() == 40 + 2
 
 
@@ -148,7 +149,8 @@ def test_matches_are_nearly_the_nearest():
     image = rng.integers(0, 256, (40, 44, 1)).astype(np.float32)
     hole = square_hole((40, 44), 6)
     scale = detail._Scale(image, hole, ~hole)
-    filled, matches = detail._refine_scale(scale, image, None, 1.0, rng)
+    weight = detail._guide_weight(hole, 1)
+    filled, matches = detail._refine_scale(scale, image, None, weight, 1.0, rng)
     centers = detail._centers(~hole)
     rows, columns = np.nonzero(matches.rows >= 0)
     assert len(rows) == 10 * 10  # The hole and two pixels around it.
@@ -156,7 +158,6 @@ def test_matches_are_nearly_the_nearest():
     assert centers[found].all()
     # The last search was for the estimate before the last vote, hence not exact.
     low = detail._blur(image, 1.0)
-    weight = detail._guide_weight(hole)
     pad = [(2, 2), (2, 2), (0, 0)]
     patches = np.lib.stride_tricks.sliding_window_view(
         np.pad(np.where(hole[..., None], filled, image), pad, "edge"), (5, 5), (0, 1)
@@ -184,6 +185,20 @@ def test_narrow_holes_follow_navier_stokes_and_wide_ones_the_network():
     np.testing.assert_array_equal(guide[~hole], image[~hole])
     assert np.abs(guide - image)[10:12, 10:70].mean() < 20  # Of 255.
     np.testing.assert_array_equal(guide[50:60, 30:50], 255)
+
+
+def test_the_guide_counts_less_in_wide_holes():
+    """At equal depth, in pixels of the image, at any scale."""
+    hole = np.zeros((256, 256), bool)
+    hole[20:220, 20:120] = hole[20:220, 140:160] = True  # 100 and 20 pixels wide.
+    weight = detail._guide_weight(hole, 1)
+    assert weight[~hole].min() == 1
+    np.testing.assert_allclose(weight[100, 140:149], weight[100, 159:150:-1])
+    assert (weight[100, 26:30] < 0.7 * weight[100, 146:150]).all()
+    assert weight[100, 70] < 1e-4 < 0.2 < weight[100, 150]
+    # Half the size halves the depth in pixels, not the weight.
+    half = detail._guide_weight(hole[::2, ::2], 2)
+    assert half[50, 13] == pytest.approx(weight[100, 27], rel=0.3)
 
 
 def test_mistakes():
