@@ -6,6 +6,7 @@ A method fills images, uint8 ``[N, H, W, 3]``, with masks, uint8 ``[N, H, W, 1]`
 
 import functools
 import hashlib
+import inspect
 import json
 import re
 import time
@@ -20,6 +21,7 @@ from pconv_jax import unet
 from pconv_jax._errors import UserError
 from pconv_jax.evaluate.baselines import classical
 from pconv_jax.evaluate.baselines.worker import Worker
+from pconv_jax.inpaint import detail, fill, tiling
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.runs import parallel
 from pconv_jax.runs.inference import fill_step
@@ -86,6 +88,7 @@ class Network:
         variables: Mapping[str, Any],
         *,
         description: str = "",
+        info: Mapping[str, Any] | None = None,
     ):
         """Put the network on the devices.
 
@@ -94,10 +97,12 @@ class Network:
           model: The network.
           variables: Its ``params`` and ``batch_stats``.
           description: A sentence about it; by default one that names its convolutions.
+          info: Facts of its weights file, for `Inpainter`. By default there are none.
         """
         self.name = name
         self.description = description or f"A network ({model.conv} convolutions)."
         self.model = model
+        self._info = info
         self._variables = parallel.replicate(variables)
         self._shapes: set[tuple[int, ...]] = set()
 
@@ -127,7 +132,7 @@ class Network:
 
     def to_inpainter(self) -> Inpainter:
         """Make an inpainter of the network."""
-        return Inpainter(self.model, self._variables)
+        return Inpainter(self.model, self._variables, info=self._info)
 
     def close(self) -> None:
         """See `Method`."""
@@ -142,8 +147,13 @@ class Repair:
 
     def __init__(self, network: Network):
         """Prepare to repair with a network."""
-        self.fingerprint = network.fingerprint
         self._inpainter = network.to_inpainter()
+        # The code of the search and the steps from coarse to fine may change.
+        digest = hashlib.blake2b(digest_size=16)
+        for module in (detail, fill, tiling):
+            digest.update(inspect.getsource(module).encode())
+        depth = f"trusted depth {self._inpainter.trusted_depth}"
+        self.fingerprint = f"{network.fingerprint} {depth} {digest.hexdigest()}"
 
     def fill(self, images: np.ndarray, mask: np.ndarray) -> InpaintResult:
         """See `Method`."""
@@ -250,7 +260,9 @@ def _get_method(
             )
         other = load_network(path)
         about = f"A network ({other.model.conv} convolutions) from {path}."
-        return Network(name, other.model, other.variables, description=about)
+        return Network(
+            name, other.model, other.variables, description=about, info=other.info
+        )
     if network and name == network.name:
         return network
     if network and name == Repair.name:

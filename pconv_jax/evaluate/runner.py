@@ -200,7 +200,7 @@ def evaluate_run(
         settings = config if isinstance(config, Settings) else read_settings(config)
     eval_set = _open_eval_set(settings, data, bundled=bundled)
     name = network_name(trained.model)
-    network = Network(name, trained.model, trained.variables)
+    network = Network(name, trained.model, trained.variables, info=trained.info)
     specs = [name if spec == "network" else spec for spec in methods]
     chosen = methods_lib.get_methods(specs, network, time_budget=time_budget)
     networks = None

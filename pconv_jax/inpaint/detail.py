@@ -116,7 +116,7 @@ def add_detail(
             )
         excluded = hole | exclude
     result = image.copy()
-    for number, (window, part) in enumerate(_regions(hole)):
+    for number, (window, part) in enumerate(regions(hole)):
         start = np.where(hole[window][..., None], guide[window], image[window]).astype(
             np.float32
         )
@@ -147,7 +147,7 @@ def sharpen_guide(image: np.ndarray, hole: np.ndarray, guide: np.ndarray) -> np.
       The new guide, of the dtype of ``guide``.
     """
     result = guide.copy()
-    for window, part in _regions(hole):
+    for window, part in regions(hole):
         depth = _depth(part)
         for _ in range(_REACH_OF_DEPTH):  # The largest depth nearby, along the hole.
             depth = np.where(part, cv2.dilate(depth, np.ones((3, 3))), 0)
@@ -195,7 +195,7 @@ class _Matches(NamedTuple):
     columns: np.ndarray
 
 
-def _regions(hole: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
+def regions(hole: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
     """Divide a hole into parts that are filled one after the other.
 
     Yields:

@@ -23,6 +23,9 @@ class HoleFiller:
     They have a few fixed sizes, so that the network is compiled only a few times. Where
     only a late encoder stage closes a hole, or none, its center is filled at half the
     resolution, recursively.
+
+    Attributes:
+      trusted_depth: The last encoder stage whose fillings are kept.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class HoleFiller:
         # Late stages see so little of the image that they give the mean of all images,
         # gray. At half the size they see more.
         largest = max(len(model.encoder) - 1, 1)
-        self._trusted_depth = min(trusted_depth or _TRUSTED_DEPTH, largest)
+        self.trusted_depth = min(trusted_depth or _TRUSTED_DEPTH, largest)
         step = model.size_multiple
         self._sides = sorted({-(-side // step) * step for side in SIDES})
         self._variables = jax.device_put(variables)
@@ -71,7 +74,7 @@ class HoleFiller:
             output, levels = self._apply(values, known, valid, tile)
             part = hole[tile.box]
             depth[tile.box][part] = levels[part]
-            if levels[part].max() > self._trusted_depth:
+            if levels[part].max() > self.trusted_depth:
                 wide.append(tile)
             else:
                 values[tile.box][part] = output[part]
@@ -97,12 +100,12 @@ class HoleFiller:
         Returns:
           Where that is, bool ``[H, W]``.
         """
-        center = hole & (depth > self._trusted_depth)
+        center = hole & (depth > self.trusted_depth)
         half, half_known = halve(values, known)
         half_depth = self.fill(half, half_known, ~half_known)
         values[center] = double(half, hole.shape)[center]
         half_depth = double(half_depth, hole.shape, interpolation=cv2.INTER_NEAREST)
-        depth[center] = np.maximum(half_depth, self._trusted_depth)[center] + 1
+        depth[center] = np.maximum(half_depth, self.trusted_depth)[center] + 1
         known |= center
         return center
 

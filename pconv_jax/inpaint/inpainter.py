@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 
 from pconv_jax._errors import UserError
 from pconv_jax.inpaint import image_io, values
-from pconv_jax.inpaint.detail import add_detail, sharpen_guide
+from pconv_jax.inpaint.detail import add_detail, regions, sharpen_guide
 from pconv_jax.inpaint.fill import HoleFiller
 from pconv_jax.inpaint.formats import MAX_PIXELS
 from pconv_jax.inpaint.hole import (
@@ -108,6 +108,11 @@ class Inpainter:
         self._max_pixels = max_pixels
         self._detail = detail
         self._filler = HoleFiller(model, variables, trusted_depth=_trusted_depth(info))
+
+    @property
+    def trusted_depth(self) -> int:
+        """The last encoder stage whose fillings are kept; see `HoleFiller`."""
+        return self._filler.trusted_depth
 
     @classmethod
     def from_pretrained(
@@ -430,16 +435,16 @@ def _trusted_depth(info: Mapping[str, Any] | None) -> int | None:
 def _add_detail(
     network_values: np.ndarray, hole: np.ndarray, exclude: np.ndarray, seed: int
 ) -> None:
-    """Add detail to a filled hole, in place.
-
-    Gray images of a color network have three equal channels; one of them is searched.
-    """
-    image = np.clip((network_values + 1) * 127.5, 0, 255)
-    if np.array_equal(image[..., :1].repeat(image.shape[2], axis=2), image):
-        image = image[..., :1]
-    guide = sharpen_guide(image, hole, image)
-    filled = add_detail(image, hole, guide, seed=seed, exclude=exclude)
-    network_values[hole] = filled[hole] / 127.5 - 1
+    """Add detail to a filled hole, in place, in one window after the other."""
+    for window, part in regions(hole):
+        image = np.clip((network_values[window] + 1) * 127.5, 0, 255)
+        # Gray images of a color network have equal channels; one of them is searched.
+        if (image == image[..., :1]).all():
+            image = image[..., :1]
+        guide = sharpen_guide(image, part, image)
+        other = exclude[window] | (hole[window] & ~part)
+        filled = add_detail(image, part, guide, seed=seed, exclude=other)
+        network_values[window][part] = filled[part] / 127.5 - 1
 
 
 def _to_numpy(image: LoadedImage) -> np.ndarray:

@@ -29,6 +29,7 @@ class Trained(NamedTuple):
       settings: Settings of its experiment, or None if they are unknown.
       step: Step of the checkpoint, or None for a weights file.
       warnings: Warnings of the training.
+      info: Facts of the weights file; empty for a run.
     """
 
     model: PConvUNet
@@ -36,6 +37,7 @@ class Trained(NamedTuple):
     settings: Settings | None
     step: int | None
     warnings: list[str]
+    info: Mapping[str, Any]
 
 
 def get_model(settings: ModelSettings) -> PConvUNet:
@@ -101,7 +103,7 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
     model = get_model(settings.model)
     if model_differences(meta.get("model"), model):  # The run was given a network.
         model = model_from_config(meta["model"], workdir).clone(dtype=model.dtype)
-    return Trained(model, variables, settings, step, meta["warnings"])
+    return Trained(model, variables, settings, step, meta["warnings"], {})
 
 
 def load_weights(name_or_path: str | Path) -> Trained:
@@ -119,7 +121,8 @@ def load_weights(name_or_path: str | Path) -> Trained:
         )
     experiment = info.get("experiment")
     settings = Settings.from_json(experiment) if experiment else None
-    return Trained(model, variables, settings, None, list(info.get("warnings", ())))
+    warnings = list(info.get("warnings", ()))
+    return Trained(model, variables, settings, None, warnings, info)
 
 
 def load_network(place: str | Path) -> Trained:

@@ -324,6 +324,12 @@ def test_repair_is_what_the_inpainter_does():
     expected = Inpainter(*make_network())(images[0], mask[0, ..., 0] == 0)
     np.testing.assert_array_equal(result.images[0], expected)
     assert result.errors[0] == "" and "no valid pixel" in result.errors[1]
+    # What a weights file says of its depth counts, and is part of the results' key.
+    deep = make_network(depth=3)
+    told = methods.Network("deep", *deep, info={"trusted_depth": 1})
+    assert told.to_inpainter().trusted_depth == 1
+    repairs = [methods.Repair(n) for n in (methods.Network("deep", *deep), told)]
+    assert len({r.fingerprint for r in repairs}) == 2
     with pytest.raises(ValueError, match="'repair' is unknown"):
         methods.get_methods(["repair"], None, time_budget=60.0)
 

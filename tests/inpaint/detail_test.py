@@ -121,7 +121,7 @@ def test_every_pixel_of_a_hole_is_in_one_region():
         hole = rng.random(shape) < 0.002
         hole[3:9, 5:] = True
         count = np.zeros(shape, int)
-        for window, part in detail._regions(hole):
+        for window, part in detail.regions(hole):
             assert part.shape == hole[window].shape
             assert not part[~hole[window]].any()
             count[window] += part
@@ -131,7 +131,7 @@ def test_every_pixel_of_a_hole_is_in_one_region():
 def test_a_window_does_not_grow_with_the_image():
     hole = np.zeros((3000, 4000), bool)
     hole[1500:1520, 2000:2030] = hole[10, 10] = True
-    sizes = [part.shape for _, part in detail._regions(hole)]
+    sizes = [part.shape for _, part in detail.regions(hole)]
     assert len(sizes) == 2 and max(max(size) for size in sizes) < 200
 
 
