@@ -1,7 +1,8 @@
 """Image inpainting with partial convolutions in JAX and Flax.
 
 Every public name can be reached from here, e.g. ``pconv_jax.PartialConv``. A name is
-imported when it is first used, so ``import pconv_jax`` is fast.
+imported when it is first used, so ``import pconv_jax`` is fast. The layers for Flax's
+NNX are in ``pconv_jax.nnx``.
 """
 
 import importlib
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pconv_jax import nnx as nnx
     from pconv_jax._errors import RunError as RunError
     from pconv_jax._errors import UserError as UserError
     from pconv_jax.data.base import ImageSource as ImageSource
@@ -115,10 +117,12 @@ _MODULES = {
     "train_and_evaluate": "train.loop",
 }
 
-__all__ = ["__version__", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", "nnx", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nnx":
+        return importlib.import_module(f"{__name__}.nnx")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -6,18 +6,15 @@ called ``mask`` masks weights; here the mask, 1 = valid and 0 = hole, is the sec
 argument of the call.
 """
 
-import functools
-import math
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
-from pconv_jax import ops
+from pconv_jax import _flax, ops
 
 
 class _PartialConvBase(nn.Module):
@@ -40,16 +37,10 @@ class _PartialConvBase(nn.Module):
     def _convolve(
         self, inputs: ops.ArrayOrSequence, mask: ops.ArrayOrSequence | None
     ) -> tuple[jax.Array, jax.Array]:
-        kernel_size = self.kernel_size
-        kernel_size = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
-        arrays, structure = jax.tree.flatten(inputs)
-        channels = sum(jnp.shape(x)[-1] for x in arrays)
+        kernel_size = _flax.kernel_size_of(self.kernel_size)
+        channels = sum(jnp.shape(x)[-1] for x in jax.tree.leaves(inputs))
         groups = self.feature_group_count
-        if groups < 1 or channels % groups or self.features % groups:
-            raise ValueError(
-                f"feature_group_count = {groups} must divide the "
-                f"input channels, {channels}, and features = {self.features}."
-            )
+        _flax.check_groups(groups, channels, self.features)
         kernel = self.param(
             "kernel",
             self.kernel_init,
@@ -61,24 +52,20 @@ class _PartialConvBase(nn.Module):
             bias = self.param(
                 "bias", self.bias_init, (self.features,), self.param_dtype
             )
-        *arrays, kernel, bias = promote_dtype(*arrays, kernel, bias, dtype=self.dtype)
-        batch = arrays[0].shape[: -(len(kernel_size) + 1)]
-        merge = functools.partial(_merge_batch, batch=batch)
-        outputs, new_mask = ops.partial_conv(
-            jax.tree.map(merge, jax.tree.unflatten(structure, arrays)),
-            jax.tree.map(merge, mask),
+        outputs, new_mask = _flax.apply(
+            ops.partial_conv,
+            inputs,
+            mask,
             kernel,
             bias,
+            dtype=self.dtype,
             strides=self.strides,
             padding=self.padding,
             kernel_dilation=self.kernel_dilation,
             feature_group_count=groups,
             precision=self.precision,
         )
-        return (
-            outputs.reshape(*batch, *outputs.shape[1:]),
-            new_mask.reshape(*batch, *new_mask.shape[1:]),
-        )
+        return outputs, new_mask
 
 
 class PartialConv(_PartialConvBase):
@@ -150,11 +137,3 @@ class PartialPadConv(_PartialConvBase):
     def __call__(self, inputs: ArrayLike) -> jax.Array:
         """Convolve ``[..., *spatial, C]`` to ``[..., *spatial', features]``."""
         return self._convolve(inputs, None)[0]
-
-
-def _merge_batch(x: ArrayLike, batch: tuple[int, ...]) -> jax.Array:
-    """Merge the batch axes into one; an array with others is left, to be refused."""
-    x = jnp.asarray(x)
-    if x.shape[: len(batch)] != batch:
-        return x
-    return x.reshape(math.prod(batch), *x.shape[len(batch) :])

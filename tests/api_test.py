@@ -1,6 +1,7 @@
 """Rules for the whole package: its imports and its signatures."""
 
 import ast
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def run(code):
     [
         ([], ["jax"]),
         (["metrics"], ["flax", "pconv_jax.weights"]),
-        (["ops", "layers", "unet", "vgg", "losses"], []),
+        (["ops", "layers", "nnx", "unet", "vgg", "losses"], []),
         (["metrics.lpips", "metrics.inception"], []),
     ],
     ids=["package", "metrics", "core", "learned metrics"],
@@ -135,7 +136,7 @@ def test_signatures(module):
     assert not faults
 
 
-@pytest.mark.parametrize("name", [n for n in pconv_jax.__all__ if n[0] != "_"])
+@pytest.mark.parametrize("name", pconv_jax._MODULES)
 def test_public_names_are_lazy_and_typed(name):
     value = getattr(pconv_jax, name)
     module = f"pconv_jax.{pconv_jax._MODULES[name]}"
@@ -147,6 +148,8 @@ def test_public_names_are_lazy_and_typed(name):
 def test_the_namespace():
     assert set(pconv_jax.__all__) <= set(dir(pconv_jax))
     typed = {n for n in imports(MODULES["__init__"]) if n.startswith("pconv_jax.")}
-    assert len(typed) == len(pconv_jax._MODULES)
+    assert len(typed) == len(pconv_jax._MODULES) + 1
+    assert "pconv_jax.nnx" in typed
+    assert pconv_jax.nnx is importlib.import_module("pconv_jax.nnx")
     with pytest.raises(AttributeError, match="no attribute 'PartialConv3'"):
         _ = pconv_jax.PartialConv3

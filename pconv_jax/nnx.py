@@ -1,0 +1,172 @@
+"""Flax (NNX) layers of the partial convolution.
+
+The arguments, parameters and defaults are those of `flax.nnx.Conv`. With the same
+arrays, a layer computes the same numbers as the Linen layer of the same name in
+`pconv_jax.layers`. In Flax an *argument* of the constructor called ``mask`` masks
+weights; here the mask, 1 = valid and 0 = hole, is the second argument of the call.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.typing import ArrayLike
+
+from pconv_jax import _flax, ops
+
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+_BIAS_INIT = nnx.initializers.zeros_init()
+_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+
+
+class _PartialConvBase(nnx.Module):
+    """The parameters and settings of both layers, and the convolution they share."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: ops.IntOrSequence = 1,
+        *,
+        padding: ops.PaddingLike = "SAME",
+        kernel_dilation: ops.IntOrSequence = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = _KERNEL_INIT,
+        bias_init: Initializer = _BIAS_INIT,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = _NO_METADATA,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+    ):
+        _flax.check_groups(feature_group_count, in_features, out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = _flax.kernel_size_of(kernel_size)
+        self.strides = strides
+        self.padding = padding
+        self.kernel_dilation = kernel_dilation
+        self.feature_group_count = feature_group_count
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.kernel_shape = (
+            *self.kernel_size,
+            in_features // feature_group_count,
+            out_features,
+        )
+        # In the order of nnx.Conv, so that the same rngs give the same parameters.
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), self.kernel_shape, param_dtype),
+            **kernel_metadata,
+        )
+        self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(
+                bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata
+            )
+
+    def _convolve(
+        self, inputs: ops.ArrayOrSequence, mask: ops.ArrayOrSequence | None
+    ) -> tuple[jax.Array, jax.Array]:
+        outputs, new_mask = _flax.apply(
+            ops.partial_conv,
+            inputs,
+            mask,
+            self.kernel[...],
+            None if self.bias is None else self.bias[...],
+            dtype=self.dtype,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            feature_group_count=self.feature_group_count,
+            precision=self.precision,
+        )
+        return outputs, new_mask
+
+
+class PartialConv(_PartialConvBase):
+    """A convolution of the valid inputs only (Liu et al. 2018, section 3.1).
+
+    It returns the outputs and their mask, which the next layer takes::
+
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from pconv_jax.nnx import PartialConv
+      >>> images = jnp.ones((1, 32, 32, 3))
+      >>> mask = jnp.ones((1, 32, 32, 1)).at[:, 8:24, 8:24].set(0)
+      >>> layer = PartialConv(3, 64, (7, 7), strides=2, padding=3, rngs=nnx.Rngs(0))
+      >>> outputs, new_mask = layer(images, mask)
+      >>> outputs.shape, new_mask.shape
+      ((1, 16, 16, 64), (1, 16, 16, 1))
+
+    Args:
+      in_features: Number of input channels; of a sequence of inputs, their sum.
+      out_features: Number of output channels.
+      kernel_size: Shape of the kernel. As in Flax, an int is a 1-D kernel.
+      strides: Step between windows: one number, or one for each spatial axis. The
+        default is 1.
+      padding: As in `ops.partial_conv`. The default is ``'SAME'``. With strides, use
+        ``k // 2`` to pad as the paper's code does; ``'SAME'`` pads differently.
+      kernel_dilation: Step between inputs within a window. The default is 1.
+      feature_group_count: Number of groups of channels; the mask is counted in each.
+        The default is 1.
+      use_bias: Whether to add a bias to valid outputs. The default is True.
+      dtype: Dtype of the computation. None (the default) infers it from inputs and
+        parameters. The mask is always counted in float32.
+      param_dtype: Dtype of the parameters. The default is float32.
+      precision: Precision of the convolution, as in `jax.lax.conv_general_dilated`.
+      kernel_init: Initializer of the kernel. The default is LeCun normal.
+      bias_init: Initializer of the bias. The default is zeros.
+      rngs: Random numbers for the initializers.
+      kernel_metadata: Metadata of the kernel's `nnx.Param`, such as its sharding. Empty
+        by default.
+      bias_metadata: Metadata of the bias. Empty by default.
+
+    Raises:
+      ValueError: If the groups do not divide the numbers of channels.
+    """
+
+    def __call__(
+        self, inputs: ops.ArrayOrSequence, mask: ops.ArrayOrSequence | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Convolve the valid inputs and compute which outputs are valid.
+
+        Args:
+          inputs: ``[..., *spatial, C]`` with any number of batch axes, or a sequence of
+            such arrays, treated as concatenated along C. `ops.Upsampled` arrays are
+            treated as upsampled.
+          mask: ``[..., *spatial, 1]`` or ``[..., *spatial, C]``, 1 = valid, 0 = hole; a
+            sequence if ``inputs`` is one. None (the default) if only the padding is a
+            hole.
+
+        Returns:
+          Outputs ``[..., *spatial', out_features]`` and their mask; see
+          `ops.partial_conv`.
+
+        Raises:
+          ValueError: If shapes do not fit.
+        """
+        return self._convolve(inputs, mask)
+
+
+class PartialPadConv(_PartialConvBase):
+    """A drop-in for `flax.nnx.Conv` with partial convolution based padding.
+
+    Zero padding counts as a hole, so outputs at the border are scaled to the inputs
+    that exist (Liu et al., "Partial Convolution based Padding", 2018,
+    https://arxiv.org/abs/1811.11718). Arguments and parameters are those of
+    `PartialConv`.
+    """
+
+    def __call__(self, inputs: ArrayLike) -> jax.Array:
+        """Convolve ``[..., *spatial, C]`` to ``[..., *spatial', out_features]``."""
+        return self._convolve(inputs, None)[0]
