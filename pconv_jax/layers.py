@@ -121,7 +121,7 @@ class PartialConv(_PartialConvBase):
           Outputs ``[..., *spatial', features]`` and their mask; see `ops.partial_conv`.
 
         Raises:
-          ValueError: If shapes do not fit or a mask is not binary.
+          ValueError: If shapes do not fit.
         """
         return self._convolve(inputs, mask)
 

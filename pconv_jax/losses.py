@@ -93,13 +93,13 @@ def inpainting_loss(
 def hole(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
     """Compute L_hole = |(1 - M) (I_out - I_gt)|_1 / N_I (equation 3), ``[N]``."""
     output, target, mask = _check(output, target, mask)
-    return _mean(jnp.where(mask > 0.5, 0, jnp.abs(output - target)))
+    return _mean(jnp.where(mask, 0, jnp.abs(output - target)))
 
 
 def valid(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
     """Compute L_valid = |M (I_out - I_gt)|_1 / N_I (equation 3), ``[N]``."""
     output, target, mask = _check(output, target, mask)
-    return _mean(jnp.where(mask > 0.5, jnp.abs(output - target), 0))
+    return _mean(jnp.where(mask, jnp.abs(output - target), 0))
 
 
 def perceptual(
@@ -187,13 +187,13 @@ def total_variation(comp: ArrayLike, mask: ArrayLike) -> jax.Array:
     Raises:
       ValueError: If shapes do not fit.
     """
-    comp, mask = jnp.asarray(comp), jnp.asarray(mask)
+    comp = jnp.asarray(comp)
     if comp.ndim != 4:
         raise ValueError(f"comp must be [N, H, W, C], got {comp.shape}.")
-    _check(comp, comp, mask)
+    _, _, mask = _check(comp, comp, mask)
     # Updating the inverted mask dilates the hole: a pixel is in the region if the hole
     # reaches into the window around it.
-    region = ops.update_mask(mask <= 0.5, (3, 3))
+    region = ops.update_mask(~mask, (3, 3))
     size = comp[0].size
     wide = jnp.promote_types(comp.dtype, jnp.float32)
     total = jnp.zeros((), wide)
@@ -236,6 +236,7 @@ def log_mse(comp: ArrayLike, target: ArrayLike, *, epsilon: float = 1e-5) -> jax
 def _check(
     output: ArrayLike, target: ArrayLike, mask: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Convert images to arrays and their mask to bool."""
     output, target, mask = map(jnp.asarray, (output, target, mask))
     if output.ndim != 4 or output.shape != target.shape:
         raise ValueError(
@@ -246,7 +247,8 @@ def _check(
         raise ValueError(
             f"mask must be of shape {(*output.shape[:-1], 1)}, got {mask.shape}."
         )
-    return output, target, mask
+    ops.check_mask(mask, output)
+    return output, target, ops.is_valid(mask)
 
 
 def _pairs(

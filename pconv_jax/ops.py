@@ -7,6 +7,14 @@ Contract of this module:
 * A mask is binary, **1 = valid and 0 = hole**, of any dtype. Its shape is
   ``[N, *spatial, 1]`` (one plane for all channels) or ``[N, *spatial, C]`` (one plane
   for each channel). Values in a hole, even NaN, affect neither outputs nor gradients.
+* If a mask is not binary, what is above 0.5 is valid, and all else is a hole, under
+  ``jax.jit`` and without. To be told of such a mask, functionalize the checks::
+
+      error, result = checkify.checkify(function, errors=checkify.user_checks)(...)
+      error.throw()
+
+  Checks cost nothing in a compiled program that is not functionalized, and a bool mask
+  needs none.
 * Inputs and masks may be sequences of equal length. They are treated as concatenated
   along the channels, but copied only where that is cheap. Each item may be `Upsampled`,
   which is treated as if its pixels were repeated.
@@ -28,9 +36,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.core import Tracer
+from jax.experimental import checkify
 from jax.typing import ArrayLike, DTypeLike
 
 from pconv_jax import _conv
@@ -49,6 +56,7 @@ __all__ = [
     "Upsampled",
     "check_mask",
     "composite",
+    "is_valid",
     "mask_coverage",
     "partial_conv",
     "update_mask",
@@ -108,8 +116,7 @@ def partial_conv(
       one.
 
     Raises:
-      ValueError: If shapes do not fit or a mask is not binary. (The values of a mask
-        are checked outside of ``jax.jit`` only.)
+      ValueError: If shapes do not fit.
     """
     operands, masks, mask_dtype = _as_operands(inputs, mask)
     if feature_group_count > 1 and len(operands) > 1:
@@ -229,7 +236,7 @@ def mask_coverage(
         mask.shape[1:-1], kernel_size, strides, padding, kernel_dilation
     )
     channels = mask.shape[-1]
-    valid = _conv.window_sum(_count_valid(mask > 0.5, channels, 1), window)
+    valid = _conv.window_sum(_count_valid(is_valid(mask), channels, 1), window)
     return valid / (math.prod(window.size) * channels)
 
 
@@ -254,19 +261,20 @@ def composite(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Arra
             f"{output.shape} and {target.shape}."
         )
     check_mask(mask, target)
-    return jnp.where(mask > 0.5, target, output)
+    return jnp.where(is_valid(mask), target, output)
 
 
 def check_mask(mask: ArrayLike, inputs: ArrayLike) -> None:
-    """Check that a mask fits its inputs and is binary.
+    """Check that a mask fits its inputs and, under `checkify`, that it is binary.
 
     Args:
-      mask: ``[N, *spatial, 1]`` or ``[N, *spatial, C]``. Its values are checked outside
-        of ``jax.jit`` only.
+      mask: ``[N, *spatial, 1]`` or ``[N, *spatial, C]``.
       inputs: ``[N, *spatial, C]``.
 
     Raises:
-      ValueError: If the shape does not fit or a value is neither 0 nor 1.
+      ValueError: If the shape does not fit.
+      jax.experimental.checkify.JaxRuntimeError: From the error that a function returns
+        after `jax.experimental.checkify.checkify`, if a value is neither 0 nor 1.
     """
     shape = jnp.shape(inputs)
     if jnp.shape(mask) not in (shape, (*shape[:-1], 1)):
@@ -274,15 +282,24 @@ def check_mask(mask: ArrayLike, inputs: ArrayLike) -> None:
             f"mask must be of shape {(*shape[:-1], 1)} (one plane for all channels) or "
             f"{shape} (a plane for each), got {jnp.shape(mask)}."
         )
-    if isinstance(mask, Tracer):
-        return
-    # With NumPy, since jax.jit traces even operations on constants.
-    values = np.asarray(mask)
-    if values.dtype != bool and not np.all((values == 0) | (values == 1)):
-        raise ValueError(
-            "mask must be binary, 1 = valid and 0 = hole, got values from "
-            f"{values.min()} to {values.max()}; binarize it first, e.g. mask > 0.5."
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool:
+        checkify.debug_check(
+            _is_binary(mask),
+            "mask must be binary, 1 = valid and 0 = hole; binarize it first, e.g. "
+            "mask > 0.5.",
         )
+
+
+@jax.jit  # One call for each layer where nothing else is compiled.
+def _is_binary(mask: jax.Array) -> jax.Array:
+    return jnp.all((mask == 0) | (mask == 1))
+
+
+def is_valid(mask: ArrayLike) -> jax.Array:
+    """Return where a mask is valid, as bool: where it is above 0.5."""
+    mask = jnp.asarray(mask)
+    return mask if mask.dtype == bool else mask > 0.5
 
 
 def _count_valid(mask: Operand, channels: int, groups: int) -> jax.Array:
@@ -332,7 +349,7 @@ def _as_operands(
             raise ValueError("mask must be Upsampled if and only if its input is.")
         jax.tree.map(check_mask, m, x)
     dtype = jax.tree.leaves(masks)[0].dtype
-    return operands, jax.tree.map(lambda m: m > 0.5, masks), dtype
+    return operands, jax.tree.map(is_valid, masks), dtype
 
 
 def _check_kernel(

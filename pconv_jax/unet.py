@@ -209,10 +209,11 @@ class PConvUNet(nn.Module):
           be closed, both are 0.
 
         Raises:
-          ValueError: If shapes do not fit the depth or a mask is not binary.
+          ValueError: If shapes do not fit the depth.
         """
         images, mask = jnp.asarray(images), jnp.asarray(mask)
         self._check(images, mask, train and not freeze_encoder_norm)
+        mask_dtype, mask = mask.dtype, ops.is_valid(mask)
         mean_and_std = None
         if self.normalization:
             wide = jnp.promote_types(images.dtype, jnp.float32)  # Not x64's default.
@@ -220,7 +221,7 @@ class PConvUNet(nn.Module):
             mean_and_std = mean, std
             images = (images - mean) / std
         if self.conv == "standard":
-            images = jnp.where(mask > 0.5, images, 0)
+            images = jnp.where(mask, images, 0)
             images = jnp.concatenate([images, mask.astype(images.dtype)], axis=-1)
 
         h, m = images, mask
@@ -239,12 +240,12 @@ class PConvUNet(nn.Module):
             head = nn.Conv(
                 h.shape[-1], (1, 1), param_dtype=self.param_dtype, name="head"
             )
-            h = jnp.where(m > 0, nn.sigmoid(head(h)), 0)
+            h = jnp.where(m, nn.sigmoid(head(h)), 0)
         h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
         if mean_and_std is not None:
             mean, std = mean_and_std
-            h = jnp.where(m > 0, h * std + mean, 0)
-        return h, m
+            h = jnp.where(m, h * std + mean, 0)
+        return h, m.astype(mask_dtype if self.conv == "partial" else jnp.float32)
 
     def _stages(self) -> tuple[Sequence[Stage], Sequence[Stage]]:
         if self.stages is not None:
@@ -284,7 +285,7 @@ class PConvUNet(nn.Module):
             )
             inputs = jnp.concatenate(list(arrays), axis=-1)
         h = conv(inputs)
-        return h, jnp.ones((*h.shape[:-1], 1), jnp.float32)
+        return h, jnp.ones((*h.shape[:-1], 1), bool)
 
     def _norm_and_activation(
         self, name: str, stage: Stage, h: jax.Array, use_running_average: bool
@@ -381,12 +382,14 @@ def fill_depth(model: PConvUNet, mask: ArrayLike) -> jax.Array:
       hole, and the number of stages plus 1 if no stage makes the pixel valid.
     """
     mask = jnp.asarray(mask)
-    depth = jnp.where(mask > 0, 0, len(model.encoder) + 1)
+    ops.check_mask(mask, mask)
+    mask = ops.is_valid(mask)
+    depth = jnp.where(mask, 0, len(model.encoder) + 1)
     for level, stage in enumerate(model.encoder, 1):
         k = stage.kernel_size
         padding = k // 2 if stage.padding is None else stage.padding
         mask = ops.update_mask(mask, (k, k), strides=2, padding=padding)
-        valid = mask > 0
+        valid = mask
         for axis in (1, 2):
             valid = jnp.repeat(valid, 2**level, axis=axis)
         depth = jnp.where(valid, jnp.minimum(depth, level), depth)

@@ -237,7 +237,6 @@ X, M = make_inputs(2, 8, 8, 4)
         (dict(kernel_size=3), (X, M[..., 0]), "mask must be of shape"),
         ({}, (X, M[:1]), "mask must be of shape"),
         ({}, (X, M[..., 0]), "mask must be of shape"),
-        ({}, (X, M * 0.5), "mask must be binary"),
         ({}, (X, [M]), "mask must be a sequence .* and an array otherwise"),
         ({}, (X, [M, M]), "mask must be a sequence .* and an array otherwise"),
         ({}, ([X, X], M), "mask must be a sequence as long as inputs"),

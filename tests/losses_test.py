@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 
 from pconv_jax import losses, metrics, vgg
 from tests.helpers import TESTDATA, reference
@@ -400,6 +401,13 @@ def test_errors_of_gram():
         losses.gram(OUTPUT[0])
 
 
-def test_a_gray_mask_is_refused():
-    with pytest.raises(ValueError, match="mask must be binary"):
-        losses.inpainting_loss(OUTPUT, TARGET, MASK * 0.7, features_fn=None)
+@pytest.mark.parametrize("value", [0.4, 0.7, np.nan])
+def test_a_gray_mask_is_that_of_its_values_above_one_half(value):
+    def loss(mask):
+        return losses.inpainting_loss(OUTPUT, TARGET, mask, features_fn=None)
+
+    gray = np.where(MASK, value, 0)
+    chex.assert_trees_all_equal(loss(gray), loss(gray > 0.5))
+    error, _ = checkify.checkify(loss, errors=checkify.user_checks)(gray)
+    with pytest.raises(checkify.JaxRuntimeError, match="mask must be binary"):
+        error.throw()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 from jax.test_util import check_grads
 
 from pconv_jax import ops
@@ -660,21 +661,67 @@ def test_a_mask_of_a_wrong_shape_is_not_broadcast(shape, compiled):
         maybe_jit(ops.composite)(x, x, np.ones(shape))
 
 
-@pytest.mark.parametrize("value", [0.5, 255, -1, np.nan])
-def test_a_mask_must_be_binary(value):
-    x, mask, kernel, _ = make_case()
-    gray = np.where(mask, value, 0).astype(np.float32)
-    calls = [
+# Masks that are not binary.
+
+
+def calls_with(x, mask, gray, kernel):
+    """List calls of every function with a mask that is gray where it is valid."""
+    return [
         lambda: ops.partial_conv(x, gray, kernel),
         lambda: ops.partial_conv([x, x], [mask, gray], np.tile(kernel, (1, 1, 2, 1))),
+        lambda: ops.partial_conv(ops.Upsampled(x), ops.Upsampled(gray), kernel),
         lambda: ops.update_mask(gray, (3, 3)),
         lambda: ops.mask_coverage(gray, (3, 3)),
-        lambda: ops.composite(x, x, gray),
-        lambda: ops.check_mask(gray, x),
+        lambda: ops.composite(x, -x, gray),
+        lambda: ops.is_valid(gray),
+    ]
+
+
+@pytest.mark.parametrize("maybe_jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("value", [0.4, 0.5, 0.6, 255, -1, np.nan])
+def test_what_is_above_one_half_is_valid(value, maybe_jit):
+    x, mask, kernel, _ = make_case()
+    gray = np.where(mask, value, 0).astype(np.float32)
+    binary = (gray > 0.5).astype(np.float32)
+    assert binary.any() == (value > 0.5)
+
+    def results(gray):
+        return [call() for call in calls_with(x, mask, gray, kernel)]
+
+    chex.assert_trees_all_equal(maybe_jit(results)(gray), maybe_jit(results)(binary))
+
+
+@pytest.mark.parametrize("maybe_jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_checkify_finds_a_mask_that_is_not_binary(maybe_jit):
+    x, mask, kernel, _ = make_case()
+
+    def check(function):
+        error, _ = checkify.checkify(maybe_jit(function), errors=checkify.user_checks)()
+        return error.throw()
+
+    def gray(value):
+        return np.where(mask, value, 0).astype(np.float32)
+
+    *calls, _ = calls_with(x, mask, gray(0.4), kernel)
+    calls += [lambda v=v: ops.check_mask(gray(v), x) for v in (255, -1, np.nan)]
+    calls += [
+        lambda: jax.grad(lambda k: ops.partial_conv(x, gray(0.4), k)[0].sum())(kernel)
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="mask must be binary.*binarize it first"):
-            call()
+        with pytest.raises(
+            checkify.JaxRuntimeError, match="mask must be binary.*binarize it first"
+        ):
+            check(call)
+    for dtype in (bool, np.uint8, np.float32):
+        for call in calls_with(x, mask, mask.astype(dtype), kernel):
+            check(call)
+
+
+def test_a_mask_of_bool_is_not_checked():
+    x, mask, kernel, _ = make_case()
+    jaxpr = str(jax.make_jaxpr(ops.partial_conv)(x, mask, kernel))
+    assert "check" not in jaxpr and "gt" not in jaxpr.split("reduce_window")[0]
+    assert "check" in str(jax.make_jaxpr(ops.partial_conv)(x, mask * 1.0, kernel))
 
 
 X, M, K, B = make_case()

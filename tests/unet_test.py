@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.experimental import checkify
 
 from pconv_jax import _conv, ops, unet
 from pconv_jax.unet import PConvUNet, Stage
@@ -588,11 +589,21 @@ def test_normalization_does_not_promote_float32_to_float64():
     assert output.dtype == jnp.float32
 
 
-def test_a_gray_mask_is_refused():
-    model, variables = make_model()
+@pytest.mark.parametrize("conv", ["partial", "standard"])
+def test_a_gray_mask_is_that_of_its_values_above_one_half(conv):
+    model, variables = make_model(conv=conv)
     images, mask = make_inputs()
-    with pytest.raises(ValueError, match="mask must be binary"):
-        model.apply(variables, images, mask * 0.5)
+    for value in (0.4, 0.6):
+        gray = mask * np.float32(value)
+        binary = (gray > 0.5).astype(gray.dtype)
+        chex.assert_trees_all_equal(
+            jax.jit(model.apply)(variables, images, gray),
+            jax.jit(model.apply)(variables, images, binary),
+        )
+        checked = checkify.checkify(model.apply, errors=checkify.user_checks)
+        error, _ = jax.jit(checked)(variables, images, gray)
+        with pytest.raises(checkify.JaxRuntimeError, match="mask must be binary"):
+            error.throw()
 
 
 def test_training_needs_more_than_one_value_per_channel():
