@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 IntOrSequence = int | Sequence[int] | None
 PaddingLike = str | int | Sequence[int | str | tuple[int, int]]
@@ -27,6 +27,8 @@ PaddingLike = str | int | Sequence[int | str | tuple[int, int]]
 # Paddings that extend the inputs and their masks instead of adding holes, with their
 # modes in jnp.pad.
 _CONTINUATIONS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+_Pair = tuple[int, int]
 
 # The largest kernel, in taps, whose windows are copied if the map is smaller: 7 x 7.
 _MOST_TAPS = 49
@@ -84,13 +86,17 @@ def shape(x: ArrayLike | Upsampled) -> tuple[int, ...]:
 
 
 class Window(NamedTuple):
-    """The geometry of a convolution, one entry for each spatial axis."""
+    """The geometry of a convolution, one entry for each spatial axis.
+
+    Inputs are first continued, then dilated, then surrounded by zeros.
+    """
 
     size: tuple[int, ...]
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
-    zeros: tuple[tuple[int, int], ...]  # (low, high); these count as holes.
+    zeros: tuple[_Pair, ...]  # (low, high); these count as holes.
     continued: tuple[tuple[int, int, str | None], ...]  # (low, high, mode of jnp.pad)
+    input_dilation: tuple[int, ...]
 
 
 def make_window(
@@ -99,6 +105,7 @@ def make_window(
     strides: IntOrSequence,
     padding: PaddingLike,
     kernel_dilation: IntOrSequence,
+    input_dilation: IntOrSequence = 1,
 ) -> Window:
     """Check the geometry of a convolution and bring it into one form.
 
@@ -108,6 +115,7 @@ def make_window(
       strides: As in `ops.partial_conv`.
       padding: As in `ops.partial_conv`.
       kernel_dilation: As in `ops.partial_conv`.
+      input_dilation: As in `ops.partial_conv`. The default is 1.
 
     Returns:
       The geometry, complete for each axis.
@@ -115,43 +123,134 @@ def make_window(
     Raises:
       ValueError: If an argument is invalid; the message names it.
     """
+    ndim = _check_ndim(spatial, size)
+    steps = _per_axis("strides", strides, ndim)
+    dilation = _per_axis("kernel_dilation", kernel_dilation, ndim)
+    spread = _per_axis("input_dilation", input_dilation, ndim)
+    extents = [(k - 1) * d + 1 for k, d in zip(size, dilation)]
+    pads = _parse_padding(padding, ndim, (*_CONTINUATIONS, "CAUSAL"))
+    if isinstance(pads, str):
+        dilated = [n if d == 1 else (n - 1) * d + 1 for n, d in zip(spatial, spread)]
+        pads = lax.padtype_to_pads(dilated, extents, steps, pads)
+    zeros, continued = [], []
+    for pad, extent, step in zip(pads, extents, spread):
+        mode = _CONTINUATIONS.get(pad) if isinstance(pad, str) else None
+        around = ((extent - 1) // 2, extent // 2) if mode else (0, 0)
+        continued.append((*around, mode))
+        if pad == "CAUSAL":
+            pad = ((extent - 1) * step, 0)
+        zeros.append((0, 0) if isinstance(pad, str) else pad)
+    return Window(tuple(size), steps, dilation, tuple(zeros), tuple(continued), spread)
+
+
+def make_transposed_window(
+    spatial: Sequence[int],
+    size: Sequence[int],
+    strides: IntOrSequence,
+    padding: PaddingLike,
+    kernel_dilation: IntOrSequence,
+    *,
+    transpose_kernel: bool,
+) -> Window:
+    """Check the geometry of a transposed convolution and bring it into one form.
+
+    Args:
+      spatial: Lengths of the spatial axes of the inputs.
+      size: Size of the kernel along each spatial axis.
+      strides: As in `ops.partial_conv_transpose`.
+      padding: As in `ops.partial_conv_transpose`.
+      kernel_dilation: As in `ops.partial_conv_transpose`.
+      transpose_kernel: As in `ops.partial_conv_transpose`.
+
+    Returns:
+      The geometry of the same function as a convolution: its inputs are dilated by the
+      strides.
+
+    Raises:
+      ValueError: If an argument is invalid; the message names it.
+    """
+    ndim = _check_ndim(spatial, size)
+    steps = _per_axis("strides", strides, ndim)
+    dilation = _per_axis("kernel_dilation", kernel_dilation, ndim)
+    pads = _parse_padding(padding, ndim, ("CIRCULAR",))
+    zeros, continued = [], []
+    for pad, k, d, step in zip(
+        [pads] * ndim if isinstance(pads, str) else pads, size, dilation, steps
+    ):
+        extent = (k - 1) * d + 1
+        pair, around = _transposed_padding(pad, extent, step, transpose_kernel)
+        zeros.append(pair)
+        continued.append(around)
+    ones = (1,) * ndim
+    return Window(tuple(size), ones, dilation, tuple(zeros), tuple(continued), steps)
+
+
+def _transposed_padding(
+    pad: str | _Pair, extent: int, step: int, transpose_kernel: bool
+) -> tuple[_Pair, tuple[int, int, str | None]]:
+    """Compute the padding that `flax.linen.ConvTranspose` uses along one axis."""
+    overlap = max(extent - step, 0)
+    if pad == "SAME":
+        total = extent + step - 2
+        low = extent - 1 if step > extent - 1 else -(-total // 2)
+        return (low, total - low), (0, 0, None)
+    if pad == "VALID":
+        return (extent - 1, step - 1 + overlap), (0, 0, None)
+    if pad != "CIRCULAR":
+        assert not isinstance(pad, str)
+        return pad, (0, 0, None)
+    # The first output sees the dilated inputs from -low on, and the last of n * step
+    # outputs sees those up to (n - 1) * step + high.
+    low = extent - 1 - (-(-overlap // 2) if transpose_kernel else overlap // 2)
+    high = step + extent - 2 - low
+    # Whole steps are continued; the rest of a step is cropped or lies between inputs.
+    before, after = -(-low // step), high // step
+    return (low - before * step, high - after * step), (before, after, "wrap")
+
+
+def _check_ndim(spatial: Sequence[int], size: Sequence[int]) -> int:
     if not isinstance(size, Sequence):
         raise ValueError(f"kernel_size must be a number for each axis, got {size!r}.")
-    ndim = len(size)
-    if len(spatial) != ndim or not 1 <= ndim <= 3:
+    if len(spatial) != len(size) or not 1 <= len(size) <= 3:
         raise ValueError(
             "inputs must have as many spatial axes as the kernel, one to three, got "
             f"{spatial} for a kernel of size {size}."
         )
-    steps = _per_axis("strides", strides, ndim)
-    dilation = _per_axis("kernel_dilation", kernel_dilation, ndim)
-    extents = [(k - 1) * d + 1 for k, d in zip(size, dilation)]
-    pads: Sequence[int | str | tuple[int, int]]
+    return len(size)
+
+
+def _parse_padding(
+    padding: PaddingLike, ndim: int, modes: Sequence[str]
+) -> str | list[str | _Pair]:
+    """Return 'SAME' or 'VALID', or a mode or a (low, high) pair for each axis."""
+    pads: Sequence[int | str | _Pair]
     if isinstance(padding, str) and padding.upper() in ("SAME", "VALID"):
-        pads = lax.padtype_to_pads(spatial, extents, steps, padding.upper())
-    elif isinstance(padding, str | int | np.integer):
+        return padding.upper()
+    if isinstance(padding, str | int | np.integer):
         pads = (padding,) * ndim
     else:
         pads = padding
-    zeros: list[tuple[int, int]] = []
-    continued: list[tuple[int, int, str | None]] = []
     try:
-        for pad, extent in zip(pads, extents, strict=True):
+        if isinstance(padding, str) and padding.upper() == "CAUSAL" and ndim > 1:
+            raise ValueError
+        parsed: list[str | _Pair] = []
+        for pad in pads:
             if isinstance(pad, str):
-                mode = _CONTINUATIONS[pad.upper()]
-                zeros.append((0, 0))
-                continued.append(((extent - 1) // 2, extent // 2, mode))
+                parsed.append(modes[modes.index(pad.upper())])
             else:
                 low, high = (pad, pad) if isinstance(pad, int | np.integer) else pad
-                zeros.append((operator.index(low), operator.index(high)))
-                continued.append((0, 0, None))
-    except (KeyError, TypeError, ValueError):
+                parsed.append((operator.index(low), operator.index(high)))
+        if len(parsed) != ndim:
+            raise ValueError
+        return parsed
+    except (TypeError, ValueError):
+        alone = [m for m in modes if m != "CAUSAL" or ndim == 1]
         raise ValueError(
-            "padding must be 'SAME', 'VALID', 'CIRCULAR', 'REFLECT' or a number; or, "
-            f"for each of {ndim} spatial axes, a number, a (low, high) pair, "
-            f"'CIRCULAR' or 'REFLECT'; got {padding!r}."
+            f"padding must be {', '.join(map(repr, ('SAME', 'VALID', *alone)))} or a "
+            f"number; or, for each of {ndim} spatial axes, a number, a (low, high) "
+            f"pair{', '.join(['', *map(repr, modes[:-1])])} or {modes[-1]!r}; got "
+            f"{padding!r}."
         ) from None
-    return Window(tuple(size), steps, dilation, tuple(zeros), tuple(continued))
 
 
 def _per_axis(name: str, value: IntOrSequence, ndim: int) -> tuple[int, ...]:
@@ -198,15 +297,17 @@ def convolve(
     ]
     arrays = [x for x in operands if not isinstance(x, Upsampled)]
     # The smaller of the two is copied: inputs to concatenate them, or the kernel to
-    # split it. A single operand, whose size may be symbolic, needs no copy.
+    # split it. A single operand needs no copy, and one of symbolic size may be large.
     split = len(operands) == 1 or len(arrays) < len(operands)
-    if groups == 1 and (split or sum(x.size for x in arrays) > kernel.size):
+    sizes = [x.size for x in arrays]
+    split = split or not all(map(_is_int, sizes)) or sum(sizes) > kernel.size
+    if groups == 1 and split:
         ends = np.cumsum([shape(x)[-1] for x in operands])
         kernels = jnp.split(kernel, ends[:-1], axis=-2)
     else:
         operands, kernels = [jnp.concatenate(arrays, axis=-1)], [kernel]
     results = (
-        _conv_upsampled(jnp.asarray(x.x), w, window, precision)
+        _conv_by_method(jnp.asarray(x.x), w, _UPSAMPLED, window, precision)
         if isinstance(x, Upsampled)
         else _conv(x, w, window, groups, precision)
         for x, w in zip(operands, kernels)
@@ -226,8 +327,44 @@ def window_sum(counts: jax.Array, window: Window) -> jax.Array:
         window_dimensions=(1, *window.size, 1),
         window_strides=(1, *window.strides, 1),
         padding=((0, 0), *window.zeros, (0, 0)),
+        base_dilation=(1, *window.input_dilation, 1),
         window_dilation=(1, *window.dilation, 1),
     )
+
+
+def window_total(
+    spatial: Sequence[int], lengths: Sequence[int], window: Window, *, zeros: bool
+) -> jax.Array:
+    """Count the inputs of one channel that each window has if all are valid.
+
+    Args:
+      spatial: Lengths of the spatial axes of the inputs.
+      lengths: Lengths of the spatial axes of the outputs.
+      window: Geometry, from `make_window` or `make_transposed_window`.
+      zeros: Whether inputs are counted in the zeros around the map too. Zeros between
+        dilated inputs are never counted.
+
+    Returns:
+      float32 ``[1, *lengths, 1]``, with lengths of 1 if all windows have the same.
+    """
+    one = jnp.ones((1,) * (len(lengths) + 2), jnp.float32)
+    if zeros and all(step == 1 for step in window.input_dilation):
+        return one * math.prod(window.size)
+    total = one
+    for axis, (n, length, geometry) in enumerate(
+        zip(spatial, lengths, zip(*window)), 1
+    ):
+        size, stride, dilation, (low, _), (before, after, _), step = geometry
+        start = jnp.arange(length) * stride - low
+        last = (n + before + after - 1) * step
+        count = jnp.zeros(length, jnp.float32)
+        for position in (start + t * dilation for t in range(size)):
+            counted = position % step == 0
+            if not zeros:
+                counted &= (position >= 0) & (position <= last)
+            count += counted.astype(jnp.float32)
+        total *= count.reshape([-1 if i == axis else 1 for i in range(total.ndim)])
+    return total
 
 
 def _continue(x: jax.Array, window: Window) -> jax.Array:
@@ -246,12 +383,49 @@ def _stays_small(x: Operand, window: Window, groups: int) -> bool:
         isinstance(x, Upsampled)
         and groups == 1
         and math.prod(window.size) <= _MOST_PRODUCTS
+        and not _is_sharded(x.x)
         # The output is twice as long as the map, and all padding is zeros.
         and all(
-            stride == 1 and low + high == (size - 1) * dilation and not mode
-            for size, stride, dilation, (low, high), (_, _, mode) in zip(*window)
+            stride == step == 1 and low + high == (size - 1) * dilation and not mode
+            for size, stride, dilation, (low, high), (_, _, mode), step in zip(*window)
         )
     )
+
+
+def _is_sharded(x: ArrayLike) -> bool:
+    """Return whether a spatial axis is divided among devices by an explicit mesh."""
+    return any(jax.typeof(x).sharding.spec[1:-1])
+
+
+def _output_lengths(x: jax.Array, window: Window) -> tuple[int, ...]:
+    """Compute the lengths of the outputs of a map that is continued already."""
+    return tuple(
+        max(0, (n + low + high - (size - 1) * dilation - 1) // stride + 1)
+        for n, size, stride, dilation, (low, high) in zip(x.shape[1:-1], *window[:4])
+    )
+
+
+# A function of a map, a kernel and their geometry, linear in each of the first two.
+_Convolution = Callable[[jax.Array, jax.Array, Window, lax.PrecisionLike], jax.Array]
+
+
+class _Method(NamedTuple):
+    """Ways to compute a convolution, equal up to the order of summation.
+
+    The gradients that JAX derives from a tangent are its transposes. So on CPUs the
+    tangents are computed such that their transposes are fast.
+
+    Attributes:
+      outputs: Computes the outputs on CPUs.
+      tangent_of_x: Computes the tangent with respect to the map on CPUs.
+      tangent_of_kernel: Computes the tangent with respect to the kernel on CPUs.
+      elsewhere: Computes all three on other platforms.
+    """
+
+    outputs: _Convolution
+    tangent_of_x: _Convolution
+    tangent_of_kernel: _Convolution
+    elsewhere: _Convolution
 
 
 def _conv(
@@ -262,27 +436,93 @@ def _conv(
     precision: lax.PrecisionLike,
 ) -> jax.Array:
     x = _continue(x, window)
-    lengths = [
-        max(0, (n + low + high - (size - 1) * dilation - 1) // stride + 1)
-        for n, size, stride, dilation, (low, high), _ in zip(x.shape[1:-1], *window)
-    ]
-    # Large kernels are left to XLA: copies of their windows would take much memory.
-    taps, outputs = math.prod(window.size), math.prod(lengths)
-    if groups == 1 and outputs > 0 and taps <= _MOST_TAPS:
-        if outputs < taps:
-            return _conv_patches(x, kernel, lengths, window, precision)
-        # The custom gradients cut maps into strips, so sizes must not be symbolic.
-        if jax.default_backend() == "cpu" and all(map(_is_int, x.shape)):
-            return _conv_on_cpu(x, kernel, window, precision)
-    return _conv_by_xla(x, kernel, window, groups, precision)
+    method = _choose_method(x, window, groups)
+    if method is None:
+        return _conv_by_xla(x, kernel, window, precision, groups=groups)
+    return _conv_by_method(x, kernel, method, window, precision)
+
+
+def _choose_method(x: jax.Array, window: Window, groups: int) -> _Method | None:
+    """Choose how to convolve an array; None leaves the gradients to XLA too."""
+    taps = math.prod(window.size)
+    # The windows of large kernels would take much memory. The methods cut maps into
+    # pieces, so sizes must not be symbolic, nor axes divided among devices.
+    if groups > 1 or taps > _MOST_TAPS or any(d > 1 for d in window.input_dilation):
+        return None
+    if not all(map(_is_int, x.shape[1:-1])) or _is_sharded(x):
+        return None
+    outputs = math.prod(_output_lengths(x, window))
+    if outputs == 0:
+        return None
+    if outputs < taps:
+        return _SMALL_MAPS
+    return _LARGE_MAPS if all(map(_is_int, x.shape)) else None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _conv_by_method(
+    x: jax.Array,
+    kernel: jax.Array,
+    method: _Method,
+    window: Window,
+    precision: lax.PrecisionLike,
+) -> jax.Array:
+    """Convolve as is fastest on the platform, with gradients that are fast too."""
+    return _by_platform(method.outputs, method.elsewhere, window, precision)(x, kernel)
+
+
+@functools.partial(_conv_by_method.defjvp, symbolic_zeros=True)
+def _conv_by_method_jvp(
+    method: _Method,
+    window: Window,
+    precision: lax.PrecisionLike,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array | SymbolicZero, jax.Array | SymbolicZero],
+) -> tuple[jax.Array, jax.Array]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    y = _conv_by_method(x, kernel, method, window, precision)
+    dy = jnp.zeros_like(y)
+    if not isinstance(dx, SymbolicZero):
+        tangent = method.tangent_of_x, method.elsewhere, window, precision
+        dy += jax.checkpoint(_by_platform(*tangent), prevent_cse=False)(dx, kernel)
+    if not isinstance(dkernel, SymbolicZero):
+        tangent = method.tangent_of_kernel, method.elsewhere, window, precision
+        dy += jax.checkpoint(_by_platform(*tangent), prevent_cse=False)(x, dkernel)
+    return y, dy
+
+
+@functools.cache
+def _by_platform(
+    cpu: _Convolution,
+    elsewhere: _Convolution,
+    window: Window,
+    precision: lax.PrecisionLike,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return one convolution for CPUs and another for all other platforms.
+
+    It is chosen when a program is compiled, which may be on another machine.
+    """
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if cpu is elsewhere:
+            return cpu(x, kernel, window, precision)
+        return lax.platform_dependent(
+            x,
+            kernel,
+            cpu=lambda x, kernel: cpu(x, kernel, window, precision),
+            default=lambda x, kernel: elsewhere(x, kernel, window, precision),
+        )
+
+    return convolve
 
 
 def _conv_by_xla(
     x: jax.Array,
     kernel: jax.Array,
     window: Window,
-    groups: int,
     precision: lax.PrecisionLike,
+    *,
+    groups: int = 1,
 ) -> jax.Array:
     spatial = "DHW"[-len(window.size) :]
     return lax.conv_general_dilated(
@@ -290,6 +530,7 @@ def _conv_by_xla(
         kernel,
         window_strides=window.strides,
         padding=window.zeros,
+        lhs_dilation=window.input_dilation,
         rhs_dilation=window.dilation,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
         feature_group_count=groups,
@@ -297,46 +538,15 @@ def _conv_by_xla(
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _conv_on_cpu(
+def _conv_phases(
     x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike
 ) -> jax.Array:
-    """Convolve with XLA, with gradients that are fast on CPUs.
+    """Convolve with strides as a sum of convolutions without, each of some pixels.
 
-    The gradients that JAX derives are convolutions too. With respect to the kernel, the
-    windows are as large as the map. With respect to the inputs of a convolution with
-    strides, the map has zeros between its pixels. Both are far slower on CPUs than
-    other convolutions. The tangents here are computed such that their transposes, which
-    are the gradients, are fast.
+    XLA's gradient with respect to the map is a convolution too, of outputs with zeros
+    between them, which is slow on CPUs. Those of the terms of this sum have no zeros.
     """
-    return _conv_by_xla(x, kernel, window, 1, precision)
-
-
-@functools.partial(_conv_on_cpu.defjvp, symbolic_zeros=True)
-def _conv_on_cpu_jvp(
-    window: Window,
-    precision: lax.PrecisionLike,
-    primals: tuple[jax.Array, jax.Array],
-    tangents: tuple[jax.Array | SymbolicZero, jax.Array | SymbolicZero],
-) -> tuple[jax.Array, jax.Array]:
-    (x, kernel), (dx, dkernel) = primals, tangents
-    y = _conv_on_cpu(x, kernel, window, precision)
-    dy = jnp.zeros_like(y)
-    if not isinstance(dx, SymbolicZero):
-        dy += _conv_phases(dx, kernel, y.shape[1:-1], window, precision)
-    if not isinstance(dkernel, SymbolicZero):
-        dy += _conv_strips(x, dkernel, y.shape[1:-1], window, precision)
-    return y, dy
-
-
-def _conv_phases(
-    x: jax.Array,
-    kernel: jax.Array,
-    lengths: Sequence[int],
-    window: Window,
-    precision: lax.PrecisionLike,
-) -> jax.Array:
-    """Convolve with strides as a sum of convolutions without, each of some pixels."""
+    lengths = _output_lengths(x, window)
     axes = zip(x.shape[1:-1], lengths, *window[:4])
     dilation = tuple(
         d // math.gcd(s, d) for s, d in zip(window.strides, window.dilation)
@@ -345,8 +555,9 @@ def _conv_phases(
     for phase in itertools.product(*(_phases(*axis) for axis in axes)):
         pixels, taps, pads = zip(*phase)
         part = kernel[taps]
-        unstrided = Window(part.shape[:-2], (1,) * len(taps), dilation, pads, ())
-        y += _conv_by_xla(x[:, *pixels], part, unstrided, 1, precision)
+        ones = (1,) * len(taps)
+        unstrided = Window(part.shape[:-2], ones, dilation, pads, (), ones)
+        y += _conv_by_xla(x[:, *pixels], part, unstrided, precision)
     return y
 
 
@@ -373,19 +584,16 @@ def _phases(
 
 
 def _conv_strips(
-    x: jax.Array,
-    kernel: jax.Array,
-    lengths: Sequence[int],
-    window: Window,
-    precision: lax.PrecisionLike,
+    x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike
 ) -> jax.Array:
     """Convolve strips of rows one after the other, each as one matrix product.
 
-    The transposes of these products are matrix products too; their sum is the gradient
-    of the kernel.
+    XLA's gradient with respect to the kernel is a convolution with windows as large as
+    the map, which is slow on CPUs. The transposes of these products are matrix products
+    too; their sum is the gradient of the kernel.
     """
-    rows, *others = lengths
-    (size, *_), (stride, *_), (dilation, *_), ((low, _), *pads), _ = window
+    rows, *others = _output_lengths(x, window)
+    (size, *_), (stride, *_), (dilation, *_), ((low, _), *pads), *_ = window
     row = max(1, x.shape[0] * math.prod(others) * kernel[..., 0].size)
     count = -(-rows // max(1, _MOST_COPIED // row))
     strip = -(-rows // count)
@@ -401,7 +609,7 @@ def _conv_strips(
     def conv(i: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(x, i * strip * stride, taken, axis=1)
         kernel = kernel.astype(dtype)
-        return _conv_patches(x, kernel, [strip, *others], window, precision)
+        return _conv_patches(x, kernel, window, precision)
 
     y = lax.map(lambda i: conv(i, x, kernel), jnp.arange(count))
     y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, *y.shape[3:])
@@ -409,17 +617,14 @@ def _conv_strips(
 
 
 def _conv_patches(
-    x: jax.Array,
-    kernel: jax.Array,
-    lengths: Sequence[int],
-    window: Window,
-    precision: lax.PrecisionLike,
+    x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike
 ) -> jax.Array:
     """Convolve as one matrix product of copies of all windows.
 
     If a map is smaller than the kernel, XLA swaps their roles, and the result or its
     gradients take tens of times longer on CPUs.
     """
+    lengths = _output_lengths(x, window)
     x = _pad(x, window.zeros)
     ndim = len(lengths)
     for axis, (n, size, stride, dilation) in enumerate(zip(lengths, *window[:3]), 1):
@@ -431,21 +636,61 @@ def _conv_patches(
     return jnp.tensordot(x, kernel, ndim + 1, precision=precision)
 
 
-def _conv_upsampled(
+def _conv_repeated(
+    x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike
+) -> jax.Array:
+    """Convolve ``Upsampled(x)`` after repeating its pixels."""
+    return _conv_by_xla(upsample(x), kernel, window, precision)
+
+
+def _conv_taps(
     x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike
 ) -> jax.Array:
     """Convolve ``Upsampled(x)`` with one matrix product of ``x``.
 
+    All pixels are multiplied by all taps, and the products moved and summed.
+    """
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    return _sum_taps(_tap_products(x, kernel, precision, wide), kernel, window)
+
+
+def _conv_narrow_taps(
+    x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike
+) -> jax.Array:
+    """Do the same with products of the dtype of the kernel.
+
+    The products that JAX derives for the gradients have the dtype of this one. In
+    bfloat16 they are faster than in float32.
+    """
+    products = _tap_products(x, kernel, precision, kernel.dtype)
+    return _sum_taps(products, kernel, window)
+
+
+def _tap_products(
+    x: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike, dtype: DTypeLike
+) -> jax.Array:
+    """Multiply pixels by taps: ``[N, *spatial, *kernel_size, features]``."""
+    channels = ((x.ndim - 1,), (kernel.ndim - 2,))
+    return lax.dot_general(
+        x,
+        kernel,
+        (channels, ((), ())),
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+
+
+def _sum_taps(y: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """Sum the products of pixels and taps at their outputs.
+
     Along one axis, tap t of output 2i + a (its phase a is 0 or 1) falls on pixel
-    i + (a + t - low) // 2 of ``x``. So all pixels are first multiplied by all taps;
-    then the products are moved to their outputs and summed.
+    i + (a + t - low) // 2 of the map.
     """
     ndim = len(window.size)
-    y = jnp.tensordot(x, kernel, ((-1,), (ndim,)), precision=precision)
-    # Now [N, *spatial, *kernel_size, features]. The barrier stops XLA from fusing the
-    # sums into the product, which would slow the product on CPUs.
+    lengths = y.shape[1 : 1 + ndim]
+    # The barrier stops XLA from fusing the sums into the product, which would slow the
+    # product on CPUs.
     y = lax.optimization_barrier(y)
-    # Of bfloat16 inputs, products and gradients are bfloat16, and sums are float32.
     y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
     for axis, (size, dilation, (low, _)) in enumerate(
         zip(window.size, window.dilation, window.zeros), 1
@@ -462,7 +707,7 @@ def _conv_upsampled(
             for a in (0, 1)
         ]
         y = jnp.stack(phases, axis + 1)
-        y = y.reshape(*y.shape[:axis], 2 * x.shape[axis], *y.shape[axis + 2 :])
+        y = y.reshape(*y.shape[:axis], 2 * lengths[axis - 1], *y.shape[axis + 2 :])
     return y.astype(kernel.dtype)
 
 
@@ -475,3 +720,12 @@ def _pad(x: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
     """Add zeros to the ends of the first spatial axes; negative numbers crop."""
     pads = [(0, 0), *pads, *[(0, 0)] * (x.ndim - 1 - len(pads))]
     return lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in pads])
+
+
+# XLA's own convolution on all platforms; on CPUs, with other gradients.
+_LARGE_MAPS = _Method(_conv_by_xla, _conv_phases, _conv_strips, _conv_by_xla)
+
+_SMALL_MAPS = _Method(_conv_patches, _conv_patches, _conv_patches, _conv_by_xla)
+
+# Measured on CPUs only. Elsewhere, moving nine products may take longer than it saves.
+_UPSAMPLED = _Method(_conv_taps, _conv_narrow_taps, _conv_narrow_taps, _conv_repeated)

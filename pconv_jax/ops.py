@@ -30,7 +30,6 @@ Convolutions", ECCV 2018, https://arxiv.org/abs/1804.07723, section 3.1.
 """
 
 import functools
-import math
 import operator
 from collections.abc import Sequence
 
@@ -52,6 +51,7 @@ from pconv_jax._conv import (
 __all__ = [
     "ArrayOrSequence",
     "IntOrSequence",
+    "MaskOrSequence",
     "PaddingLike",
     "Upsampled",
     "check_mask",
@@ -59,42 +59,50 @@ __all__ = [
     "is_valid",
     "mask_coverage",
     "partial_conv",
+    "partial_conv_transpose",
     "update_mask",
     "upsample",
 ]
 
-# Features or masks: one array, or a sequence to be concatenated along the channels.
+# Features: one array, or a sequence to be concatenated along the channels.
 ArrayOrSequence = ArrayLike | Upsampled | Sequence[ArrayLike | Upsampled]
+
+# Their masks. None stands for the mask of an input that is valid everywhere.
+MaskOrSequence = ArrayLike | Upsampled | Sequence[ArrayLike | Upsampled | None] | None
 
 
 def partial_conv(
     inputs: ArrayOrSequence,
-    mask: ArrayOrSequence | None,
+    mask: MaskOrSequence,
     kernel: ArrayLike,
     bias: ArrayLike | None = None,
     *,
     strides: IntOrSequence = 1,
     padding: PaddingLike = "SAME",
+    input_dilation: IntOrSequence = 1,
     kernel_dilation: IntOrSequence = 1,
     feature_group_count: int = 1,
     precision: lax.PrecisionLike = None,
-) -> tuple[jax.Array, jax.Array]:
+    return_coverage: bool = False,
+) -> tuple[jax.Array, ...]:
     """Convolve the valid inputs and compute which outputs are valid.
 
     Equations 1 and 2 of the paper (version 2), for every window::
 
-        x' = W^T (X * M) sum(1) / sum(M) + b   and   m' = 1   if sum(M) > 0
-        x' = 0                                 and   m' = 0   otherwise
+        x' = W^T (X * M) sum(1) / sum(M) + b  and  m' = 1   if sum(M) > 0
+        x' = 0                                and  m' = 0   otherwise
 
     ``sum(1)`` is the number of inputs in the window over all channels, and ``sum(M)``
-    the number of valid ones. Zero padding is a hole. With groups, both sums are taken
-    within the group.
+    the number of valid ones. Zero padding is a hole. Zeros between dilated inputs are
+    not inputs, so they count in neither sum. With groups, both sums are taken within
+    the group.
 
     Args:
       inputs: Features ``[N, *spatial, C_in]``, or a sequence of arrays whose channels
         add up to ``C_in``. Arrays may be `Upsampled` if their masks are too.
       mask: ``[N, *spatial, 1]`` or ``[N, *spatial, C_in]``, 1 = valid, 0 = hole; a
-        sequence if ``inputs`` is one. None if only the padding is a hole.
+        sequence if ``inputs`` is one. None, also in a sequence, if all of the input is
+        valid.
       kernel: ``[*kernel_size, C_in // feature_group_count, features]``. Its input
         channels follow the order of ``inputs``.
       bias: ``[features]``, added to valid outputs only. None (the default) for no bias.
@@ -102,18 +110,23 @@ def partial_conv(
         default is 1.
       padding: ``'SAME'`` (the default), ``'VALID'``, ``'CIRCULAR'``, ``'REFLECT'`` or a
         number; or, for each spatial axis, a number, a ``(low, high)`` pair,
-        ``'CIRCULAR'`` or ``'REFLECT'``. Circular and reflecting padding extend inputs
-        and masks, so they add no hole.
+        ``'CIRCULAR'``, ``'REFLECT'`` or ``'CAUSAL'``. Circular and reflecting padding
+        extend inputs and masks, so they add no hole. Causal padding is zeros before the
+        inputs, so that no output sees later ones; for one axis, it needs no tuple.
+      input_dilation: Step between inputs after zeros are put between them: one number,
+        or one for each spatial axis. The default is 1.
       kernel_dilation: Step between inputs within a window: one number, or one for each
         spatial axis. The default is 1.
       feature_group_count: Number of groups of channels and features. The default is 1.
       precision: Precision of the convolution, as in ``lax.conv_general_dilated``.
+      return_coverage: Whether to return the coverage too. The default is False.
 
     Returns:
       The outputs, ``[N, *spatial', features]``, and the new mask. The mask is
       ``[N, *spatial', 1]``, or ``[N, *spatial', features]`` if the groups have
-      different masks. It has the dtype of the (first) given mask, or float32 without
-      one.
+      different masks. It has the dtype of the first mask given, or float32 without one.
+      With ``return_coverage``, also the coverage sum(M) / sum(1), in float32 and of the
+      shape of the new mask; 0 where a window has no input.
 
     Raises:
       ValueError: If shapes do not fit.
@@ -128,46 +141,153 @@ def partial_conv(
         ]
         operands, masks = [jnp.concatenate(features, -1)], [jnp.concatenate(planes, -1)]
     kernel = jnp.asarray(kernel)
-    channels = [_conv.shape(x)[-1] for x in operands]
-    _check_kernel(kernel, bias, channels, feature_group_count)
+    _check_kernel(kernel, bias, operands, feature_group_count)
     window = _conv.make_window(
         _conv.shape(operands[0])[1:-1],
         kernel.shape[:-2],
         strides,
         padding,
         kernel_dilation,
+        input_dilation,
     )
+    outputs, new_mask, coverage = _convolve_valid(
+        operands,
+        masks,
+        kernel,
+        bias,
+        window,
+        groups=feature_group_count,
+        zeros_are_holes=True,
+        precision=precision,
+    )
+    new_mask = new_mask.astype(mask_dtype)
+    return (outputs, new_mask, coverage) if return_coverage else (outputs, new_mask)
 
+
+def partial_conv_transpose(
+    inputs: ArrayOrSequence,
+    mask: MaskOrSequence,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    strides: IntOrSequence = 1,
+    padding: PaddingLike = "SAME",
+    kernel_dilation: IntOrSequence = 1,
+    transpose_kernel: bool = False,
+    precision: lax.PrecisionLike = None,
+    return_coverage: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Apply a transposed convolution to the valid inputs.
+
+    Every input adds to the outputs in a window around it. An output is valid if a valid
+    input reaches it. It is scaled by the number of inputs that reach it, over that of
+    the valid ones::
+
+        x' = W^T (X * M) sum(1) / sum(M) + b  and  m' = 1   if sum(M) > 0
+        x' = 0                                and  m' = 0   otherwise
+
+    So without holes this equals `flax.linen.ConvTranspose`, at the border too: there,
+    unlike in `partial_conv`, the padding holds no inputs that could be missing.
+
+    Args:
+      inputs: As in `partial_conv`.
+      mask: As in `partial_conv`.
+      kernel: ``[*kernel_size, C_in, features]``, or with ``transpose_kernel``
+        ``[*kernel_size, features, C_in]``. Its input channels follow the order of
+        ``inputs``.
+      bias: ``[features]``, added to valid outputs only. None (the default) for no bias.
+      strides: Step between the windows of neighboring inputs: one number, or one for
+        each spatial axis. The default is 1.
+      padding: ``'SAME'`` (the default) for outputs ``strides`` times as long as the
+        inputs, ``'VALID'`` for all outputs that an input reaches, ``'CIRCULAR'`` or a
+        number; or, for each spatial axis, a number, a ``(low, high)`` pair or
+        ``'CIRCULAR'``. As in Flax, numbers pad the inputs after dilation by the
+        strides, and circular padding adds outputs past one end at the other.
+      kernel_dilation: Step between the outputs that an input reaches: one number, or
+        one for each spatial axis. The default is 1.
+      transpose_kernel: Whether to flip the spatial axes of the kernel and to swap its
+        channels, as the gradient of a convolution does. The default is False.
+      precision: Precision of the convolution, as in ``lax.conv_general_dilated``.
+      return_coverage: Whether to return the coverage too. The default is False.
+
+    Returns:
+      As `partial_conv`. The new mask is ``[N, *spatial', 1]``.
+
+    Raises:
+      ValueError: If shapes do not fit.
+    """
+    operands, masks, mask_dtype = _as_operands(inputs, mask)
+    kernel = jnp.asarray(kernel)
+    if transpose_kernel and kernel.ndim > 2:
+        kernel = jnp.flip(kernel, range(kernel.ndim - 2)).swapaxes(-2, -1)
+    _check_kernel(kernel, bias, operands, 1)
+    window = _conv.make_transposed_window(
+        _conv.shape(operands[0])[1:-1],
+        kernel.shape[:-2],
+        strides,
+        padding,
+        kernel_dilation,
+        transpose_kernel=transpose_kernel,
+    )
+    outputs, new_mask, coverage = _convolve_valid(
+        operands,
+        masks,
+        kernel,
+        bias,
+        window,
+        groups=1,
+        zeros_are_holes=False,
+        precision=precision,
+    )
+    new_mask = new_mask.astype(mask_dtype)
+    return (outputs, new_mask, coverage) if return_coverage else (outputs, new_mask)
+
+
+def _convolve_valid(
+    operands: Sequence[Operand],
+    masks: Sequence[Operand],
+    kernel: jax.Array,
+    bias: ArrayLike | None,
+    window: _conv.Window,
+    *,
+    groups: int,
+    zeros_are_holes: bool,
+    precision: lax.PrecisionLike,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute the outputs, the new mask as bool, and the coverage."""
     dtype = jnp.result_type(kernel, *jax.tree.leaves(operands))
     # Selected, not multiplied: NaN * 0 is NaN.
     valid_inputs = jax.tree.map(
         lambda m, x: jnp.where(m, x.astype(dtype), 0), masks, operands
     )
     outputs = _conv.convolve(
-        valid_inputs,
-        kernel.astype(dtype),
-        window,
-        groups=feature_group_count,
-        precision=precision,
+        valid_inputs, kernel.astype(dtype), window, groups=groups, precision=precision
     )
 
     # bfloat16 cannot count past 256, so the sums and their ratio are float32 or wider.
     wide = jnp.promote_types(dtype, jnp.float32)
+    shapes = [_conv.shape(x) for x in operands]
     counts = functools.reduce(
         operator.add,
-        (_count_valid(m, c, feature_group_count) for m, c in zip(masks, channels)),
+        (_count_valid(m, shape[-1], groups) for m, shape in zip(masks, shapes)),
     )
-    valid = _conv.window_sum(counts, window).astype(wide)
+    valid = _conv.window_sum(counts, window)
+    total = _conv.window_total(
+        shapes[0][1:-1], valid.shape[1:-1], window, zeros=zeros_are_holes
+    )
+    total *= sum(shape[-1] for shape in shapes) // groups
+    coverage = valid / jnp.maximum(total, 1)
     if valid.shape[-1] > 1:  # One mask for each group, repeated over its features.
-        valid = jnp.repeat(valid, kernel.shape[-1] // valid.shape[-1], axis=-1)
-    total = math.prod(window.size) * sum(channels) // feature_group_count
-    outputs = outputs.astype(wide) * (total / jnp.maximum(valid, 1))
-    if bias is not None:
-        outputs += jnp.asarray(bias, wide)
-    # Selected after the bias is added: outputs in a hole are 0, not b.
-    outputs = jnp.where(valid > 0, outputs, 0).astype(dtype)
+        repeats = kernel.shape[-1] // valid.shape[-1]
+        valid, coverage = (jnp.repeat(a, repeats, axis=-1) for a in (valid, coverage))
     new_mask = jnp.broadcast_to(valid > 0, outputs.shape[:-1] + valid.shape[-1:])
-    return outputs, new_mask.astype(mask_dtype)
+    coverage = jnp.broadcast_to(coverage, new_mask.shape)
+    scale = total.astype(wide) / jnp.maximum(valid.astype(wide), 1)
+    outputs = outputs.astype(wide) * scale
+    if bias is not None:
+        outputs += jnp.asarray(bias, wide).reshape((1,) * (outputs.ndim - 1) + (-1,))
+    # Selected after the bias is added: outputs in a hole are 0, not b.
+    return jnp.where(new_mask, outputs, 0).astype(dtype), new_mask, coverage
 
 
 def update_mask(
@@ -176,6 +296,7 @@ def update_mask(
     *,
     strides: IntOrSequence = 1,
     padding: PaddingLike = "SAME",
+    input_dilation: IntOrSequence = 1,
     kernel_dilation: IntOrSequence = 1,
 ) -> jax.Array:
     """Compute the mask after a partial convolution (equation 2 of the paper).
@@ -187,6 +308,7 @@ def update_mask(
       kernel_size: Size of the kernel along each spatial axis.
       strides: As in `partial_conv`. The default is 1.
       padding: As in `partial_conv`. The default is ``'SAME'``.
+      input_dilation: As in `partial_conv`. The default is 1.
       kernel_dilation: As in `partial_conv`. The default is 1.
 
     Returns:
@@ -200,6 +322,7 @@ def update_mask(
         kernel_size,
         strides=strides,
         padding=padding,
+        input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
     )
     return (coverage > 0).astype(jnp.asarray(mask).dtype)
@@ -211,21 +334,25 @@ def mask_coverage(
     *,
     strides: IntOrSequence = 1,
     padding: PaddingLike = "SAME",
+    input_dilation: IntOrSequence = 1,
     kernel_dilation: IntOrSequence = 1,
 ) -> jax.Array:
     """Compute the valid fraction of every window, sum(M) / sum(1).
 
-    A partial convolution scales its outputs by the inverse of this fraction.
+    A partial convolution scales its outputs by the inverse of this fraction, and
+    returns it too if asked to.
 
     Args:
       mask: ``[N, *spatial, C]``, 1 = valid, 0 = hole.
       kernel_size: Size of the kernel along each spatial axis.
       strides: As in `partial_conv`. The default is 1.
       padding: As in `partial_conv`. The default is ``'SAME'``.
+      input_dilation: As in `partial_conv`. The default is 1.
       kernel_dilation: As in `partial_conv`. The default is 1.
 
     Returns:
-      Fractions in [0, 1], ``[N, *spatial', 1]`` in float32.
+      Fractions in [0, 1], ``[N, *spatial', 1]`` in float32; 0 where a window has no
+      input.
 
     Raises:
       ValueError: As in `partial_conv`.
@@ -233,11 +360,12 @@ def mask_coverage(
     mask = jnp.asarray(mask)
     check_mask(mask, mask)
     window = _conv.make_window(
-        mask.shape[1:-1], kernel_size, strides, padding, kernel_dilation
+        mask.shape[1:-1], kernel_size, strides, padding, kernel_dilation, input_dilation
     )
     channels = mask.shape[-1]
     valid = _conv.window_sum(_count_valid(is_valid(mask), channels, 1), window)
-    return valid / (math.prod(window.size) * channels)
+    total = _conv.window_total(mask.shape[1:-1], valid.shape[1:-1], window, zeros=True)
+    return valid / jnp.maximum(total * channels, 1)
 
 
 def composite(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
@@ -313,7 +441,7 @@ def _count_valid(mask: Operand, channels: int, groups: int) -> jax.Array:
 
 
 def _as_operands(
-    inputs: ArrayOrSequence, mask: ArrayOrSequence | None
+    inputs: ArrayOrSequence, mask: MaskOrSequence
 ) -> tuple[list[Operand], list[Operand], DTypeLike]:
     """Convert inputs and masks to lists of arrays, masks to bool.
 
@@ -334,8 +462,7 @@ def _as_operands(
                 f"{shapes}."
             )
     if mask is None:
-        masks = jax.tree.map(lambda x: jnp.ones((1, *x.shape[1:-1], 1), bool), operands)
-        return operands, masks, jnp.float32
+        mask = [None] * len(operands) if many else mask
     given = list(mask) if isinstance(mask, list | tuple) else [mask]
     if isinstance(mask, list | tuple) != many or len(given) != len(operands):
         raise ValueError(
@@ -343,18 +470,23 @@ def _as_operands(
             f"array otherwise; got {len(operands)} inputs and a mask of type "
             f"{type(mask).__name__}."
         )
-    masks = [jax.tree.map(jnp.asarray, m) for m in given]
-    for x, m in zip(operands, masks):
-        if isinstance(x, Upsampled) != isinstance(m, Upsampled):
+    masks = []
+    for x, m in zip(operands, given):
+        if m is None:
+            m = jax.tree.map(lambda x: jnp.ones((1, *x.shape[1:-1], 1), bool), x)
+        elif isinstance(x, Upsampled) != isinstance(m, Upsampled):
             raise ValueError("mask must be Upsampled if and only if its input is.")
-        jax.tree.map(check_mask, m, x)
-    dtype = jax.tree.leaves(masks)[0].dtype
-    return operands, jax.tree.map(is_valid, masks), dtype
+        else:
+            jax.tree.map(check_mask, m, x)
+        masks.append(jax.tree.map(is_valid, m))
+    dtypes = [jnp.asarray(m).dtype for m in jax.tree.leaves(given)]
+    return operands, masks, dtypes[0] if dtypes else jnp.dtype(jnp.float32)
 
 
 def _check_kernel(
-    kernel: jax.Array, bias: ArrayLike | None, channels: Sequence[int], groups: int
+    kernel: jax.Array, bias: ArrayLike | None, operands: Sequence[Operand], groups: int
 ) -> None:
+    channels = [_conv.shape(x)[-1] for x in operands]
     per_group, features = (0, 0, *kernel.shape)[-2:]
     if per_group * groups != sum(channels) or features % groups:
         raise ValueError(

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from pconv_jax import _conv
 
@@ -125,24 +126,62 @@ def test_gradients_of_mapped_convolutions():
     assert_close(actual, expected)
 
 
-def test_no_gradient_is_a_convolution_of_a_sparse_map_or_of_a_large_kernel():
+CONVOLUTION, SPARSE, LOOP, PRODUCT = (
+    "stablehlo.convolution",
+    "te = [2, 2]",
+    "stablehlo.while",
+    "stablehlo.dot_general",
+)
+
+
+@pytest.mark.parametrize(
+    ("operand", "side", "on_cpus", "elsewhere"),
+    [
+        # The convolution itself, one for each of the four phases, and the strips.
+        (jnp.asarray, 12, [5, 0, 1, 1], [3, 2, 0, 0]),
+        # Fewer outputs than taps.
+        (jnp.asarray, 8, [0, 0, 0, 3], [3, 2, 0, 0]),
+        (_conv.Upsampled, 12, [0, 0, 0, 3], [3, 0, 0, 0]),
+    ],
+    ids=["large map", "small map", "upsampled"],
+)
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_gradients_are_chosen_for_the_platform_that_a_program_is_made_for(
+    platform, operand, side, on_cpus, elsewhere
+):
+    x, kernel = make_case((side, side), (5, 5))
+    upsampled = operand is _conv.Upsampled
+    window = make_window((side, side), (5, 5), strides=1 if upsampled else 2)
+
+    def loss(x, kernel):
+        return jnp.sin(convolve(operand(x), kernel, window=window)).sum()
+
+    def count(f, *arguments):
+        exported = export.export(jax.jit(f), platforms=[platform])(*arguments)
+        text = exported.mlir_module()
+        return [text.count(s) for s in (CONVOLUTION, SPARSE, LOOP, PRODUCT)]
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    expected = on_cpus if platform == "cpu" else elsewhere
+    assert count(gradient, x, kernel) == expected
+    # The derivatives that JAX takes of its own convolution.
+    if platform != "cpu" and not upsampled:
+        plain = functools.partial(reference, window=window)
+        assert expected == count(
+            jax.grad(lambda *a: jnp.sin(plain(*a)).sum(), argnums=(0, 1)), x, kernel
+        )
+
+
+def test_a_program_for_several_platforms_computes_the_same():
     x, kernel = make_case((12, 12), (5, 5))
     window = make_window((12, 12), (5, 5), strides=2)
 
-    def lower(convolve):
-        def loss(x, kernel):
-            return jnp.sin(convolve(x, kernel, window=window)).sum()
+    def loss(x, kernel):
+        return jnp.sin(convolve(x, kernel, window=window)).sum()
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, kernel).as_text()
-
-    def counts(text):
-        return [
-            text.count(s) for s in ("stablehlo.convolution", "te = [2, 2]", "while(")
-        ]
-
-    # The convolution itself, and one for each of the four phases.
-    assert counts(lower(convolve)) == [5, 0, 1]
-    assert counts(lower(reference)) == [3, 2, 0]
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    exported = export.export(gradient, platforms=["cpu", "cuda", "tpu"])(x, kernel)
+    assert_close(exported.call(x, kernel), gradient(x, kernel))
 
 
 def test_gradient_of_a_kernel_keeps_no_windows(monkeypatch):
