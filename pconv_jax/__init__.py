@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pconv_jax.evaluate.runner import evaluate_run as evaluate_run
     from pconv_jax.inpaint.inpainter import Inpainter as Inpainter
     from pconv_jax.layers import PartialConv as PartialConv
+    from pconv_jax.layers import PartialConvTranspose as PartialConvTranspose
     from pconv_jax.layers import PartialPadConv as PartialPadConv
     from pconv_jax.losses import PAPER_WEIGHTS as PAPER_WEIGHTS
     from pconv_jax.losses import LossWeights as LossWeights
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pconv_jax.ops import composite as composite
     from pconv_jax.ops import mask_coverage as mask_coverage
     from pconv_jax.ops import partial_conv as partial_conv
+    from pconv_jax.ops import partial_conv_transpose as partial_conv_transpose
     from pconv_jax.ops import update_mask as update_mask
     from pconv_jax.ops import upsample as upsample
     from pconv_jax.train.loop import train_and_evaluate as train_and_evaluate
@@ -71,9 +73,11 @@ _MODULES = {
     "composite": "ops",
     "mask_coverage": "ops",
     "partial_conv": "ops",
+    "partial_conv_transpose": "ops",
     "update_mask": "ops",
     "upsample": "ops",
     "PartialConv": "layers",
+    "PartialConvTranspose": "layers",
     "PartialPadConv": "layers",
     "Normalization": "unet",
     "PConvUNet": "unet",

@@ -105,6 +105,7 @@ def make_window(
     strides: IntOrSequence,
     padding: PaddingLike,
     kernel_dilation: IntOrSequence,
+    *,
     input_dilation: IntOrSequence = 1,
 ) -> Window:
     """Check the geometry of a convolution and bring it into one form.
@@ -244,12 +245,13 @@ def _parse_padding(
             raise ValueError
         return parsed
     except (TypeError, ValueError):
-        alone = [m for m in modes if m != "CAUSAL" or ndim == 1]
+        names = [repr(m) for m in modes]
+        alone = [repr(m) for m in modes if m != "CAUSAL" or ndim == 1]
+        alone = ["'SAME'", "'VALID'", *alone]
         raise ValueError(
-            f"padding must be {', '.join(map(repr, ('SAME', 'VALID', *alone)))} or a "
+            f"padding must be {', '.join(alone)} or a "
             f"number; or, for each of {ndim} spatial axes, a number, a (low, high) "
-            f"pair{', '.join(['', *map(repr, modes[:-1])])} or {modes[-1]!r}; got "
-            f"{padding!r}."
+            f"pair{', '.join(['', *names[:-1]])} or {names[-1]}; got {padding!r}."
         ) from None
 
 

@@ -19,6 +19,11 @@ def kernel_size_of(kernel_size: int | Sequence[int]) -> tuple[int, ...]:
     return (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
 
 
+def count_channels(inputs: ops.ArrayOrSequence) -> int:
+    """Count the channels of inputs; of a sequence, their sum."""
+    return sum(jnp.shape(x)[-1] for x in jax.tree.leaves(inputs))
+
+
 def check_groups(groups: int, channels: int, features: int) -> None:
     """Check that groups divide the channels and the features.
 
@@ -35,7 +40,7 @@ def check_groups(groups: int, channels: int, features: int) -> None:
 def apply(
     operation: Callable[..., tuple[jax.Array, ...]],
     inputs: ops.ArrayOrSequence,
-    mask: ops.ArrayOrSequence | None,
+    mask: ops.MaskOrSequence,
     kernel: jax.Array,
     bias: jax.Array | None,
     *,
@@ -47,7 +52,7 @@ def apply(
     Args:
       operation: A function such as `ops.partial_conv`.
       inputs: ``[..., *spatial, C]``, or a sequence of such arrays.
-      mask: As `inputs`, or None.
+      mask: Their masks; None for an input that is valid everywhere.
       kernel: ``[*kernel_size, ...]``.
       bias: ``[features]``, or None.
       dtype: Dtype of the computation. None infers it from inputs and parameters.
@@ -67,12 +72,14 @@ def apply(
         bias,
         **options,
     )
+    if len(batch) == 1:
+        return results
     return tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
 
 
 def _merge_batch(x: ArrayLike, batch: tuple[int, ...]) -> jax.Array:
     """Merge the batch axes into one; an array with others is left, to be refused."""
     x = jnp.asarray(x)
-    if x.shape[: len(batch)] != batch:
+    if len(batch) == 1 or x.shape[: len(batch)] != batch:
         return x
     return x.reshape(math.prod(batch), *x.shape[len(batch) :])

@@ -24,6 +24,7 @@ class _PartialConvBase(nn.Module):
     kernel_size: int | Sequence[int]
     strides: ops.IntOrSequence = 1
     padding: ops.PaddingLike = "SAME"
+    input_dilation: ops.IntOrSequence = 1
     kernel_dilation: ops.IntOrSequence = 1
     feature_group_count: int = 1
     use_bias: bool = True
@@ -35,24 +36,22 @@ class _PartialConvBase(nn.Module):
 
     @nn.compact
     def _convolve(
-        self, inputs: ops.ArrayOrSequence, mask: ops.ArrayOrSequence | None
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        inputs: ops.ArrayOrSequence,
+        mask: ops.MaskOrSequence,
+        return_coverage: bool = False,
+    ) -> tuple[jax.Array, ...]:
         kernel_size = _flax.kernel_size_of(self.kernel_size)
-        channels = sum(jnp.shape(x)[-1] for x in jax.tree.leaves(inputs))
+        channels = _flax.count_channels(inputs)
         groups = self.feature_group_count
         _flax.check_groups(groups, channels, self.features)
-        kernel = self.param(
-            "kernel",
-            self.kernel_init,
-            (*kernel_size, channels // groups, self.features),
-            self.param_dtype,
-        )
+        kernel_shape = (*kernel_size, channels // groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, kernel_shape, self.param_dtype)
         bias = None
         if self.use_bias:
-            bias = self.param(
-                "bias", self.bias_init, (self.features,), self.param_dtype
-            )
-        outputs, new_mask = _flax.apply(
+            shape = (self.features,)
+            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        return _flax.apply(
             ops.partial_conv,
             inputs,
             mask,
@@ -61,11 +60,12 @@ class _PartialConvBase(nn.Module):
             dtype=self.dtype,
             strides=self.strides,
             padding=self.padding,
+            input_dilation=self.input_dilation,
             kernel_dilation=self.kernel_dilation,
             feature_group_count=groups,
             precision=self.precision,
+            return_coverage=return_coverage,
         )
-        return outputs, new_mask
 
 
 class PartialConv(_PartialConvBase):
@@ -89,9 +89,11 @@ class PartialConv(_PartialConvBase):
       strides: Step between windows: one number, or one for each spatial axis. The
         default is 1.
       padding: ``'SAME'`` (the default), ``'VALID'``, ``'CIRCULAR'``, ``'REFLECT'``, a
-        number, or one of these or a ``(low, high)`` pair for each axis; see
-        `ops.partial_conv`. With strides, use ``k // 2`` to pad as the paper's code
-        does; ``'SAME'`` pads differently.
+        number, or for each axis a number, a ``(low, high)`` pair or a name, such as
+        ``'CAUSAL'``; see `ops.partial_conv`. With strides, use ``k // 2`` to pad as the
+        paper's code does; ``'SAME'`` pads differently.
+      input_dilation: Step between inputs after zeros are put between them. The default
+        is 1.
       kernel_dilation: Step between inputs within a window. The default is 1.
       feature_group_count: Number of groups of channels; the mask is counted in each.
         The default is 1.
@@ -105,8 +107,12 @@ class PartialConv(_PartialConvBase):
     """
 
     def __call__(
-        self, inputs: ops.ArrayOrSequence, mask: ops.ArrayOrSequence | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        inputs: ops.ArrayOrSequence,
+        mask: ops.MaskOrSequence = None,
+        *,
+        return_coverage: bool = False,
+    ) -> tuple[jax.Array, ...]:
         """Convolve the valid inputs and compute which outputs are valid.
 
         Args:
@@ -114,16 +120,18 @@ class PartialConv(_PartialConvBase):
             such arrays, treated as concatenated along C. `ops.Upsampled` arrays are
             treated as upsampled.
           mask: ``[..., *spatial, 1]`` or ``[..., *spatial, C]``, 1 = valid, 0 = hole; a
-            sequence if ``inputs`` is one. None (the default) if only the padding is a
-            hole.
+            sequence if ``inputs`` is one. None (the default), also in a sequence, if
+            all of the input is valid.
+          return_coverage: Whether to return sum(M) / sum(1) too. The default is False.
 
         Returns:
-          Outputs ``[..., *spatial', features]`` and their mask; see `ops.partial_conv`.
+          Outputs ``[..., *spatial', features]`` and their mask, and the coverage if it
+          is asked for; see `ops.partial_conv`.
 
         Raises:
           ValueError: If shapes do not fit.
         """
-        return self._convolve(inputs, mask)
+        return self._convolve(inputs, mask, return_coverage)
 
 
 class PartialPadConv(_PartialConvBase):
@@ -137,3 +145,104 @@ class PartialPadConv(_PartialConvBase):
     def __call__(self, inputs: ArrayLike) -> jax.Array:
         """Convolve ``[..., *spatial, C]`` to ``[..., *spatial', features]``."""
         return self._convolve(inputs, None)[0]
+
+
+class PartialConvTranspose(nn.Module):
+    """A transposed convolution of the valid inputs only.
+
+    An output is valid if a valid input reaches it, and scaled by the number of inputs
+    that reach it over that of the valid ones. Without holes, and unless the steps are
+    longer than the kernel, it equals
+    `flax.linen.ConvTranspose`, whose fields and parameters it has::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from pconv_jax.layers import PartialConvTranspose
+      >>> inputs = jnp.ones((1, 16, 16, 8))
+      >>> mask = jnp.ones((1, 16, 16, 1)).at[:, 4:12, 4:12].set(0)
+      >>> layer = PartialConvTranspose(features=4, kernel_size=(4, 4), strides=(2, 2))
+      >>> variables = layer.init(jax.random.key(0), inputs, mask)
+      >>> outputs, new_mask = layer.apply(variables, inputs, mask)
+      >>> outputs.shape, new_mask.shape
+      ((1, 32, 32, 4), (1, 32, 32, 1))
+
+    Attributes:
+      features: Number of output channels.
+      kernel_size: Shape of the kernel. As in Flax, an int is a 1-D kernel.
+      strides: Step between the windows of neighboring inputs. None (the default) is 1.
+      padding: ``'SAME'`` (the default), ``'VALID'``, ``'CIRCULAR'``, a number, or a
+        number or a ``(low, high)`` pair for each axis, which pad the dilated inputs;
+        see `ops.partial_conv_transpose`.
+      kernel_dilation: Step between the outputs that an input reaches. None (the
+        default) is 1.
+      use_bias: Whether to add a bias to valid outputs. The default is True.
+      dtype: Dtype of the computation. None (the default) infers it from inputs and
+        parameters. The mask is always counted in float32.
+      param_dtype: Dtype of the parameters. The default is float32.
+      precision: Precision of the convolution, as in `jax.lax.conv_transpose`.
+      kernel_init: Initializer of the kernel. The default is LeCun normal.
+      bias_init: Initializer of the bias. The default is zeros.
+      transpose_kernel: Whether the kernel is that of a convolution, with features and
+        input channels swapped and the spatial axes to be flipped. The default is False.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: ops.IntOrSequence = None
+    padding: ops.PaddingLike = "SAME"
+    kernel_dilation: ops.IntOrSequence = None
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    transpose_kernel: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: ops.ArrayOrSequence,
+        mask: ops.MaskOrSequence = None,
+        *,
+        return_coverage: bool = False,
+    ) -> tuple[jax.Array, ...]:
+        """Spread the valid inputs and compute which outputs are valid.
+
+        Args:
+          inputs: ``[..., *spatial, C]`` with any number of batch axes, or a sequence of
+            such arrays, treated as concatenated along C. `ops.Upsampled` arrays are
+            treated as upsampled.
+          mask: ``[..., *spatial, 1]`` or ``[..., *spatial, C]``, 1 = valid, 0 = hole; a
+            sequence if ``inputs`` is one. None (the default), also in a sequence, if
+            all of the input is valid.
+          return_coverage: Whether to return sum(M) / sum(1) too. The default is False.
+
+        Returns:
+          Outputs ``[..., *spatial', features]`` and their mask, and the coverage if it
+          is asked for; see `ops.partial_conv_transpose`.
+
+        Raises:
+          ValueError: If shapes do not fit.
+        """
+        kernel_size = _flax.kernel_size_of(self.kernel_size)
+        ends = _flax.count_channels(inputs), self.features
+        kernel_shape = (*kernel_size, *(ends[::-1] if self.transpose_kernel else ends))
+        kernel = self.param("kernel", self.kernel_init, kernel_shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            shape = (self.features,)
+            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        return _flax.apply(
+            ops.partial_conv_transpose,
+            inputs,
+            mask,
+            kernel,
+            bias,
+            dtype=self.dtype,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            transpose_kernel=self.transpose_kernel,
+            precision=self.precision,
+            return_coverage=return_coverage,
+        )

@@ -34,6 +34,7 @@ class _PartialConvBase(nnx.Module):
         strides: ops.IntOrSequence = 1,
         *,
         padding: ops.PaddingLike = "SAME",
+        input_dilation: ops.IntOrSequence = 1,
         kernel_dilation: ops.IntOrSequence = 1,
         feature_group_count: int = 1,
         use_bias: bool = True,
@@ -52,6 +53,7 @@ class _PartialConvBase(nnx.Module):
         self.kernel_size = _flax.kernel_size_of(kernel_size)
         self.strides = strides
         self.padding = padding
+        self.input_dilation = input_dilation
         self.kernel_dilation = kernel_dilation
         self.feature_group_count = feature_group_count
         self.use_bias = use_bias
@@ -75,9 +77,12 @@ class _PartialConvBase(nnx.Module):
             )
 
     def _convolve(
-        self, inputs: ops.ArrayOrSequence, mask: ops.ArrayOrSequence | None
-    ) -> tuple[jax.Array, jax.Array]:
-        outputs, new_mask = _flax.apply(
+        self,
+        inputs: ops.ArrayOrSequence,
+        mask: ops.MaskOrSequence,
+        return_coverage: bool = False,
+    ) -> tuple[jax.Array, ...]:
+        return _flax.apply(
             ops.partial_conv,
             inputs,
             mask,
@@ -86,11 +91,12 @@ class _PartialConvBase(nnx.Module):
             dtype=self.dtype,
             strides=self.strides,
             padding=self.padding,
+            input_dilation=self.input_dilation,
             kernel_dilation=self.kernel_dilation,
             feature_group_count=self.feature_group_count,
             precision=self.precision,
+            return_coverage=return_coverage,
         )
-        return outputs, new_mask
 
 
 class PartialConv(_PartialConvBase):
@@ -116,6 +122,8 @@ class PartialConv(_PartialConvBase):
         default is 1.
       padding: As in `ops.partial_conv`. The default is ``'SAME'``. With strides, use
         ``k // 2`` to pad as the paper's code does; ``'SAME'`` pads differently.
+      input_dilation: Step between inputs after zeros are put between them. The default
+        is 1.
       kernel_dilation: Step between inputs within a window. The default is 1.
       feature_group_count: Number of groups of channels; the mask is counted in each.
         The default is 1.
@@ -136,8 +144,12 @@ class PartialConv(_PartialConvBase):
     """
 
     def __call__(
-        self, inputs: ops.ArrayOrSequence, mask: ops.ArrayOrSequence | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        inputs: ops.ArrayOrSequence,
+        mask: ops.MaskOrSequence = None,
+        *,
+        return_coverage: bool = False,
+    ) -> tuple[jax.Array, ...]:
         """Convolve the valid inputs and compute which outputs are valid.
 
         Args:
@@ -145,17 +157,18 @@ class PartialConv(_PartialConvBase):
             such arrays, treated as concatenated along C. `ops.Upsampled` arrays are
             treated as upsampled.
           mask: ``[..., *spatial, 1]`` or ``[..., *spatial, C]``, 1 = valid, 0 = hole; a
-            sequence if ``inputs`` is one. None (the default) if only the padding is a
-            hole.
+            sequence if ``inputs`` is one. None (the default), also in a sequence, if
+            all of the input is valid.
+          return_coverage: Whether to return sum(M) / sum(1) too. The default is False.
 
         Returns:
-          Outputs ``[..., *spatial', out_features]`` and their mask; see
-          `ops.partial_conv`.
+          Outputs ``[..., *spatial', out_features]`` and their mask, and the coverage if
+          it is asked for; see `ops.partial_conv`.
 
         Raises:
           ValueError: If shapes do not fit.
         """
-        return self._convolve(inputs, mask)
+        return self._convolve(inputs, mask, return_coverage)
 
 
 class PartialPadConv(_PartialConvBase):
@@ -170,3 +183,121 @@ class PartialPadConv(_PartialConvBase):
     def __call__(self, inputs: ArrayLike) -> jax.Array:
         """Convolve ``[..., *spatial, C]`` to ``[..., *spatial', out_features]``."""
         return self._convolve(inputs, None)[0]
+
+
+class PartialConvTranspose(nnx.Module):
+    """A transposed convolution of the valid inputs only.
+
+    An output is valid if a valid input reaches it, and scaled by the number of inputs
+    that reach it over that of the valid ones. Without holes, and unless the steps are
+    longer than the kernel, it equals
+    `flax.nnx.ConvTranspose`, whose arguments and parameters it has.
+
+    Args:
+      in_features: Number of input channels; of a sequence of inputs, their sum.
+      out_features: Number of output channels.
+      kernel_size: Shape of the kernel. As in Flax, an int is a 1-D kernel.
+      strides: Step between the windows of neighboring inputs. None (the default) is 1.
+      padding: As in `ops.partial_conv_transpose`. The default is ``'SAME'``.
+      kernel_dilation: Step between the outputs that an input reaches. None (the
+        default) is 1.
+      use_bias: Whether to add a bias to valid outputs. The default is True.
+      dtype: Dtype of the computation. None (the default) infers it from inputs and
+        parameters. The mask is always counted in float32.
+      param_dtype: Dtype of the parameters. The default is float32.
+      precision: Precision of the convolution, as in `jax.lax.conv_transpose`.
+      kernel_init: Initializer of the kernel. The default is LeCun normal.
+      bias_init: Initializer of the bias. The default is zeros.
+      transpose_kernel: Whether the kernel is that of a convolution, with features and
+        input channels swapped and the spatial axes to be flipped. The default is False.
+      rngs: Random numbers for the initializers.
+      kernel_metadata: Metadata of the kernel's `nnx.Param`, such as its sharding. Empty
+        by default.
+      bias_metadata: Metadata of the bias. Empty by default.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: ops.IntOrSequence = None,
+        *,
+        padding: ops.PaddingLike = "SAME",
+        kernel_dilation: ops.IntOrSequence = None,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = _KERNEL_INIT,
+        bias_init: Initializer = _BIAS_INIT,
+        transpose_kernel: bool = False,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = _NO_METADATA,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+    ):
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = _flax.kernel_size_of(kernel_size)
+        self.strides = strides
+        self.padding = padding
+        self.kernel_dilation = kernel_dilation
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.transpose_kernel = transpose_kernel
+        ends = in_features, out_features
+        self.kernel_shape = (
+            *self.kernel_size,
+            *(ends[::-1] if transpose_kernel else ends),
+        )
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), self.kernel_shape, param_dtype),
+            **kernel_metadata,
+        )
+        self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(
+                bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata
+            )
+
+    def __call__(
+        self,
+        inputs: ops.ArrayOrSequence,
+        mask: ops.MaskOrSequence = None,
+        *,
+        return_coverage: bool = False,
+    ) -> tuple[jax.Array, ...]:
+        """Spread the valid inputs and compute which outputs are valid.
+
+        Args:
+          inputs: ``[..., *spatial, C]`` with any number of batch axes, or a sequence of
+            such arrays, treated as concatenated along C. `ops.Upsampled` arrays are
+            treated as upsampled.
+          mask: ``[..., *spatial, 1]`` or ``[..., *spatial, C]``, 1 = valid, 0 = hole; a
+            sequence if ``inputs`` is one. None (the default), also in a sequence, if
+            all of the input is valid.
+          return_coverage: Whether to return sum(M) / sum(1) too. The default is False.
+
+        Returns:
+          Outputs ``[..., *spatial', out_features]`` and their mask, and the coverage if
+          it is asked for; see `ops.partial_conv_transpose`.
+
+        Raises:
+          ValueError: If shapes do not fit.
+        """
+        return _flax.apply(
+            ops.partial_conv_transpose,
+            inputs,
+            mask,
+            self.kernel[...],
+            None if self.bias is None else self.bias[...],
+            dtype=self.dtype,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            transpose_kernel=self.transpose_kernel,
+            precision=self.precision,
+            return_coverage=return_coverage,
+        )

@@ -148,7 +148,7 @@ def partial_conv(
         strides,
         padding,
         kernel_dilation,
-        input_dilation,
+        input_dilation=input_dilation,
     )
     outputs, new_mask, coverage = _convolve_valid(
         operands,
@@ -186,8 +186,9 @@ def partial_conv_transpose(
         x' = W^T (X * M) sum(1) / sum(M) + b  and  m' = 1   if sum(M) > 0
         x' = 0                                and  m' = 0   otherwise
 
-    So without holes this equals `flax.linen.ConvTranspose`, at the border too: there,
-    unlike in `partial_conv`, the padding holds no inputs that could be missing.
+    So without holes this equals `flax.linen.ConvTranspose`, at the border too: unlike
+    in `partial_conv`, padding is no hole. Only outputs that no input reaches at all,
+    where steps are longer than kernels, are holes, and thus 0 instead of b.
 
     Args:
       inputs: As in `partial_conv`.
@@ -360,7 +361,12 @@ def mask_coverage(
     mask = jnp.asarray(mask)
     check_mask(mask, mask)
     window = _conv.make_window(
-        mask.shape[1:-1], kernel_size, strides, padding, kernel_dilation, input_dilation
+        mask.shape[1:-1],
+        kernel_size,
+        strides,
+        padding,
+        kernel_dilation,
+        input_dilation=input_dilation,
     )
     channels = mask.shape[-1]
     valid = _conv.window_sum(_count_valid(is_valid(mask), channels, 1), window)

@@ -278,7 +278,8 @@ class PConvUNet(nn.Module):
             name=name,
         )
         if isinstance(conv, layers.PartialConv):
-            return conv(inputs, mask)
+            h, m = conv(inputs, mask)
+            return h, m
         if isinstance(inputs, tuple):
             arrays = (
                 ops.upsample(x.x) if isinstance(x, ops.Upsampled) else x for x in inputs

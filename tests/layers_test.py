@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import chex
 import flax.linen as nn
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from pconv_jax import ops
-from pconv_jax.layers import PartialConv, PartialPadConv
+from pconv_jax.layers import PartialConv, PartialConvTranspose, PartialPadConv
 
 
 def make_inputs(*shape, planes=1, seed=0):
@@ -36,7 +37,6 @@ def test_fields_are_those_of_conv_in_its_order():
     assert list(ours) == [name for name in theirs if name in ours]
     assert set(theirs) - set(ours) == {
         "mask",  # Masks weights. Our mask is an argument of the call.
-        "input_dilation",
         "promote_dtype",
         "conv_general_dilated",
         "conv_general_dilated_cls",
@@ -57,6 +57,7 @@ def test_fields_are_those_of_conv_in_its_order():
         ((9, 8), dict(kernel_size=(3, 3), padding="REFLECT")),
         ((9,), dict(kernel_size=3, strides=None, kernel_dilation=None)),
         ((5, 4, 6), dict(kernel_size=(3, 2, 1))),
+        ((9,), dict(kernel_size=3, padding=((0, 0),), input_dilation=2)),
     ],
     ids=str,
 )
@@ -73,6 +74,123 @@ def test_parameters_are_those_of_conv(spatial, fields):
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(mask, np.ones((*y.shape[:-1], 1)))
     np.testing.assert_array_equal(PartialPadConv(**fields).apply(variables, x), y)
+
+
+@pytest.mark.parametrize(
+    ("spatial", "fields"),
+    [
+        ((9,), dict(kernel_size=3, padding="CAUSAL", kernel_dilation=2)),
+        ((9,), dict(kernel_size=4, padding=((3, 0),), input_dilation=2, strides=3)),
+        ((5, 6), dict(kernel_size=(3, 2), padding=[2, (3, 1)], input_dilation=(2, 1))),
+        ((5, 6), dict(kernel_size=(2, 3), padding=((-1, 2), (0, 0)), input_dilation=3)),
+        ((5, 6), dict(kernel_size=(3, 3), padding=1, strides=2)),
+    ],
+    ids=str,
+)
+def test_shapes_and_unscaled_outputs_are_those_of_conv(spatial, fields):
+    x, mask = make_inputs(2, *spatial, 4)
+    layer, conv = (c(6, **fields, use_bias=False) for c in (PartialConv, nn.Conv))
+    variables = conv.init(jax.random.key(0), x)
+    y, new_mask, coverage = layer.apply(variables, x, mask, return_coverage=True)
+    # Without the scale, a partial convolution is a convolution of the valid inputs.
+    expected = conv.apply(variables, np.where(mask, x, 0))
+    np.testing.assert_allclose(y * coverage, expected, atol=1e-5)
+    np.testing.assert_array_equal(new_mask, coverage > 0)
+
+
+def test_fields_of_the_transposed_layer_are_those_of_conv_transpose():
+    ours, theirs = (
+        {f.name: f for f in dataclasses.fields(layer)}
+        for layer in (PartialConvTranspose, nn.ConvTranspose)
+    )
+    assert list(ours) == [name for name in theirs if name in ours]
+    assert set(theirs) - set(ours) == {
+        "mask",
+        "promote_dtype",
+        "preferred_element_type",
+    }
+    for name, field in ours.items():
+        if name not in ("kernel_init", "bias_init"):
+            assert field.default == theirs[name].default, name
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", 2, ((1, 2), (3, 0))])
+@pytest.mark.parametrize(
+    ("size", "strides", "dilation"),
+    [((3, 4), None, None), ((4, 5), (2, 3), None), ((2, 3), (3, 1), (1, 2))],
+    ids=str,
+)
+def test_without_holes_the_transposed_layer_is_conv_transpose(
+    size, strides, dilation, padding, transpose_kernel
+):
+    x, _ = make_inputs(2, 4, 5, 3)
+    layer, conv = (
+        layer(
+            6,
+            size,
+            strides=strides,
+            padding=padding,
+            kernel_dilation=dilation,
+            transpose_kernel=transpose_kernel,
+        )
+        for layer in (PartialConvTranspose, nn.ConvTranspose)
+    )
+    variables = conv.init(jax.random.key(0), x)
+    chex.assert_trees_all_equal(layer.init(jax.random.key(0), x), variables)
+    y, new_mask = layer.apply(variables, x, np.ones((2, 4, 5, 1)))
+    expected = conv.apply(variables, x)
+    # Circular padding wraps outputs around in Flax, and inputs here.
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    chex.assert_trees_all_equal(layer.apply(variables, x), (y, new_mask))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
+def test_the_transposed_layer_scales_by_what_reaches_an_output(padding):
+    x, mask = make_inputs(2, 5, 6, 3, planes=3)
+    fields = dict(strides=(2, 3), padding=padding, use_bias=False)
+    layer = PartialConvTranspose(4, (3, 4), **fields)
+    variables = layer.init(jax.random.key(0), x)
+    y, new_mask, coverage = layer.apply(variables, x, mask, return_coverage=True)
+    ones = nn.ConvTranspose(1, (3, 4), **fields, kernel_init=nn.initializers.ones)
+    count = functools.partial(ones.apply, ones.init(jax.random.key(0), x))
+    valid, reached = count(mask.astype(np.float32)), count(np.ones_like(x))
+    np.testing.assert_allclose(coverage, valid / np.maximum(reached, 1), rtol=1e-6)
+    np.testing.assert_array_equal(new_mask, valid > 0)
+    conv = nn.ConvTranspose(4, (3, 4), **fields)
+    expected = conv.apply(variables, np.where(mask, x, 0))
+    np.testing.assert_allclose(y * coverage, expected, atol=1e-5)
+
+
+def test_hole_contents_change_nothing_in_the_transposed_layer():
+    x, mask = make_inputs(2, 5, 6, 3)
+    layer = PartialConvTranspose(4, (3, 3), strides=(2, 2))
+    variables = init(layer, x, mask)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def value_and_grad(variables, x):
+        return jnp.sum(layer.apply(variables, x, mask)[0] ** 2)
+
+    expected = value_and_grad(variables, np.where(mask, x, 0))
+    actual = value_and_grad(variables, np.where(mask, x, np.nan))
+    chex.assert_trees_all_equal(actual, expected)
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
+@pytest.mark.parametrize("layer", [PartialConv, PartialConvTranspose])
+def test_an_input_of_several_may_be_all_valid(layer, batch):
+    x, mask = make_inputs(*batch, 6, 5, 3)
+    layer = layer(4, (3, 3))
+    inputs, ones = (x[..., :2], x[..., 2:]), np.ones_like(mask)
+    variables = init(layer, inputs)
+    chex.assert_trees_all_equal(
+        layer.apply(variables, inputs, [mask, None]),
+        layer.apply(variables, inputs, [mask, ones]),
+    )
+    results = layer.apply(variables, inputs, [None, mask], return_coverage=True)
+    chex.assert_equal_shape([results[1], results[2]])
+    assert results[0].shape == (*batch, 6, 5, 4)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 3)], ids=str)

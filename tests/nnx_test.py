@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import pconv_jax.nnx
 from pconv_jax import layers, ops
-from pconv_jax.nnx import PartialConv, PartialPadConv
+from pconv_jax.nnx import PartialConv, PartialConvTranspose, PartialPadConv
 
 
 def make_inputs(*shape, planes=1, seed=0):
@@ -34,10 +34,8 @@ def params_of(layer):
 def test_arguments_are_those_of_conv_in_its_order(layer):
     ours, theirs = (inspect.signature(c.__init__).parameters for c in (layer, nnx.Conv))
     assert list(ours) == [name for name in theirs if name in ours]
-    assert set(theirs) - set(ours) == {
+    assert set(theirs) - set(ours) - {"conv_general_dilated"} == {
         "mask",  # Masks weights. Our mask is an argument of the call.
-        "input_dilation",
-        "conv_general_dilated",
         "promote_dtype",
         "preferred_element_type",
     }
@@ -53,6 +51,7 @@ CASES = [
     ((9, 8), dict(kernel_size=(3, 3), feature_group_count=2, use_bias=False)),
     ((9, 8), dict(kernel_size=(5, 5), padding="CIRCULAR", strides=(2, 1))),
     ((9,), dict(kernel_size=3, strides=None, kernel_dilation=None)),
+    ((9,), dict(kernel_size=3, padding="CAUSAL")),
     ((5, 4, 6), dict(kernel_size=(3, 2, 1), padding="REFLECT")),
     ((9, 8), dict(kernel_size=(3, 3), dtype=jnp.bfloat16)),
     ((9, 8), dict(kernel_size=(3, 3), param_dtype=jnp.bfloat16)),
@@ -71,7 +70,10 @@ def test_it_computes_what_the_linen_layer_does_from_the_same_arrays(
     layer = make_layer(PartialConv, 4, 6, **options)
     variables = {"params": params_of(layer)}
     linen = layers.PartialConv(6, **options)
-    chex.assert_trees_all_equal(layer(x, mask), linen.apply(variables, x, mask))
+    chex.assert_trees_all_equal(
+        layer(x, mask, return_coverage=True),
+        linen.apply(variables, x, mask, return_coverage=True),
+    )
     chex.assert_trees_all_equal(layer(x), linen.apply(variables, x))
     padded = make_layer(PartialPadConv, 4, 6, **options)
     chex.assert_trees_all_equal(
@@ -88,6 +90,31 @@ def test_parameters_and_numbers_are_those_of_conv(spatial, options):
     chex.assert_trees_all_equal(params_of(layer), params_of(conv))
     assert layer.kernel_shape == conv.kernel_shape
     np.testing.assert_array_equal(layer(x)[0], conv(x))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(strides=(2, 3), padding="VALID", transpose_kernel=True, use_bias=False),
+        dict(strides=2, kernel_dilation=3, padding="CIRCULAR"),
+        dict(padding=1, dtype=jnp.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_transposed_layer_computes_what_that_of_linen_does(options):
+    x, mask = make_inputs(2, 5, 6, 4)
+    layer = make_layer(PartialConvTranspose, 4, 3, (3, 2), **options)
+    conv = make_layer(nnx.ConvTranspose, 4, 3, (3, 2), **options)
+    chex.assert_trees_all_equal(params_of(layer), params_of(conv))
+    assert layer.kernel_shape == conv.kernel_shape
+    linen = layers.PartialConvTranspose(3, (3, 2), **options)
+    variables = {"params": params_of(layer)}
+    chex.assert_trees_all_equal(
+        layer(x, mask, return_coverage=True),
+        linen.apply(variables, x, mask, return_coverage=True),
+    )
+    np.testing.assert_allclose(layer(x)[0], conv(x), atol=1e-5)
 
 
 def test_sequences_equal_their_concatenation():

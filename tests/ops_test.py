@@ -174,6 +174,104 @@ def test_equals_reference_in_1d_and_3d(spatial, size, padding, planes):
     check_reference(spatial, size, planes=planes, options=options)
 
 
+@pytest.mark.parametrize("planes", [ONE_PLANE, EACH_CHANNEL, NO_MASK])
+@pytest.mark.parametrize(
+    "padding",
+    ["SAME", "VALID", "CIRCULAR", "REFLECT", ("CAUSAL", 2), ((0, 3), (-1, 1))],
+)
+def test_equals_reference_with_input_dilation(padding, planes):
+    options = dict(padding=padding, input_dilation=(2, 3), strides=(1, 2))
+    check_reference((6, 7), (3, 2), planes=planes, options=options)
+
+
+@pytest.mark.parametrize("planes", [ONE_PLANE, EACH_CHANNEL, NO_MASK])
+@pytest.mark.parametrize(
+    ("spatial", "size", "options"),
+    [
+        ((9,), (3,), dict(padding="CAUSAL")),
+        ((9,), (3,), dict(padding="CAUSAL", kernel_dilation=2, strides=2)),
+        ((8, 7), (3, 3), dict(padding=("CAUSAL", "REFLECT"))),
+        ((5, 4, 6), (2, 3, 3), dict(padding=("CAUSAL", 1, (0, 2)))),
+    ],
+    ids=str,
+)
+def test_equals_reference_with_causal_padding(spatial, size, options, planes):
+    check_reference(spatial, size, planes=planes, options=options)
+
+
+def test_causal_outputs_see_no_later_inputs():
+    x, mask, kernel, bias = make_case((9,), (3,))
+    y, m = ops.partial_conv(x, mask, kernel, bias, padding="CAUSAL")
+    later = np.arange(9)[:, None] > 4
+    y_cut, m_cut = ops.partial_conv(
+        np.where(later, np.nan, x), mask & ~later, kernel, bias, padding="CAUSAL"
+    )
+    chex.assert_trees_all_equal((y[:, :5], m[:, :5]), (y_cut[:, :5], m_cut[:, :5]))
+
+
+TRANSPOSED = [
+    ((5, 4), dict(kernel_size=(3, 4), strides=(2, 1), padding=[(2, 1), (3, 3)])),
+    ((5, 4), dict(kernel_size=(2, 2), strides=(3, 2), padding=[(1, 2), (1, 1)])),
+    (
+        (4, 5),
+        dict(kernel_size=(3, 2), kernel_dilation=(2, 3), padding=[(3, 4), (1, 0)]),
+    ),
+    ((6,), dict(kernel_size=(5,), strides=(2,), padding=[(2, 2)])),
+    ((3, 4, 2), dict(kernel_size=(2, 3, 2), strides=(2, 1, 2), padding=[(1, 1)] * 3)),
+]
+
+
+@pytest.mark.parametrize("planes", [ONE_PLANE, EACH_CHANNEL, NO_MASK])
+@pytest.mark.parametrize(("spatial", "geometry"), TRANSPOSED, ids=str)
+def test_transposed_equals_reference(spatial, geometry, planes):
+    geometry = dict(geometry)
+    size = geometry.pop("kernel_size")
+    x, mask, kernel, bias = make_case(spatial, size, planes=planes)
+    ones = dict(strides=(1,) * len(size), kernel_dilation=(1,) * len(size))
+    y, new_mask, coverage = ops.partial_conv_transpose(
+        x, mask, kernel, bias, **geometry, return_coverage=True
+    )
+    expected, expected_mask, expected_coverage = reference.partial_conv_transpose(
+        x, True if mask is None else mask, kernel, bias, **(ones | geometry)
+    )
+    assert_close(y, expected, 1e-6)
+    np.testing.assert_array_equal(new_mask, expected_mask)
+    np.testing.assert_allclose(coverage, expected_coverage, rtol=1e-6)
+    assert coverage.dtype == np.float32
+
+
+def test_transposed_arithmetic():
+    # Outputs of two windows of 3, with a step of 2: 1, 1, 1 + 1, 1, 1. The third is
+    # reached by both inputs; if one is a hole, the other counts twice.
+    x, kernel = np.ones((1, 2, 1)), np.ones((3, 1, 1))
+    for mask, expected, coverage in [
+        ([1, 1], [1, 1, 2, 1, 1], [1, 1, 1, 1, 1]),
+        ([1, 0], [1, 1, 2, 0, 0], [1, 1, 0.5, 0, 0]),
+        ([0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
+    ]:
+        y, new_mask, c = ops.partial_conv_transpose(
+            x,
+            np.reshape(mask, (1, 2, 1)),
+            kernel,
+            strides=2,
+            padding="VALID",
+            return_coverage=True,
+        )
+        np.testing.assert_array_equal(y[0, :, 0], expected)
+        np.testing.assert_array_equal(c[0, :, 0], np.float32(coverage))
+        np.testing.assert_array_equal(new_mask, c > 0)
+
+
+def test_transposed_inputs_that_reach_nothing_leave_holes():
+    # With a step of 3 and two taps, every third output is reached by no input.
+    x = np.ones((1, 3, 1))
+    y, m = ops.partial_conv_transpose(
+        x, None, np.ones((2, 1, 1)), np.full(1, 5.0), strides=3
+    )
+    np.testing.assert_array_equal(m[0, :, 0], [1, 1, 0] * 3)
+    np.testing.assert_array_equal(y[0, :, 0], [6, 6, 0] * 3)
+
+
 @st.composite
 def geometries(draw):
     ndim = draw(st.integers(1, 2))
@@ -182,7 +280,7 @@ def geometries(draw):
         return draw(st.tuples(*[elements] * ndim))
 
     pair = st.tuples(st.integers(0, 4), st.integers(0, 4))
-    pads = st.one_of(pair, st.sampled_from(["CIRCULAR", "REFLECT"]))
+    pads = st.one_of(pair, st.sampled_from(["CIRCULAR", "REFLECT", "CAUSAL"]))
     pads = st.tuples(*[pads] * ndim)
     return dict(
         spatial=each(st.integers(7, 10)),
@@ -192,6 +290,7 @@ def geometries(draw):
         seed=draw(st.integers(0, 999)),
         options=dict(
             strides=each(st.integers(1, 3)),
+            input_dilation=each(st.sampled_from([1, 1, 2, 3])),
             kernel_dilation=each(st.integers(1, 2)),
             padding=draw(st.one_of(st.sampled_from(["SAME", "VALID"]), pads)),
         ),
@@ -240,6 +339,38 @@ def test_coverage_of_a_window_at_the_border():
     assert coverage.dtype == np.float32
     expected = np.outer([2, 3, 2], [2, 3, 3, 2]) / 9
     np.testing.assert_array_equal(coverage[0, ..., 0], expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("planes", [ONE_PLANE, EACH_CHANNEL, NO_MASK])
+def test_coverage_is_returned_on_request(planes, groups):
+    x, mask, kernel, bias = make_case(planes=planes, groups=groups)
+    options = dict(strides=2, input_dilation=3, feature_group_count=groups)
+    y, new_mask, coverage = ops.partial_conv(
+        x, mask, kernel, bias, **options, return_coverage=True
+    )
+    expected = ops.partial_conv(x, mask, kernel, bias, **options)
+    chex.assert_trees_all_equal((y, new_mask), expected)
+    assert coverage.dtype == np.float32
+    chex.assert_equal_shape([coverage, new_mask])
+    np.testing.assert_array_equal(coverage > 0, new_mask > 0)
+    masks = np.broadcast_to(True if mask is None else mask, x.shape)
+    per_group = [
+        ops.mask_coverage(m, (3, 3), strides=2, input_dilation=3)
+        for m in np.split(masks, groups, axis=-1)
+    ]
+    per_group = np.repeat(np.concatenate(per_group, -1), 6 // groups, axis=-1)
+    np.testing.assert_array_equal(np.broadcast_to(coverage, y.shape), per_group)
+
+
+def test_update_mask_and_coverage_take_input_dilation():
+    x, mask, kernel, _ = make_case()
+    options = dict(input_dilation=(2, 3), padding=1)
+    _, new_mask, coverage = ops.partial_conv(
+        x, mask, kernel, **options, return_coverage=True
+    )
+    np.testing.assert_array_equal(ops.update_mask(mask, (3, 3), **options), new_mask)
+    np.testing.assert_array_equal(ops.mask_coverage(mask, (3, 3), **options), coverage)
 
 
 def test_coverage_is_the_inverse_of_the_scale():
@@ -364,6 +495,23 @@ def test_sequences_without_a_mask_equal_their_concatenation():
     expected, expected_mask = ops.partial_conv(x, None, kernel)
     assert_close(y, expected)
     np.testing.assert_array_equal(new_mask, expected_mask)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("source", [jnp.asarray, ops.Upsampled])
+def test_an_input_of_several_may_be_all_valid(source, groups):
+    x, mask, kernel, bias = make_case((8, 8), groups=groups)
+    half = x[:, ::2, ::2, :2] if source is ops.Upsampled else x[..., :2]
+    inputs = [source(half), x[..., 2:]]
+    ones = source(np.ones((*half.shape[:-1], 1), bool))
+    options = dict(feature_group_count=groups)
+    for ours, theirs in [([None, mask], [ones, mask]), ([None, None], None)]:
+        chex.assert_trees_all_equal(
+            ops.partial_conv(inputs, ours, kernel, bias, **options),
+            ops.partial_conv(inputs, theirs, kernel, bias, **options),
+        )
+    masks = [None, mask.astype(np.uint8)]
+    assert ops.partial_conv(inputs, masks, kernel, **options)[1].dtype == np.uint8
 
 
 def test_upsample_repeats_pixels():
@@ -553,7 +701,11 @@ def test_update_mask_is_the_mask_of_partial_conv(padding):
 
 def test_padding_in_lower_case_and_as_a_number_equals_the_other_forms():
     x, mask, kernel, _ = make_case()
-    for a, b in [("same", "SAME"), ("reflect", "REFLECT"), (2, ((2, 2), (2, 2)))]:
+    for a, b in [
+        ("same", "SAME"),
+        (("causal", 1), ("CAUSAL", 1)),
+        (2, ((2, 2), (2, 2))),
+    ]:
         chex.assert_trees_all_equal(
             ops.partial_conv(x, mask, kernel, padding=a),
             ops.partial_conv(x, mask, kernel, padding=b),
@@ -766,6 +918,7 @@ X, M, K, B = make_case()
         ((X, M, K), dict(padding=(1,)), "padding must be .* each of 2 spatial axes"),
         ((X, M, K), dict(padding=((1, 1, 1), (1, 1))), "padding must be"),
         ((X, M, K), dict(padding=1.5), "padding must be"),
+        ((X, M, K), dict(input_dilation=0), "input_dilation must be a positive"),
         (((), (), K), {}, "inputs must be"),
         (((), None, K), {}, "inputs must be"),
         (((X, X[:1]), (M, M[:1]), K), {}, "differ in C only"),
@@ -777,6 +930,24 @@ X, M, K, B = make_case()
 def test_errors_of_partial_conv(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         ops.partial_conv(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((X, M, K[:, :, :3]), {}, "kernel must be .* C_in = 4"),
+        ((X, M, K), dict(transpose_kernel=True), "kernel must be .* C_in = 4"),
+        ((X, M, K[0, 0, 0]), dict(transpose_kernel=True), "kernel must be"),
+        ((X, M, K, B[:5]), {}, r"bias must be of shape \(6,\), got \(5,\)"),
+        ((X, M, K), dict(strides=0), "strides must be a positive number"),
+        ((X, M, K), dict(padding="REFLECT"), "padding must be .* or 'CIRCULAR'; got"),
+        ((X, M, K), dict(padding=("CAUSAL", 1)), "padding must be"),
+        ((X, M[:1], K), {}, "mask must be of shape"),
+    ],
+)
+def test_errors_of_partial_conv_transpose(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        ops.partial_conv_transpose(*arguments, **options)
 
 
 @pytest.mark.parametrize("function", [ops.update_mask, ops.mask_coverage])

@@ -17,6 +17,7 @@ def partial_conv(
     *,
     strides=1,
     padding="SAME",
+    input_dilation=1,
     kernel_dilation=1,
     feature_group_count=1,
 ):
@@ -29,14 +30,15 @@ def partial_conv(
     mask = np.broadcast_to(np.asarray(mask, bool), inputs.shape)
     size, (per_group, features) = kernel.shape[:-2], kernel.shape[-2:]
     ndim = len(size)
-    strides, kernel_dilation = (
-        (v,) * ndim if isinstance(v, int) else v for v in (strides, kernel_dilation)
+    strides, padding, input_dilation, kernel_dilation = (
+        (v,) * ndim if isinstance(v, int | str) else v
+        for v in (strides, padding, input_dilation, kernel_dilation)
     )
-    if isinstance(padding, str | int):
-        padding = (padding,) * ndim
     taps = [
         _taps(*axis)
-        for axis in zip(inputs.shape[1:-1], size, strides, padding, kernel_dilation)
+        for axis in zip(
+            inputs.shape[1:-1], size, strides, padding, kernel_dilation, input_dilation
+        )
     ]
     outputs = np.zeros((len(inputs), *map(len, taps), features))
     new_mask = np.zeros(outputs.shape)
@@ -50,9 +52,11 @@ def partial_conv(
             outs = slice(group * per_group_out, (group + 1) * per_group_out)
             result, valid, total = np.zeros(per_group_out), 0, 0
             for tap in np.ndindex(*size):
-                total += per_group
                 source = tuple(axis[t] for axis, t in zip(window, tap))
-                if None in source:  # Zero padding.
+                if BETWEEN in source:
+                    continue
+                total += per_group
+                if PADDING in source:
                     continue
                 m = mask[(n, *source)][ins]
                 x = inputs[(n, *source)][ins]
@@ -66,23 +70,82 @@ def partial_conv(
     return outputs, new_mask
 
 
-def _taps(length, size, stride, padding, dilation):
-    """List the inputs that each output of one axis sees; None is padding."""
+def partial_conv_transpose(
+    inputs, mask, kernel, bias, *, strides, kernel_dilation, padding
+):
+    """Let each input add to the outputs that it reaches.
+
+    Args:
+      inputs: ``[N, *spatial, C]``.
+      mask: ``[N, *spatial, C]``.
+      kernel: ``[*kernel_size, C, features]``.
+      bias: ``[features]``.
+      strides: A number for each axis.
+      kernel_dilation: A number for each axis.
+      padding: For each axis, how many outputs are added before the first one that the
+        last tap of the first input reaches, and after the last one that the first tap
+        of the last input reaches.
+
+    Returns:
+      The outputs, their mask, and the fraction of valid inputs of each.
+    """
+    inputs, kernel = np.asarray(inputs, np.float64), np.asarray(kernel, np.float64)
+    mask = np.broadcast_to(np.asarray(mask, bool), inputs.shape)
+    size, (channels, features) = kernel.shape[:-2], kernel.shape[-2:]
+    spatial = inputs.shape[1:-1]
+    extents = [(k - 1) * d + 1 for k, d in zip(size, kernel_dilation)]
+    lengths = [
+        (n - 1) * s + 1 + low + high - (extent - 1)
+        for n, s, extent, (low, high) in zip(spatial, strides, extents, padding)
+    ]
+    sums = np.zeros((len(inputs), *lengths, features))
+    reached, valid = np.zeros(sums.shape[:-1]), np.zeros(sums.shape[:-1])
+    for i, *position in np.ndindex(len(inputs), *spatial):
+        for tap in np.ndindex(*size):
+            to = [
+                p * s + low - t * d
+                for p, s, t, d, (low, _) in zip(
+                    position, strides, tap, kernel_dilation, padding
+                )
+            ]
+            if any(not 0 <= j < length for j, length in zip(to, lengths)):
+                continue
+            m, x = mask[(i, *position)], inputs[(i, *position)]
+            reached[(i, *to)] += channels
+            valid[(i, *to)] += m.sum()
+            sums[(i, *to)] += x[m] @ kernel[tap][m]
+    coverage = valid / np.maximum(reached, 1)
+    new_mask = (valid > 0)[..., None]
+    scale = (reached / np.maximum(valid, 1))[..., None]
+    return np.where(new_mask, sums * scale + bias, 0), new_mask, coverage[..., None]
+
+
+# What a tap may meet instead of an input.
+PADDING, BETWEEN = "zero padding, a hole", "a zero between dilated inputs"
+
+
+def _taps(length, size, stride, padding, dilation, input_dilation):
+    """List what each output of one axis sees: inputs, `PADDING` or `BETWEEN`."""
     extent = (size - 1) * dilation + 1
-    if padding == "VALID":
-        low = high = 0
-    elif padding == "SAME":
-        outputs = -(-length // stride)
-        missing = max((outputs - 1) * stride + extent - length, 0)
+    before = after = low = high = 0
+    if padding == "SAME":
+        dilated = (length - 1) * input_dilation + 1
+        outputs = -(-dilated // stride)
+        missing = max((outputs - 1) * stride + extent - dilated, 0)
         low, high = missing // 2, missing - missing // 2
-    elif isinstance(padding, str):
-        low, high = (extent - 1) // 2, extent // 2
+    elif padding == "CAUSAL":
+        before = extent - 1
+    elif padding in ("CIRCULAR", "REFLECT"):
+        before, after = (extent - 1) // 2, extent // 2
     elif isinstance(padding, int):
         low = high = padding
-    else:
+    elif padding != "VALID":
         low, high = padding
 
-    def source(i):
+    def source(position):
+        i, between = divmod(position, input_dilation)
+        if between:
+            return BETWEEN
         if 0 <= i < length:
             return i
         if padding == "CIRCULAR":
@@ -90,9 +153,11 @@ def _taps(length, size, stride, padding, dilation):
         if padding == "REFLECT":  # The border pixel is not repeated.
             i %= 2 * (length - 1)
             return min(i, 2 * (length - 1) - i)
-        return None
+        return PADDING
 
-    starts = range(-low, length + high - extent + 1, stride)
+    first = -before * input_dilation - low
+    last = (length - 1 + after) * input_dilation + high
+    starts = range(first, last + 2 - extent, stride)
     return [[source(i + t * dilation) for t in range(size)] for i in starts]
 
 
