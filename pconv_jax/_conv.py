@@ -328,7 +328,7 @@ def window_sum(counts: jax.Array, window: Window) -> jax.Array:
         lax.add,
         window_dimensions=(1, *window.size, 1),
         window_strides=(1, *window.strides, 1),
-        padding=((0, 0), *window.zeros, (0, 0)),
+        padding=_lax_padding(window) or ((0, 0), *window.zeros, (0, 0)),
         base_dilation=(1, *window.input_dilation, 1),
         window_dilation=(1, *window.dilation, 1),
     )
@@ -518,6 +518,15 @@ def _by_platform(
     return convolve
 
 
+def _lax_padding(window: Window) -> str | None:
+    """Return the name of the padding if it depends on a symbolic size.
+
+    JAX takes numbers only, or the name. Only ``'SAME'`` depends on the size.
+    """
+    numbers = all(_is_int(pad) for pair in window.zeros for pad in pair)
+    return None if numbers else "SAME"
+
+
 def _conv_by_xla(
     x: jax.Array,
     kernel: jax.Array,
@@ -531,7 +540,7 @@ def _conv_by_xla(
         x,
         kernel,
         window_strides=window.strides,
-        padding=window.zeros,
+        padding=_lax_padding(window) or window.zeros,
         lhs_dilation=window.input_dilation,
         rhs_dilation=window.dilation,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
