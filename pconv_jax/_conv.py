@@ -64,6 +64,13 @@ class Upsampled:
 Operand = jax.Array | Upsampled
 
 
+def wide_dtype(dtype: DTypeLike) -> DTypeLike:
+    """Return the dtype to sum in: that of the summands, but float32 if it is narrow."""
+    dtype = jnp.dtype(dtype)
+    wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+    return dtype if wide else jnp.dtype(jnp.float32)
+
+
 def upsample(x: ArrayLike) -> jax.Array:
     """Double all spatial axes of ``[N, *spatial, C]`` by repeating pixels."""
     x = jnp.asarray(x)
@@ -613,7 +620,7 @@ def _conv_strips(
     x = _pad(x, [(low, high)])
     window = window._replace(zeros=((0, 0), *pads))
     # The strips share the kernel: its dtype is the one that gradients are summed in.
-    dtype, wide = kernel.dtype, jnp.promote_types(kernel.dtype, jnp.float32)
+    dtype, wide = kernel.dtype, wide_dtype(kernel.dtype)
     kernel = kernel.astype(wide)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # Keeps x, not its windows.
@@ -661,7 +668,7 @@ def _conv_taps(
 
     All pixels are multiplied by all taps, and the products moved and summed.
     """
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    wide = wide_dtype(kernel.dtype)
     return _sum_taps(_tap_products(x, kernel, precision, wide), kernel, window)
 
 
@@ -702,7 +709,7 @@ def _sum_taps(y: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     # The barrier stops XLA from fusing the sums into the product, which would slow the
     # product on CPUs.
     y = lax.optimization_barrier(y)
-    y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    y = y.astype(wide_dtype(y.dtype))
     for axis, (size, dilation, (low, _)) in enumerate(
         zip(window.size, window.dilation, window.zeros), 1
     ):

@@ -163,7 +163,7 @@ def gram(features: ArrayLike) -> jax.Array:
     height, width, channels = features.shape[1:]
     # The loss is a difference of these sums, so they have full precision in float32 or
     # wider. TF32 is enough for the features, not for the sums.
-    wide = jnp.promote_types(features.dtype, jnp.float32)
+    wide = ops.wide_dtype(features.dtype)
     product = jnp.einsum(
         "nhwc,nhwd->ncd",
         features,
@@ -195,7 +195,7 @@ def total_variation(comp: ArrayLike, mask: ArrayLike) -> jax.Array:
     # reaches into the window around it.
     region = ops.update_mask(~mask, (3, 3))
     size = comp[0].size
-    wide = jnp.promote_types(comp.dtype, jnp.float32)
+    wide = ops.wide_dtype(comp.dtype)
     total = jnp.zeros((), wide)
     for axis in (1, 2):
         length = comp.shape[axis]
@@ -268,7 +268,7 @@ def _pairs(
 def _wide(x: ArrayLike) -> jax.Array:
     """Convert to float32 or wider, so that differences are not bfloat16."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(ops.wide_dtype(x.dtype))
 
 
 def _mean(x: jax.Array) -> jax.Array:

@@ -55,10 +55,13 @@ def hole_bin(ratio: ArrayLike) -> jax.Array:
     Returns:
       Int32 ``[...]``: the index into `HOLE_BINS`, or -1 outside all bins.
     """
-    low, high = jnp.asarray(HOLE_BINS).T + 1e-6
-    ratio = jnp.asarray(ratio)[..., None]
+    ratio = jnp.asarray(ratio)
+    wide = jnp.promote_types(ratio.dtype, jnp.float32)
+    low, high = jnp.asarray(HOLE_BINS, wide).T + 1e-6
+    low, high = (end.reshape((1,) * ratio.ndim + (-1,)) for end in (low, high))
+    ratio = ratio.astype(wide)[..., None]
     inside = (low < ratio) & (ratio <= high)
-    return jnp.where(inside.any(-1), inside.argmax(-1), -1)
+    return jnp.where(inside.any(-1), inside.argmax(-1), -1).astype(jnp.int32)
 
 
 def touches_border(mask: ArrayLike) -> jax.Array:
@@ -71,7 +74,8 @@ def touches_border(mask: ArrayLike) -> jax.Array:
       Bool ``[...]``.
     """
     hole = jnp.asarray(mask)[..., 0] == 0
-    return jnp.any(hole & _rim(hole.shape[-2:], 1, 1), axis=(-2, -1))
+    rim = jnp.broadcast_to(_rim(hole.shape[-2:], 1, 1), hole.shape)
+    return jnp.any(hole & rim, axis=(-2, -1))
 
 
 def near_border(mask: ArrayLike) -> jax.Array:
@@ -87,7 +91,8 @@ def near_border(mask: ArrayLike) -> jax.Array:
       Bool ``[...]``.
     """
     hole = jnp.asarray(mask)[..., 0] == 0
-    return jnp.any(hole & _quiet_rim(hole.shape[-2:]), axis=(-2, -1))
+    rim = jnp.broadcast_to(_quiet_rim(hole.shape[-2:]), hole.shape)
+    return jnp.any(hole & rim, axis=(-2, -1))
 
 
 def random_mask(
@@ -178,6 +183,7 @@ def _whole_pixels(
 # the size to which its shapes must grow before they cover the pixel. The hole consists
 # of the pixels where the field is smallest, so any area is met to the pixel.
 # Lengths are in units of sqrt(H * W), so the same key looks similar at every size.
+# Dtypes are given, so that masks are the same where JAX's defaults are 64 bits wide.
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "kind", "border"))
@@ -191,10 +197,12 @@ def _random_mask(
     border: bool | None,
 ) -> jax.Array:
     key, field_key = jax.random.split(key)
-    area, coin = jax.random.uniform(key, (2,))
+    area, coin = jax.random.uniform(key, (2,), jnp.float32)
     rim = _quiet_rim(shape)
     room = int(rim.size - rim.sum())
-    count = last - jnp.floor(area * (last - first)).astype(jnp.int32)
+    count = last - jnp.floor(area * (last - first).astype(jnp.float32)).astype(
+        jnp.int32
+    )
     count = jnp.clip(count, 1, room if border is False else rim.size)
     if border is None:
         quiet = (coin < 0.5) & (count <= room)
@@ -202,8 +210,8 @@ def _random_mask(
         quiet = not border
 
     scale = rim.size**-0.5
-    y = (jnp.arange(shape[0])[:, None] + 0.5) * scale
-    x = (jnp.arange(shape[1])[None, :] + 0.5) * scale
+    y = (_numbers(shape[0])[:, None] + 0.5) * scale
+    x = (_numbers(shape[1])[None, :] + 0.5) * scale
 
     def draw(key: jax.Array, kind: str) -> jax.Array:
         field = jnp.maximum(_FIELDS[kind](key, y, x), 1e-6)
@@ -212,16 +220,18 @@ def _random_mask(
     if kind in ("mixed", "ragged"):
         share_key, *keys = jax.random.split(field_key, 1 + len(_FIELDS))
         # Strokes dominate, since most of the published masks look like strokes.
-        logits = jnp.array([4.0, 0, 0]) + 2 * jax.random.normal(share_key, (3,))
+        logits = jnp.array([4.0, 0, 0], jnp.float32)
+        logits += 2 * jax.random.normal(share_key, (3,), jnp.float32)
         shares = jax.nn.softmax(logits)
         # Smaller shares would be mere specks.
         shares = jnp.where(shares < 0.05, 0, shares)
-        field = jnp.inf
+        field = jnp.float32(jnp.inf)
         for key, name, share in zip(keys, _FIELDS, shares, strict=True):
             one = draw(key, name)
             # Scaled such that, at 1, this kind alone covers its share of the area. A
             # share of 0 is never covered.
-            unit = _kth_smallest(one, jnp.ceil(share * count))
+            covered = jnp.ceil(share * count.astype(jnp.float32))
+            unit = _kth_smallest(one, covered.astype(jnp.int32))
             field = jnp.minimum(field, one / unit)
     else:
         field = draw(field_key, kind)
@@ -257,7 +267,7 @@ def _strokes(
     stops = (_uniform(start) * _extent(y, x))[:, None] + jnp.cumsum(move, axis=1)
     gaps = _uniform(gaps)
     lifted = (gaps[:, 1:] < 0.5 * gaps[:, :1]).at[0, 0].set(False)
-    birth = walk * jnp.arange(steps) + delay * jnp.arange(pens)[:, None]
+    birth = walk * _numbers(steps)[None, :] + delay * _numbers(pens)[:, None]
     birth = jnp.where(lifted, 1e3, birth)
     segments = (
         stops - move,
@@ -277,7 +287,7 @@ def _strokes(
         return jnp.minimum(field, distance + (birth + along * walk) ** 2), None
 
     segments = [part.reshape(pens * steps, *part.shape[2:]) for part in segments]
-    field, _ = lax.scan(add, jnp.full((y.size, x.size), jnp.inf), segments)
+    field, _ = lax.scan(add, jnp.full((y.size, x.size), jnp.inf, jnp.float32), segments)
     return jnp.sqrt(field) * jnp.exp(0.08 * _enlarge(roughness, y, x))
 
 
@@ -285,7 +295,7 @@ def _blobs(key: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     """Draw smooth noise of four octaves, with random weights."""
     grids = [_grid(y, x, 2 * 2**octave) for octave in range(4)]
     amplitude, *octaves = _normals(key, (4,), *grids)
-    amplitude = jnp.exp(0.5 * amplitude) * 0.5 ** jnp.arange(4)
+    amplitude = jnp.exp(0.5 * amplitude) * jnp.float32(0.5) ** _numbers(4)
     octaves = [_enlarge(octave, y, x) for octave in octaves]
     field = jnp.asarray(
         sum(a * octave for a, octave in zip(amplitude, octaves, strict=True))
@@ -312,8 +322,10 @@ def _rectangles(
         along = jnp.abs(dy * sin + dx * cos) / sides[1]
         return jnp.minimum(field, jnp.maximum(across, along) ** 2 + birth**2), None
 
-    rectangles = (center, sides, angle, delay * jnp.arange(number))
-    field, _ = lax.scan(add, jnp.full((y.size, x.size), jnp.inf), rectangles)
+    rectangles = (center, sides, angle, delay * _numbers(number))
+    field, _ = lax.scan(
+        add, jnp.full((y.size, x.size), jnp.inf, jnp.float32), rectangles
+    )
     return jnp.sqrt(field)
 
 
@@ -335,10 +347,17 @@ KINDS: tuple[str, ...] = (*_FIELDS, "mixed", "ragged")
 """The kinds of hole that `random_mask` draws."""
 
 
+def _numbers(length: int) -> jax.Array:
+    """Count from 0, in float32."""
+    return jnp.arange(length, dtype=jnp.float32)
+
+
 def _normals(key: jax.Array, *shapes: tuple[int, ...]) -> list[jax.Array]:
     """Draw normal numbers of several shapes at once, since each draw is compiled."""
     sizes = [math.prod(shape) for shape in shapes]
-    numbers = jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
+    numbers = jnp.split(
+        jax.random.normal(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1]
+    )
     return [part.reshape(shape) for part, shape in zip(numbers, shapes, strict=True)]
 
 
@@ -348,7 +367,8 @@ def _uniform(normal: jax.Array) -> jax.Array:
 
 
 def _extent(y: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.stack([y[-1, 0], x[0, -1]])
+    """Return the largest coordinates, ``[1, 2]``."""
+    return jnp.stack([y[-1:, 0], x[0, -1:]], axis=-1)
 
 
 def _grid(y: jax.Array, x: jax.Array, cells: int) -> tuple[int, ...]:
@@ -365,7 +385,8 @@ def _pull_to_border(field: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     """Lower the field around its smallest pixel on the border, which becomes zero."""
     least = jnp.argmin(jnp.where(_rim(field.shape, 1, 1), field, jnp.inf))
     row, column = jnp.unravel_index(least, field.shape)
-    return field * jnp.minimum(1, jnp.hypot(y - y[row], x - x[:, column]) / 0.1)
+    distance = jnp.hypot(y - y[row, 0], x - x[0, column])
+    return field * jnp.minimum(1, distance / 0.1)
 
 
 def _kth_smallest(field: jax.Array, k: ArrayLike) -> jax.Array:
@@ -378,17 +399,22 @@ def _kth_smallest(field: jax.Array, k: ArrayLike) -> jax.Array:
 
     def add_bit(i: jax.Array, found: jax.Array) -> jax.Array:
         trial = found | (1 << (30 - i))
-        return jnp.where(jnp.sum(bits < trial) < k, trial, found)
+        return jnp.where(_count(bits < trial) < k, trial, found)
 
-    return lax.bitcast_convert_type(lax.fori_loop(0, 31, add_bit, 0), jnp.float32)
+    found = lax.fori_loop(jnp.int32(0), jnp.int32(31), add_bit, jnp.int32(0))
+    return lax.bitcast_convert_type(found, jnp.float32)
+
+
+def _count(where: jax.Array) -> jax.Array:
+    return jnp.sum(where, dtype=jnp.int32)
 
 
 def _smallest(field: jax.Array, k: jax.Array) -> jax.Array:
     """Mark the k smallest values; among equal values, the first ones."""
     cut = _kth_smallest(field, k)
     below, tied = field < cut, field == cut
-    place = jnp.cumsum(tied.ravel()).reshape(tied.shape)
-    return below | (tied & (place <= k - jnp.sum(below)))
+    place = jnp.cumsum(tied.ravel(), dtype=jnp.int32).reshape(tied.shape)
+    return below | (tied & (place <= k - _count(below)))
 
 
 def _rim(shape: tuple[int, ...], rows: int, columns: int) -> np.ndarray:

@@ -46,6 +46,7 @@ from pconv_jax._conv import (
     PaddingLike,
     Upsampled,
     upsample,
+    wide_dtype,
 )
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "partial_conv_transpose",
     "update_mask",
     "upsample",
+    "wide_dtype",
 ]
 
 # Features: one array, or a sequence to be concatenated along the channels.
@@ -256,7 +258,9 @@ def _convolve_valid(
     precision: lax.PrecisionLike,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute the outputs, the new mask as bool, and the coverage."""
-    dtype = jnp.result_type(kernel, *jax.tree.leaves(operands))
+    dtype = functools.reduce(
+        jnp.promote_types, (x.dtype for x in jax.tree.leaves(operands)), kernel.dtype
+    )
     # Selected, not multiplied: NaN * 0 is NaN.
     valid_inputs = jax.tree.map(
         lambda m, x: jnp.where(m, x.astype(dtype), 0), masks, operands
@@ -266,7 +270,7 @@ def _convolve_valid(
     )
 
     # bfloat16 cannot count past 256, so the sums and their ratio are float32 or wider.
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = wide_dtype(dtype)
     shapes = [_conv.shape(x) for x in operands]
     counts = functools.reduce(
         operator.add,
@@ -286,7 +290,9 @@ def _convolve_valid(
     scale = total.astype(wide) / jnp.maximum(valid.astype(wide), 1)
     outputs = outputs.astype(wide) * scale
     if bias is not None:
-        outputs += jnp.asarray(bias, wide).reshape((1,) * (outputs.ndim - 1) + (-1,))
+        outputs += (
+            jnp.asarray(bias).astype(wide).reshape((1,) * (outputs.ndim - 1) + (-1,))
+        )
     # Selected after the bias is added: outputs in a hole are 0, not b.
     return jnp.where(new_mask, outputs, 0).astype(dtype), new_mask, coverage
 
@@ -433,7 +439,9 @@ def _is_binary(mask: jax.Array) -> jax.Array:
 def is_valid(mask: ArrayLike) -> jax.Array:
     """Return where a mask is valid, as bool: where it is above 0.5."""
     mask = jnp.asarray(mask)
-    return mask if mask.dtype == bool else mask > 0.5
+    if mask.dtype == bool:
+        return mask
+    return mask > (0.5 if jnp.issubdtype(mask.dtype, jnp.floating) else 0)
 
 
 def _count_valid(mask: Operand, channels: int, groups: int) -> jax.Array:

@@ -216,10 +216,12 @@ class PConvUNet(nn.Module):
         mask_dtype, mask = mask.dtype, ops.is_valid(mask)
         mean_and_std = None
         if self.normalization:
-            wide = jnp.promote_types(images.dtype, jnp.float32)  # Not x64's default.
-            mean, std = (jnp.asarray(x, wide) for x in self.normalization)
+            wide = ops.wide_dtype(images.dtype)  # Not x64's default.
+            mean, std = (
+                jnp.asarray(x, wide).reshape(1, 1, 1, -1) for x in self.normalization
+            )
             mean_and_std = mean, std
-            images = (images - mean) / std
+            images = (images.astype(wide) - mean) / std
         if self.conv == "standard":
             images = jnp.where(mask, images, 0)
             images = jnp.concatenate([images, mask.astype(images.dtype)], axis=-1)
@@ -241,7 +243,7 @@ class PConvUNet(nn.Module):
                 h.shape[-1], (1, 1), param_dtype=self.param_dtype, name="head"
             )
             h = jnp.where(m, nn.sigmoid(head(h)), 0)
-        h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+        h = h.astype(ops.wide_dtype(h.dtype))
         if mean_and_std is not None:
             mean, std = mean_and_std
             h = jnp.where(m, h * std + mean, 0)

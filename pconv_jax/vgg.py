@@ -66,7 +66,11 @@ class VGGFeatures(nn.Module):
                 f"pixels, got {shape}."
             )
         x = (jnp.asarray(images) + 1) / 2
-        x = (x - jnp.array(IMAGENET_MEAN, x.dtype)) / jnp.array(IMAGENET_STD, x.dtype)
+        mean, std = (
+            jnp.array(values, x.dtype).reshape(1, 1, 1, 3)
+            for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        x = (x - mean) / std
         pools = []
         for block, convs in enumerate(self.convs, 1):
             for conv in range(1, convs + 1):
@@ -155,4 +159,4 @@ def random_params(key: jax.Array) -> Params:
     Their features make the loss well defined if no trained weights are available, but
     they are no substitute for trained weights.
     """
-    return VGG16Features().init(key, jnp.zeros((1, 8, 8, 3)))["params"]
+    return VGG16Features().init(key, jnp.zeros((1, 8, 8, 3), jnp.float32))["params"]
