@@ -297,7 +297,7 @@ def geometries(draw):
     )
 
 
-@settings(deadline=None, max_examples=20, derandomize=True)
+@settings(deadline=None, max_examples=20)
 @given(geometries())
 def test_equals_reference_for_any_geometry(geometry):
     check_reference(**geometry)
@@ -442,7 +442,7 @@ def test_all_holes_give_zeros_and_zero_gradients(content):
         np.testing.assert_array_equal(result, np.zeros_like(result))
 
 
-@settings(deadline=None, max_examples=20, derandomize=True)
+@settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 999), size=st.sampled_from([1, 3, 5]), one=st.booleans())
 def test_masks_only_grow(seed, size, one):
     rng = np.random.default_rng(seed)
