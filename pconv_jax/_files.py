@@ -2,11 +2,41 @@
 
 import contextlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from pconv_jax._errors import RunError
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """Make a path of what a person gave: of a text with a leading ``~``, the home.
+
+    A path object was made by a program, and stays as it is.
+    """
+    return Path(os.path.expanduser(path) if isinstance(path, str) else path)
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Check that a path leads to a file, and not to something that may wait forever.
+
+    Raises:
+      OSError: If there is nothing, or it is a pipe, a socket or a device.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError("it is no file, but a pipe, a socket or a device")
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """Read a file, but never open a pipe, a socket or a device.
+
+    Raises:
+      OSError: If it cannot be read.
+    """
+    check_regular(path)
+    return Path(path).read_bytes()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ MAX_PIXELS = 100_000_000
 """Default limit of an image's number of pixels."""
 
 SUFFIXES: tuple[str, ...] = (
-    *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy"),
+    *(".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif"),
+    *(".avif", ".jp2", ".npy"),
 )
 """Suffixes of the files that can be read and written."""
 
