@@ -44,13 +44,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Write a file that appears complete or not at all, even if the power fails.
 
     Missing folders above it are made. A file that is already there stays until the new
-    one is complete.
+    one is complete, which gets its permissions. A link stays a link: the file that it
+    leads to is written.
 
     Args:
       path: Path of the file.
 
     Yields:
-      The path to write to, in the same folder.
+      The path to write to, in the folder of the file.
 
     Raises:
       RunError: If the folder or the file cannot be written. Exceptions of the body are
@@ -58,17 +59,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     # The name is short, since the file's own may have the maximum length. `tempfile` is
     # not used because its files are readable by their owner only.
-    partial = path.parent / f".{uuid.uuid4().hex}.partial"
     with _write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target = Path(os.path.realpath(path))
+        partial = target.parent / f".{uuid.uuid4().hex}.partial"
+        target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         with _write_errors(path):
+            if target.exists():
+                partial.chmod(stat.S_IMODE(target.stat().st_mode))
             _sync(partial, os.O_RDWR)
-            partial.replace(path)
+            partial.replace(target)
         # The rename is already done. Some file systems cannot sync a folder.
         with contextlib.suppress(OSError):
-            _sync(path.parent, os.O_RDONLY)
+            _sync(target.parent, os.O_RDONLY)
     finally:
         # An error here, such as a file above the folder, would hide the one before it.
         with contextlib.suppress(OSError):

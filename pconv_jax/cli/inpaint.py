@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pconv_jax._errors import RunError, UserError
+from pconv_jax._files import as_path
 from pconv_jax.cli._options import Subparsers, add_force, add_weights
 from pconv_jax.inpaint.formats import MAX_PIXELS, SUFFIXES, check_suffix, find_images
 
@@ -58,14 +59,14 @@ def _add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--image",
         metavar="PHOTO",
-        type=Path,
+        type=as_path,
         required=True,
         help=f"the image, or a folder of images ({', '.join(SUFFIXES)})",
     )
     command.add_argument(
         "--output",
         metavar="OUT",
-        type=Path,
+        type=as_path,
         required=True,
         help="the file to write, of any of these kinds; or a folder, where files get "
         "the names of the images. JPEG files do not keep pixels exactly, but an image "
@@ -87,7 +88,7 @@ def _add_hole(command: argparse.ArgumentParser) -> None:
     source = hole.add_mutually_exclusive_group()
     source.add_argument(
         "--mask",
-        type=Path,
+        type=as_path,
         help="an image that is white where to fill; or a folder, with a mask of the "
         "same name, with any suffix, for each image. One mask is used for all images",
     )
@@ -132,7 +133,7 @@ def _add_detail(command: argparse.ArgumentParser) -> None:
     detail.add_argument(
         "--exclude",
         metavar="MASK",
-        type=Path,
+        type=as_path,
         help="an image that is white where not to copy detail from, such as the rest "
         "of a removed object; or a folder of them, as for --mask",
     )

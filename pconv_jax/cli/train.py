@@ -4,7 +4,7 @@ import argparse
 
 from pconv_jax._errors import UserError
 from pconv_jax.cli import config_options
-from pconv_jax.cli._options import Subparsers
+from pconv_jax.cli._options import Subparsers, expand
 
 _DESCRIPTION = """\
 Trains an inpainting network.
@@ -34,7 +34,9 @@ def add(commands: Subparsers) -> None:
         allow_abbrev=False,
     )
     command.add_argument(
-        "--workdir", help="directory of the run (default: runs/ and the config's name)"
+        "--workdir",
+        type=expand,
+        help="directory of the run (default: runs/ and the config's name)",
     )
     processes = command.add_argument_group("several processes")
     processes.add_argument(

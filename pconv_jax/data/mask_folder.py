@@ -1,7 +1,6 @@
 """Masks from a folder of mask images."""
 
 import os
-import pathlib
 from typing import Literal, TypedDict, Unpack
 
 import cv2
@@ -63,7 +62,7 @@ class MaskFolder:
             )
         if not 0 < threshold < 1:
             raise UserError(f"threshold must be in (0, 1), got {threshold}.")
-        root = pathlib.Path(path).expanduser()
+        root = _files.as_path(path)
         self.paths = sorted(
             file for file in _files.iter_files(root) if file.suffix.lower() in _SUFFIXES
         )

@@ -8,7 +8,6 @@ import hashlib
 import importlib.resources
 import importlib.util
 import os
-import pathlib
 import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -42,7 +41,7 @@ class FolderSource(ImageSource):
     """
 
     def __init__(self, path: PathLike):
-        self._root = pathlib.Path(path).expanduser()
+        self._root = _files.as_path(path)
         if not os.path.isdir(self._root):
             raise UserError(f"path must be a folder of images, got {str(path)!r}.")
         keys = (
@@ -165,7 +164,7 @@ def open_images(path: PathLike) -> ImageSource:
     Raises:
       UserError: If there is no image; see `FolderSource` and `TarSource`.
     """
-    is_folder = os.path.isdir(os.path.expanduser(path))
+    is_folder = _files.as_path(path).is_dir()
     return FolderSource(path) if is_folder else TarSource(path)
 
 
@@ -291,7 +290,7 @@ def _held_out(keys: Sequence[str], fraction: float) -> np.ndarray:
 
 
 def _glob(path: PathLike) -> list[str]:
-    path = os.path.expanduser(path)
+    path = str(_files.as_path(path))
     paths = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if not paths:
         raise UserError(f"path must be one or several tar files; there is no {path!r}.")

@@ -16,6 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from pconv_jax import _files
 from pconv_jax.evaluate.results import Evaluation
 from pconv_jax.runs import parallel
 from pconv_jax.runs.checkpoint import Checkpoints
@@ -55,7 +56,7 @@ def train_and_evaluate(
         newest checkpoint is from before.
     """
     settings = config if isinstance(config, Settings) else read_settings(config)
-    workdir = pathlib.Path(workdir)
+    workdir = _files.as_path(workdir)
     check_workdir(workdir, settings)
     experiment = open_experiment(settings, model=model)
     warnings = experiment.warnings

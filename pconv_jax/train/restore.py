@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pconv_jax import _files
 from pconv_jax._errors import UserError
 from pconv_jax.runs import parallel
 from pconv_jax.runs.checkpoint import Checkpoints, restore_network
@@ -110,7 +111,7 @@ def restore_or_create(
 
 def _read_initial(experiment: Experiment, targets: Mapping[str, Any]) -> dict[str, Any]:
     """Read ``params`` and ``batch_stats`` from ``init_from``."""
-    source = pathlib.Path(str(experiment.settings.init_from))
+    source = _files.as_path(str(experiment.settings.init_from))
     if source.suffix == ".safetensors" or source.is_file():
         return _read_weights(experiment)
     directory = source / "checkpoints"

@@ -51,13 +51,13 @@ def cache_path(name: str) -> Path:
     The cache is the folder ``PCONV_CACHE``, by default ``~/.cache/pconv_jax``.
     """
     folder = os.environ.get("PCONV_CACHE") or "~/.cache/pconv_jax"
-    return Path(folder).expanduser() / name
+    return _files.as_path(folder) / name
 
 
 def named_path(variable: str) -> Path | None:
     """Get the path that an environment variable names, or None if it is not set."""
     value = os.environ.get(variable)
-    return Path(value).expanduser() if value else None
+    return _files.as_path(value) if value else None
 
 
 def find_published(*files: Published) -> list[Path]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from pconv_jax import _files
 from pconv_jax._errors import UserError
 from pconv_jax.unet import PConvUNet, model_config, model_from_config
 from pconv_jax.weights import hub
@@ -140,7 +141,7 @@ def is_weights_file(path: str | Path) -> bool:
 
 
 def _find(name_or_path: str | Path) -> Path:
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    name, path = str(name_or_path), _files.as_path(name_or_path)
     if path.is_file():
         return _check_suffix(path)
     if name in BUNDLED:
@@ -166,7 +167,7 @@ def _find(name_or_path: str | Path) -> Path:
 
 
 def _check_suffix(path: str | Path) -> Path:
-    path = Path(path).expanduser()
+    path = _files.as_path(path)
     if path.suffix != ".safetensors":
         raise UserError(
             f"a weights file is a .safetensors file, got {path}. 'pconv convert SOURCE "

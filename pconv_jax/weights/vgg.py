@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
+from pconv_jax import _files
 from pconv_jax._errors import RunError, UserError
 from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 from pconv_jax.vgg import Params, VGG16Features, VGG19Features
@@ -111,7 +112,7 @@ def read_vgg(path: str | Path) -> dict[str, np.ndarray]:
       UserError: As `read_arrays`; or if the file was written by `write_cache` and has
         changed since.
     """
-    path = Path(path).expanduser()
+    path = _files.as_path(path)
     arrays = read_arrays(path)
     if path.suffix == ".safetensors":
         _check_cache(path, arrays)

@@ -44,7 +44,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         not the one in its name, as in ``vgg16-397923af.pth``, or the one that is known
         for its name, as for Keras' VGG files. The message names the file.
     """
-    path = Path(path).expanduser()
+    path = _files.as_path(path)
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise UserError(f"weights must be a {', '.join(_READERS)} file, got {path}.")
