@@ -62,7 +62,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     with _write_errors(path):
         target = Path(os.path.realpath(path))
         partial = target.parent / f".{uuid.uuid4().hex}.partial"
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
     try:
         yield partial
         with _write_errors(path):
@@ -70,9 +70,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 partial.chmod(stat.S_IMODE(target.stat().st_mode))
             _sync(partial, os.O_RDWR)
             partial.replace(target)
-        # The rename is already done. Some file systems cannot sync a folder.
-        with contextlib.suppress(OSError):
-            _sync(target.parent, os.O_RDONLY)
+        _sync_folder(target.parent)
     finally:
         # An error here, such as a file above the folder, would hide the one before it.
         with contextlib.suppress(OSError):
@@ -95,6 +93,19 @@ def _write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def _make_folder(folder: Path) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # What is in it is already there. Some file systems cannot sync a folder.
+    with contextlib.suppress(OSError):
+        _sync(folder, os.O_RDONLY)
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -54,6 +54,10 @@ def test_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
     partial, folder = synced
     assert partial.endswith(".partial")
     assert folder == str(tmp_path)
+    synced.clear()
+    _files.write_bytes(tmp_path / "b" / "c" / "a.txt", b"new")
+    assert synced[:2] == [str(tmp_path / "b"), str(tmp_path)]
+    assert synced[-1] == str(tmp_path / "b" / "c")
 
 
 def test_all_files_of_an_ordinary_tree_are_visible(tmp_path):

@@ -61,6 +61,7 @@ _HELD: Mapping[str, set[str]] = {
     ".avif": _EXIF_ICC_XMP,
     ".bmp": {"dpi"},
     ".gif": {"comment"},
+    ".jp2": {"comment"},
 }
 _INFO_NAMES = {
     "exif": "EXIF",
