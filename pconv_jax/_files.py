@@ -1,4 +1,4 @@
-"""Write files atomically, and find files in folders."""
+"""Files: written atomically, found in folders, opened only if they are files."""
 
 import contextlib
 import os
@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pconv_jax._errors import RunError
+
+MAX_PIXELS = 100_000_000
+"""Default limit of an image's number of pixels, for all that read image files."""
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:

@@ -8,9 +8,7 @@ import os
 from pathlib import Path
 
 from pconv_jax._errors import UserError
-
-MAX_PIXELS = 100_000_000
-"""Default limit of an image's number of pixels."""
+from pconv_jax._files import MAX_PIXELS as MAX_PIXELS
 
 SUFFIXES: tuple[str, ...] = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif"),

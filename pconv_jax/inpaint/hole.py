@@ -111,7 +111,9 @@ def _white(mask: np.ndarray) -> float:
             f"[0, 1], got {mask.dtype} from {mask.min()} to {mask.max()}."
         )
     if top > 1 and mask.shape[2] == 1:
-        values = np.unique(mask)
+        strips = range(0, len(mask), _STRIP)  # Sorting all at once takes memory.
+        parts = [np.unique(mask[i : i + _STRIP]) for i in strips]
+        values = np.unique(np.concatenate(parts))
         between = values[(values > 0) & (values < top)]
         if _are_labels(values, between, top):
             named = ", ".join(str(value) for value in values[:20])
