@@ -127,9 +127,7 @@ def test_larger_images_are_not_decoded(kind, monkeypatch):
     exif[0x010F] = "Maker"
     content = encode(photo(), kind.replace("progressive", "JPEG"), exif=exif, **options)
     monkeypatch.setattr(decode, "MAX_PIXELS", 40 * 60 - 1)
-    with pytest.raises(
-        UnreadableImageError, match="x: it has 60 x 40 pixels, and "
-    ):
+    with pytest.raises(UnreadableImageError, match="x: it has 60 x 40 pixels, and "):
         decode_image(content, "x")
     with pytest.raises(UnreadableImageError, match="60 x 40 pixels"):
         decode_gray(content, "x")
