@@ -102,7 +102,7 @@ def _read_metrics(path: Path, step: int | None) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
         return {"metrics": results["table"]} if results["step"] == step else {}
-    except (LookupError, OSError, TypeError, ValueError) as error:
+    except (LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"SOURCE: {path} cannot be read: {error!r}.") from error
 
 

@@ -1,6 +1,7 @@
 """The interface of image sources."""
 
 import abc
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -47,5 +48,6 @@ class Span(NamedTuple):
 def read_span(span: Span) -> bytes:
     """Read a part of a file; it is shorter than the span where the file ends early."""
     with open(span.path, "rb") as file:
+        room = os.fstat(file.fileno()).st_size - span.offset
         file.seek(span.offset)
-        return file.read(span.size)
+        return file.read(max(min(span.size, room), 0))

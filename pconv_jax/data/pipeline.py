@@ -166,7 +166,9 @@ def train_batches(
 
     _set_up_opencv()
     transform = TrainTransform(source, image_size, (low, high), flip, mask_folder)
-    records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    # Without an end, and Grain's numbers would not fit for batches of one.
+    epochs = 2**60 // len(source)
+    records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
     # Sliced last: the randomness of a record must not depend on who makes it.
     records = records.random_map(transform)
     records = records[start_step * batch_size + process_index :: process_count]

@@ -20,6 +20,12 @@ from pconv_jax.data.base import ImageSource, Span, read_span
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
+# What `tarfile` raises for a damaged file.
+_TAR_ERRORS = (
+    *(OSError, tarfile.TarError, EOFError, LookupError, MemoryError, OverflowError),
+    *(RecursionError, TypeError, ValueError),
+)
+
 PathLike = str | os.PathLike[str]
 PathOrPaths = PathLike | Sequence[PathLike]
 
@@ -56,7 +62,7 @@ class FolderSource(ImageSource):
 
     def read(self, index: int) -> bytes:
         """See base class."""
-        return (self._root / self.keys[index]).read_bytes()
+        return _files.read_regular(self._root / self.keys[index])
 
     def name(self, index: int) -> str:
         """See base class."""
@@ -300,12 +306,20 @@ def _glob(path: PathLike) -> list[str]:
 def _members(path: str) -> Iterator[tuple[str, Span]]:
     """Yield the keys and places of the images of a tar file."""
     try:
+        _files.check_regular(path)
         with tarfile.open(path, "r:") as tar:
+            size, last = os.path.getsize(path), -1
             for member in tar:
+                if member.offset <= last:
+                    raise tarfile.TarError("its members go round in circles")
+                last = member.offset
                 key = posixpath.normpath(member.name)
-                if member.isreg() and _is_image(key):
-                    yield key, Span(path, member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
+                if not member.isreg() or not _is_image(key):
+                    continue
+                if member.issparse() or member.offset_data + member.size > size:
+                    raise tarfile.TarError(f"{key} is sparse, or not all there")
+                yield key, Span(path, member.offset_data, member.size)
+    except _TAR_ERRORS as error:
         raise UserError(
             f"path must be an uncompressed, whole tar file, got {path!r}: {error}."
         ) from error

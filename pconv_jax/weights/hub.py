@@ -24,6 +24,10 @@ from pconv_jax.weights.formats.arrays import check_hash
 _MAX_HEADER = 10_000_000  # Bytes. Longer ones are no header of a safetensors file.
 
 
+# What `_read_safetensors` raises for what is no such file.
+_DAMAGED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 class DownloadError(RunError):
     """A file cannot be downloaded."""
 
@@ -167,7 +171,7 @@ def read_repository_arrays(
     read = _RangeReader(lambda headers: session.get(url, timeout=30, headers=headers))
     try:
         return _read_safetensors(read, names)
-    except (*_hub_errors(hub), LookupError, TypeError, ValueError) as error:
+    except (*_hub_errors(hub), *_DAMAGED) as error:
         raise DownloadError(f"{type(error).__name__}: {error}") from error
 
 
