@@ -1,6 +1,7 @@
 """The interface of image sources."""
 
 import abc
+import hashlib
 import os
 from typing import NamedTuple
 
@@ -27,6 +28,17 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def name(self, index: int) -> str:
         """Get the name of an image, for messages."""
+
+    def key(self, index: int) -> str:
+        """Get a name of an image that stays the same where its source is moved."""
+        return self.name(index)
+
+    def digest(self) -> str:
+        """Compute a digest of the keys of all images, in their order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for index in range(len(self)):
+            digest.update(os.fsencode(self.key(index)) + b"\0")
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:

@@ -68,6 +68,10 @@ class FolderSource(ImageSource):
         """See base class."""
         return str(self._root / self.keys[index])
 
+    def key(self, index: int) -> str:
+        """See base class."""
+        return self.keys[index]
+
 
 class TarSource(ImageSource):
     """The images of uncompressed tar files, read in place, in the order of their keys.
@@ -103,6 +107,10 @@ class TarSource(ImageSource):
     def name(self, index: int) -> str:
         """See base class."""
         return f"{self._spans[index].path}:{self.keys[index]}"
+
+    def key(self, index: int) -> str:
+        """See base class."""
+        return self.keys[index]
 
 
 class BundledSource(ImageSource):
@@ -156,6 +164,9 @@ class _Subset(ImageSource):
 
     def name(self, index: int) -> str:
         return self._source.name(self._indices[index])
+
+    def key(self, index: int) -> str:
+        return self._source.key(self._indices[index])
 
 
 def open_images(path: PathLike) -> ImageSource:

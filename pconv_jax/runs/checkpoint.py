@@ -21,7 +21,7 @@ import pathlib
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -106,6 +106,7 @@ class Checkpoints:
         if keep < 1:
             raise UserError(f"keep must be at least 1, got {keep}.")
         logging.getLogger("absl").addFilter(_is_logged)
+        logging.getLogger("asyncio").addFilter(_is_about_more_than_writing)
         self._directory = pathlib.Path(os.path.abspath(directory))
         self._keep = keep
         self._best_metric = best_metric
@@ -131,8 +132,13 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Wait until everything saved is on disk."""
-        self._manager.close()
+        """Wait until everything saved is on disk.
+
+        Raises:
+          RunError: If it cannot be written.
+        """
+        with self._write_errors():
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, ascending."""
@@ -183,6 +189,7 @@ class Checkpoints:
             if the directory holds checkpoints of ``step`` or later and none was
             restored, since another run would be overwritten; if JSON cannot hold
             ``meta``, or an item has a reserved name.
+          RunError: If this checkpoint, or the one before it, cannot be written.
         """
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         if step == self._current:
@@ -192,7 +199,8 @@ class Checkpoints:
         if reserved := {"meta", "metrics"} & set(items):
             raise ValueError(f"items must not be named {sorted(reserved)}: reserved.")
         record = {"meta": dict(meta or {}), "metrics": metrics}
-        self._manager.wait_until_finished()
+        with self._write_errors():
+            self._manager.wait_until_finished()
         self._prepare_to_save(step)
 
         flat = {name: _flatten(jax.device_get(tree)) for name, tree in items.items()}
@@ -207,11 +215,12 @@ class Checkpoints:
             if leaves  # Orbax refuses empty trees; the record remembers them.
         }
         self._note_score(step, metrics)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(meta=ocp.args.JsonSave(_seal(record)), **trees),
-            force=True,  # Whether to save is the caller's decision, not Orbax's.
-        )
+        with self._write_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(meta=ocp.args.JsonSave(_seal(record)), **trees),
+                force=True,  # Whether to save is the caller's decision, not Orbax's.
+            )
         self._current = step
         return True
 
@@ -278,6 +287,21 @@ class Checkpoints:
                 + "; ".join(failures)
             )
         return None
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Name the directory where the disk is full, or the like."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"cannot write to {self._directory}: {reason}.") from error
+        except ValueError as error:
+            code = _os_error(error)
+            if code is None:
+                raise
+            reason = os.strerror(code)
+            raise RunError(f"cannot write to {self._directory}: {reason}.") from error
 
     def _put_aside_damaged_notes(self) -> None:
         """Rename the steps at whose notes Orbax would stop."""
@@ -450,9 +474,15 @@ def _is_damage(error: Exception) -> bool:
     """Return whether what reading raised is due to the content of the files."""
     if isinstance(error, OSError):
         return isinstance(error, _MISSING_ERRORS)
-    if match := re.search(r"\[OS error (\d+)", str(error)):  # Of TensorStore.
-        return int(match[1]) in _MISSING
+    if code := _os_error(error):
+        return code in _MISSING
     return not _TRANSIENT.match(str(error))
+
+
+def _os_error(error: Exception) -> int | None:
+    """Get the number of the system's error in a message of TensorStore."""
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(match[1]) if match else None
 
 
 def _notes_problem(path: pathlib.Path) -> str | None:
@@ -475,8 +505,18 @@ def _notes_problem(path: pathlib.Path) -> str | None:
 
 
 def _is_logged(record: logging.LogRecord) -> bool:
-    """Keep Orbax's progress reports, dozens a save, out of absl's log."""
-    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+    """Keep Orbax's progress reports, dozens a save, out of absl's log.
+
+    Exceptions that it reports are raised as well.
+    """
+    is_news = record.levelno >= logging.ERROR and not record.exc_info
+    return is_news or "orbax" not in record.pathname
+
+
+def _is_about_more_than_writing(record: logging.LogRecord) -> bool:
+    """Keep out that arrays could not be written; the first of them is an error."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, ValueError) and _os_error(error))
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:

@@ -447,7 +447,7 @@ def test_orbax_is_quiet_under_verbose_absl(tmp_path):
     [
         OSError(errno.EMFILE, "Too many open files"),
         OSError(errno.EIO, "Input/output error"),
-        ValueError("UNAVAILABLE: Error reading 2/d: [OS error 5: EIO Input/output err"),
+        ValueError("INTERNAL: Error reading 2/d: Input/output [os_error_code='5']"),
         ValueError("RESOURCE_EXHAUSTED: out of memory"),
         MemoryError(),
     ],
