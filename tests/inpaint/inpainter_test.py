@@ -341,9 +341,7 @@ def test_large_numbers_are_missing_values(missing):
 def test_one_channel_has_no_alpha(tmp_path):
     inpainter = Inpainter(*averaging_network(channels=1), value_range=None)
     for dtype in (np.float32, np.uint8):
-        with pytest.raises(
-            UserError, match=r"\[H, W, 1\] for this network, "
-        ):
+        with pytest.raises(UserError, match=r"\[H, W, 1\] for this network, "):
             inpainter(np.ones((20, 20, 2), dtype), np.eye(20))
 
 

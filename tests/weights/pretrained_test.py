@@ -294,7 +294,11 @@ def test_a_repository_on_the_hub(tmp_path):
     model, variables = make_network()
     path = tmp_path / "m.safetensors"
     pretrained.save_pretrained(path, model, variables, info={"origin": "the Hub"})
-    files = {"/someone/places/resolve/main/model.safetensors": path.read_bytes()}
+    data = path.read_bytes()
+    files = {
+        f"/someone/places/resolve/{revision}/model.safetensors": data
+        for revision in ("main", "0" * 40)
+    }
     with file_server.serve(files) as (address, log):
         result = read_in_a_process("someone/places", address, tmp_path / "hf")
         assert "the Hub" in result.stdout, result.stderr
