@@ -294,3 +294,14 @@ def attempt(reader: Reader, seed: int, folder: Path) -> tuple[bytes, str | None]
         except Exception as error:
             return data, f"{type(error).__name__}: {error}"
     return data, None
+
+
+def flatten(tree) -> dict[str, np.ndarray]:
+    """Flatten nested dicts to arrays by path."""
+    import jax
+
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in paths
+    }
