@@ -72,6 +72,8 @@ _INFO_NAMES = {
     "photoshop": "Photoshop data",
 }
 
+_STRIP = 256  # Rows that are pasted at once: copies of all would take memory.
+
 # The longest segment of a JPEG file, less the name of its content.
 _MAX_SEGMENT = 65_000
 
@@ -214,22 +216,28 @@ def paste(image: Image.Image, array: np.ndarray, hole: np.ndarray) -> Image.Imag
       array: New pixels, as from `to_array`. They equal the image's outside the hole.
       hole: Bool ``[H, W]``.
     """
-    mode = image.mode
-    if mode == "I":
-        array = array.astype(np.int32)
-    new = Image.fromarray(np.ascontiguousarray(array))
-    if mode == "1":
-        new = new.convert("1", dither=Image.Dither.NONE)
-    elif mode == "P":
-        new = _to_palette(new, image)
-    elif mode.startswith("I;16"):  # Pillow cannot paste into this mode.
+    if image.mode.startswith("I;16"):  # Pillow cannot paste into this mode.
+        new = Image.fromarray(np.ascontiguousarray(array))
         new.info = dict(image.info)
         return new
-    else:
-        new = new.convert(mode)
     result = image.copy()
-    result.paste(new, mask=Image.fromarray(hole.astype(np.uint8) * 255))
+    for top in range(0, image.height, _STRIP):
+        part = hole[top : top + _STRIP]
+        if part.any():
+            new = _to_mode_of(image, array[top : top + _STRIP])
+            mask = Image.fromarray(part.astype(np.uint8) * 255)
+            result.paste(new, (0, top), mask)
     return result
+
+
+def _to_mode_of(image: Image.Image, array: np.ndarray) -> Image.Image:
+    """Convert values, as from `to_array`, to what can be pasted into an image."""
+    if image.mode == "I":
+        array = array.astype(np.int32)
+    new = Image.fromarray(np.ascontiguousarray(array))
+    if image.mode == "1":
+        return new.convert("1", dither=Image.Dither.NONE)
+    return _to_palette(new, image) if image.mode == "P" else new.convert(image.mode)
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -6,6 +6,7 @@
 In a mask **white is filled**, as in other image tools; see `hole_from_mask`.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from PIL import ExifTags, Image
 
 from pconv_jax._errors import UserError
 from pconv_jax.inpaint import image_io, values
+from pconv_jax.inpaint.blocks import fill_in_blocks
 from pconv_jax.inpaint.detail import add_detail, regions, sharpen_guide
 from pconv_jax.inpaint.fill import HoleFiller
 from pconv_jax.inpaint.formats import MAX_PIXELS
@@ -322,23 +324,54 @@ class Inpainter:
         _check_hole(hole, known)
         if not hole.any():
             return image.copy(), np.zeros(hole.shape, np.uint8)
-        network_values = self._to_network(color, known)
-        depth = self._filler.fill(network_values, known, hole)
-        is_image = not values.is_float(color) or self._value_range is not None
-        if self._detail and is_image:
-            exclude = ~known & ~hole
-            if options.exclude is not None:
-                exclude |= self._read_exclude(options, image, hole.shape)
-            _add_detail(network_values, hole, exclude, options.seed)
+        self._check_values(color, known)
+        exclude = np.broadcast_to(False, hole.shape)
+        if options.exclude is not None:
+            exclude = self._read_exclude(options, image, hole.shape)
+        shape, channels = array.shape, color.shape[-1]
         result = array.reshape(*hole.shape, -1).copy()
-        filled = self._from_network(network_values[hole], color)
-        result[hole, : color.shape[-1]] = filled
-        if alpha is not None and mask is None:
-            result[hole, -1] = values.white(alpha)
-        result = result.reshape(array.shape)
+        clear = alpha is not None and mask is None
+        del array, color, alpha  # A large image is not held twice.
+        fill = functools.partial(self._fill, seed=options.seed)
+        depth = fill_in_blocks(fill, result[..., :channels], known, hole, exclude)
+        if clear:
+            result[hole, -1] = values.white(result)
+        result = result.reshape(shape)
         if isinstance(image, Image.Image):
             return image_io.paste(image, result, hole), depth
         return (jnp.asarray(result) if isinstance(image, jax.Array) else result), depth
+
+    def _fill(
+        self,
+        colors: np.ndarray,
+        known: np.ndarray,
+        hole: np.ndarray,
+        exclude: np.ndarray,
+        *,
+        seed: int,
+    ) -> np.ndarray:
+        """Fill the hole of colors in place; see `fill_in_blocks`."""
+        network_values = self._to_network(colors, known)
+        depth = self._filler.fill(network_values, known, hole)
+        is_image = not values.is_float(colors) or self._value_range is not None
+        if self._detail and is_image and known.any():
+            exclude = exclude | (~known & ~hole)
+            _add_detail(network_values, hole, exclude, seed)
+        colors[hole] = self._from_network(network_values[hole], colors)
+        return depth
+
+    def _check_values(self, color: np.ndarray, known: np.ndarray) -> None:
+        """Check the range of floats, strip by strip, since a copy takes memory."""
+        if not values.is_float(color):
+            return
+        for top in range(0, len(color), 64):
+            part = color[top : top + 64][known[top : top + 64]]
+            if not part.size:
+                continue
+            if self._value_range is not None:
+                _check_range(part, self._value_range)
+            else:
+                _check_missing_values(part)
 
     def _split_alpha(
         self, array: np.ndarray, *, has_alpha: bool
@@ -433,10 +466,6 @@ class Inpainter:
 
     def _to_network(self, color: np.ndarray, known: np.ndarray) -> np.ndarray:
         """Convert colors to the network's input, float32 ``[H, W, C]``."""
-        if values.is_float(color) and self._value_range is not None:
-            _check_range(color[known], self._value_range)
-        elif values.is_float(color):
-            _check_missing_values(color[known])
         result = values.to_network(color, self._value_range)
         result[~known] = 0
         if result.shape[2] < self._channels:
