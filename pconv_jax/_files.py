@@ -98,6 +98,16 @@ def _write_errors(path: Path) -> Iterator[None]:
         raise RunError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what `atomic_path` has left in a folder, and below, when it was killed.
+
+    No other process may be writing there.
+    """
+    for path in folder.rglob(".*.partial"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def _make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

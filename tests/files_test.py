@@ -98,3 +98,13 @@ def test_pipes_are_not_opened(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     with pytest.raises(OSError, match="no file, but a pipe"):
         _files.read_regular(tmp_path / "link")
+
+
+def test_what_a_kill_has_left_is_removed(tmp_path):
+    names = ("a.txt", "b/.0123.partial", ".4567.partial", "b/c.partial")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    _files.remove_partials(tmp_path)
+    left = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {tmp_path / "a.txt", tmp_path / "b" / "c.partial"}

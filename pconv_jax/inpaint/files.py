@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from pconv_jax import _files
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.inpaint import image_io
 from pconv_jax.inpaint.formats import MAX_PIXELS, find_images
@@ -122,6 +123,8 @@ class Journal:
         self.done = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                _files.remove_partials(folder)
             self._path.touch()
             lines = self._path.read_bytes().split()
         except OSError as error:

@@ -57,6 +57,7 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
             "only read by 'pconv eval --workdir ... --out ...' and 'pconv convert'."
         ) from error
     with lock:
+        _files.remove_partials(workdir)
         yield
 
 

@@ -333,6 +333,7 @@ def test_a_folder_that_was_interrupted_is_finished(
     with pytest.raises(SystemExit, match="2 of 3 images were not repaired"):
         inpaint(network, *arguments, "--dilate", "1")
     (out / "c.tif").unlink()
+    (out / ".0123.partial").touch()
     inpaint(network, *arguments)
     assert "Kept 2 files of the same run" in capsys.readouterr().out
     after = {name: (out / name).stat().st_mtime_ns for name in before}
