@@ -518,6 +518,11 @@ def _shape_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
 
 def _shown(image: Image.Image | np.ndarray) -> Image.Image:
     """Convert an image to 8-bit RGB at the page's size, on a white background."""
+    if isinstance(image, Image.Image) and image.mode in ("L", "LA", "RGB", "RGBA"):
+        scale = _SIDE / max(image.size)
+        if scale < 1:  # First, since copies of a large image take memory.
+            width, height = (max(round(n * scale), 1) for n in image.size)
+            image = image.resize((width, height), reducing_gap=2.0)
     shown = Image.fromarray(to_uint8(image_io.as_array(image)))
     if shown.mode in ("LA", "RGBA"):
         white = Image.new("RGBA", shown.size, "white")
