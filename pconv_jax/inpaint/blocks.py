@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-MAX_PIXELS = 3_000_000
+MAX_PIXELS = 2_500_000
 """Larger images are filled in blocks of at most this number of pixels."""
 
 # Fills, in place, the hole of colors [H, W, C], given where they are known, the hole,

@@ -334,6 +334,7 @@ class Inpainter:
         del array, color, alpha  # A large image is not held twice.
         fill = functools.partial(self._fill, seed=options.seed)
         depth = fill_in_blocks(fill, result[..., :channels], known, hole, exclude)
+        del known
         if clear:
             result[hole, -1] = values.white(result)
         result = result.reshape(shape)
