@@ -45,35 +45,36 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
       UnreadableImageError: If the bytes are not one complete image, or one of more than
         100,000,000 pixels.
     """
-    return _decode(data, name, cv2.IMREAD_COLOR_RGB)
+    return _decode(data, name, cv2.IMREAD_COLOR_RGB, MAX_PIXELS)
 
 
-def decode_gray(data: bytes, name: str) -> np.ndarray:
+def decode_gray(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image of any kind to 8-bit gray, upright.
 
     Args:
       data: Bytes of the file, as for `decode_image`.
       name: Name of the image for the error message.
+      max_pixels: Limit of the number of pixels. The default is 100,000,000.
 
     Returns:
       uint8 ``[H, W]``.
 
     Raises:
-      UnreadableImageError: If the bytes are not one complete image, or one of more than
-        100,000,000 pixels.
+      UnreadableImageError: If the bytes are not one complete image, or one of more
+        pixels.
     """
-    return _decode(data, name, cv2.IMREAD_GRAYSCALE)
+    return _decode(data, name, cv2.IMREAD_GRAYSCALE, max_pixels)
 
 
-def _decode(data: bytes, name: str, mode: int) -> np.ndarray:
+def _decode(data: bytes, name: str, mode: int, max_pixels: int) -> np.ndarray:
     image = None
     # Checked here because libpng prints to stderr if a file ends early.
     truncated = data.startswith(b"\x89PNG") and data.rfind(b"IEND") < 0
     width, height = (0, 0) if truncated else _read_size(data)
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         raise UnreadableImageError(
             f"cannot read {name}: it has {width} x {height} pixels, and the limit is "
-            f"{MAX_PIXELS:,}."
+            f"{max_pixels:,}."
         )
     if width * height > 0:
         try:

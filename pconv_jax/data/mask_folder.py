@@ -10,6 +10,8 @@ from pconv_jax import _files
 from pconv_jax._errors import UserError
 from pconv_jax.data.decode import UnreadableImageError, decode_gray
 
+# Dilation takes more memory for a pixel than an image does.
+_MAX_PIXELS = 25_000_000
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -92,7 +94,8 @@ class MaskFolder:
         except OSError as error:
             message = f"cannot read {path}: {error.strerror or error}."
             raise UnreadableImageError(message) from error
-        white = decode_gray(data, str(path)) > self.threshold * 255
+        gray = decode_gray(data, str(path), max_pixels=_MAX_PIXELS)
+        white = gray > self.threshold * 255
         valid = white if self.hole_color == "black" else ~white
         return valid.astype(np.uint8)[..., None]
 
