@@ -68,8 +68,9 @@ def decode_gray(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.n
 
 def _decode(data: bytes, name: str, mode: int, max_pixels: int) -> np.ndarray:
     image = None
-    # Checked here because libpng prints to stderr if a file ends early.
-    truncated = data.startswith(b"\x89PNG") and data.rfind(b"IEND") < 0
+    # libpng prints to stderr if a file ends early, and OpenCV makes room for whatever
+    # size a chunk says it has.
+    truncated = data.startswith(b"\x89PNG") and not is_whole_png(data)
     width, height = (0, 0) if truncated else _read_size(data)
     if width * height > max_pixels:
         raise UnreadableImageError(
@@ -85,6 +86,17 @@ def _decode(data: bytes, name: str, mode: int, max_pixels: int) -> np.ndarray:
         reason = "truncated or not an image" if data else "it is empty"
         raise UnreadableImageError(f"cannot read {name}: {reason}.")
     return image
+
+
+def is_whole_png(data: bytes) -> bool:
+    """Return whether a PNG file has all of its chunks, up to the last one."""
+    at = 8
+    while at + 12 <= len(data):
+        kind = data[at + 4 : at + 8]
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+        if kind == b"IEND":
+            return at <= len(data)
+    return False
 
 
 def _read_size(data: bytes) -> tuple[int, int]:

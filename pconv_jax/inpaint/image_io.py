@@ -24,6 +24,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
+from pconv_jax.data.decode import is_whole_png
 from pconv_jax.inpaint import tags as tags_lib
 from pconv_jax.inpaint.formats import MAX_PIXELS, check_suffix
 from pconv_jax.inpaint.tags import Tags
@@ -288,6 +289,8 @@ def _read_image(data: bytes, max_pixels: int) -> ImageFile:
         info["subsampling"] = max(JpegImagePlugin.get_sampling(image), 0)
     # The header of a PNG file has the depth and the color type.
     if image.format == "PNG" and data[24] == 16 and data[25] != 0:
+        if not is_whole_png(data):
+            raise ValueError("it is truncated or damaged")
         return ImageFile(_turn(_decode_with_opencv(data), orientation), info)
     if _is_deep(data):
         warnings.warn(

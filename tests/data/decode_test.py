@@ -1,4 +1,5 @@
 import io
+import resource
 import struct
 import zlib
 
@@ -134,10 +135,24 @@ def test_larger_images_are_not_decoded(kind, monkeypatch):
         decode_gray(content, "x", max_pixels=limit)
 
 
+_END = bytes(4) + b"IEND" + struct.pack(">L", zlib.crc32(b"IEND"))
+
+
+def test_a_chunk_that_is_larger_than_its_file_is_not_read():
+    content = encode(photo())
+    at = content.index(b"IDAT") - 4
+    huge = content[:at] + b"\x5b\0\0\x1f" + content[at + 4 :]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UnreadableImageError, match="truncated or not an image"):
+        decode_image(huge, "x")
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 100_000  # Kilobytes; it was 1.5 GB.
+
+
 def test_a_small_file_of_a_huge_image_is_refused():
     header = struct.pack(">LLBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
     chunk = struct.pack(">L", 13) + chunk + struct.pack(">L", zlib.crc32(chunk))
-    content = b"\x89PNG\r\n\x1a\n" + chunk + b"IEND"
+    content = b"\x89PNG\r\n\x1a\n" + chunk + _END
     with pytest.raises(UnreadableImageError, match="30000 x 30000 pixels"):
         decode_image(content, "x")
