@@ -1,12 +1,45 @@
-"""Write files atomically, and find files in folders."""
+"""Files: written atomically, found in folders, opened only if they are files."""
 
 import contextlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from pconv_jax._errors import RunError
+
+MAX_PIXELS = 100_000_000
+"""Default limit of an image's number of pixels, for all that read image files."""
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """Make a path of what a person gave: of a text with a leading ``~``, the home.
+
+    A path object was made by a program, and stays as it is.
+    """
+    return Path(os.path.expanduser(path) if isinstance(path, str) else path)
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Check that a path leads to a file, and not to something that may wait forever.
+
+    Raises:
+      OSError: If there is nothing, or it is a pipe, a socket or a device.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError("it is no file, but a pipe, a socket or a device")
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """Read a file, but never open a pipe, a socket or a device.
+
+    Raises:
+      OSError: If it cannot be read.
+    """
+    check_regular(path)
+    return Path(path).read_bytes()
 
 
 @contextlib.contextmanager
@@ -14,13 +47,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Write a file that appears complete or not at all, even if the power fails.
 
     Missing folders above it are made. A file that is already there stays until the new
-    one is complete.
+    one is complete, which gets its permissions. A link stays a link: the file that it
+    leads to is written.
 
     Args:
       path: Path of the file.
 
     Yields:
-      The path to write to, in the same folder.
+      The path to write to, in the folder of the file.
 
     Raises:
       RunError: If the folder or the file cannot be written. Exceptions of the body are
@@ -28,17 +62,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     # The name is short, since the file's own may have the maximum length. `tempfile` is
     # not used because its files are readable by their owner only.
-    partial = path.parent / f".{uuid.uuid4().hex}.partial"
     with _write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target = Path(os.path.realpath(path))
+        partial = target.parent / f".{uuid.uuid4().hex}.partial"
+        _make_folder(target.parent)
     try:
         yield partial
         with _write_errors(path):
+            if target.exists():
+                partial.chmod(stat.S_IMODE(target.stat().st_mode))
             _sync(partial, os.O_RDWR)
-            partial.replace(path)
-        # The rename is already done. Some file systems cannot sync a folder.
-        with contextlib.suppress(OSError):
-            _sync(path.parent, os.O_RDONLY)
+            partial.replace(target)
+        _sync_folder(target.parent)
     finally:
         # An error here, such as a file above the folder, would hide the one before it.
         with contextlib.suppress(OSError):
@@ -61,6 +96,29 @@ def _write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what `atomic_path` has left in a folder, and below, when it was killed.
+
+    No other process may be writing there.
+    """
+    for path in folder.rglob(".*.partial"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _make_folder(folder: Path) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # What is in it is already there. Some file systems cannot sync a folder.
+    with contextlib.suppress(OSError):
+        _sync(folder, os.O_RDONLY)
 
 
 def _sync(path: Path, flags: int) -> None:

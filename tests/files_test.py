@@ -1,5 +1,6 @@
 import errno
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -53,6 +54,10 @@ def test_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
     partial, folder = synced
     assert partial.endswith(".partial")
     assert folder == str(tmp_path)
+    synced.clear()
+    _files.write_bytes(tmp_path / "b" / "c" / "a.txt", b"new")
+    assert synced[:2] == [str(tmp_path / "b"), str(tmp_path)]
+    assert synced[-1] == str(tmp_path / "b" / "c")
 
 
 def test_all_files_of_an_ordinary_tree_are_visible(tmp_path):
@@ -63,3 +68,43 @@ def test_all_files_of_an_ordinary_tree_are_visible(tmp_path):
     found = list(_files.iter_files(str(tmp_path)))
     assert sorted(found) == sorted(tmp_path / name for name in names)
     assert not list(_files.iter_files(tmp_path / "missing"))
+
+
+def test_a_link_stays_and_a_file_keeps_its_permissions(tmp_path):
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "a.txt", tmp_path / "link"
+    for state in ("dangling", "leading to a file"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        _files.write_bytes(link, state.encode())
+        assert link.is_symlink() and target.read_bytes() == state.encode()
+        target.chmod(0o640)
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert os.listdir(target.parent) == ["a.txt"]
+
+
+def test_a_leading_tilde_of_a_text_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _files.as_path("~/a") == tmp_path / "a"
+    for path in ("a/~", "~nobody-of-this-name/a", "./~/a"):
+        assert _files.as_path(path) == Path(path)
+    assert _files.as_path(Path("~/a")) == Path("~/a")
+
+
+def test_pipes_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no file, but a pipe"):
+        _files.read_regular(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no file, but a pipe"):
+        _files.read_regular(tmp_path / "link")
+
+
+def test_what_a_kill_has_left_is_removed(tmp_path):
+    names = ("a.txt", "b/.0123.partial", ".4567.partial", "b/c.partial")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    _files.remove_partials(tmp_path)
+    left = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {tmp_path / "a.txt", tmp_path / "b" / "c.partial"}

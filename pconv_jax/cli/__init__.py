@@ -5,6 +5,7 @@ when it runs, so that ``--help`` and ``--version`` are fast.
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None, *, program: str = "pconv") -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add(commands)
+    # Names of files may have bytes that are no text, or that a terminal cannot show.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         sys.exit(f"{program}: {config_options.explain_unknown(unknown[0])}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pconv_jax import __version__
 from pconv_jax._errors import UserError
+from pconv_jax._files import as_path
 from pconv_jax.cli import config_options
 from pconv_jax.cli._options import Subparsers, add_force
 from pconv_jax.weights.project_names import PROJECT_NAMES
@@ -30,11 +31,11 @@ def add(commands: Subparsers) -> None:
     command.add_argument(
         "source",
         metavar="SOURCE",
-        type=Path,
+        type=as_path,
         help="workdir of a run, or a .pth, .pt, .h5, .npz or .safetensors file",
     )
     command.add_argument(
-        "out", metavar="OUT", type=Path, help="the .safetensors file to write"
+        "out", metavar="OUT", type=as_path, help="the .safetensors file to write"
     )
     command.add_argument(
         "--step", type=int, help="checkpoint of a run (default: the newest)"
@@ -101,7 +102,7 @@ def _read_metrics(path: Path, step: int | None) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
         return {"metrics": results["table"]} if results["step"] == step else {}
-    except (LookupError, OSError, TypeError, ValueError) as error:
+    except (LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"SOURCE: {path} cannot be read: {error!r}.") from error
 
 

@@ -2,12 +2,27 @@
 
 import argparse
 import atexit
+import getpass
+import ipaddress
 import os
 import shutil
 import signal
 import tempfile
 
+from pconv_jax._errors import UserError
 from pconv_jax.cli._options import Subparsers, add_weights
+
+_DESCRIPTION = """\
+Serves a web page where you open an image, paint over the area to fill, and download the
+repaired image. It needs no connection, and uses no proxy.
+"""
+
+_EXAMPLES = """\
+behind a reverse proxy on this machine, at https://example.org/repair:
+  pconv demo --root-path /repair --allowed-host example.org
+for other machines:
+  pconv demo --host 0.0.0.0 --auth NAME
+"""
 
 
 def add(commands: Subparsers) -> None:
@@ -15,17 +30,16 @@ def add(commands: Subparsers) -> None:
     command = commands.add_parser(
         "demo",
         help="repair images in the browser",
-        description=(
-            "Serves a web page where you open an image, paint over the area to fill, "
-            "and download the repaired image. It needs no connection."
-        ),
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_weights(command)
     command.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 lets other machines in (default: "
-        "%(default)s)",
+        help="address to listen on; 0.0.0.0 lets other machines in, which requires "
+        "--auth or --no-auth (default: %(default)s)",
     )
     command.add_argument(
         "--port",
@@ -33,16 +47,81 @@ def add(commands: Subparsers) -> None:
         default=7860,
         help="port to listen on (default: %(default)s)",
     )
+    command.add_argument(
+        "--root-path",
+        metavar="PATH",
+        help="path at which a reverse proxy serves the page (default: /)",
+    )
+    command.add_argument(
+        "--allowed-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="name by which a reverse proxy on this machine serves the page; may be "
+        "given several times (default: none)",
+    )
+    access = command.add_mutually_exclusive_group()
+    access.add_argument(
+        "--auth",
+        metavar="NAME[:PASSWORD]",
+        help="let in who knows this name and password, which is asked for on the "
+        "terminal if it is not given",
+    )
+    access.add_argument(
+        "--no-auth", action="store_true", help="let in everybody who can reach the page"
+    )
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    auth = _read_auth(arguments)
     _use_temporary_folder()
-    from pconv_jax.inpaint import page  # Reads the folder when it is imported.
     from pconv_jax.inpaint.inpainter import Inpainter
 
     inpainter = Inpainter.from_pretrained(arguments.weights)
-    page.launch(inpainter, host=arguments.host, port=arguments.port)
+    _forget_proxies()
+    # Gradio reads these variables when it is imported.
+    from pconv_jax.inpaint import page
+
+    page.launch(
+        inpainter,
+        host=arguments.host,
+        port=arguments.port,
+        root_path=arguments.root_path,
+        allowed_hosts=arguments.allowed_host,
+        auth=auth,
+    )
+
+
+def _read_auth(arguments: argparse.Namespace) -> tuple[str, str] | None:
+    """Get the name and the password, asking for the latter if need be."""
+    if arguments.auth is None:
+        if not arguments.no_auth and not _is_loopback(arguments.host):
+            raise UserError(
+                f"--host {arguments.host} lets other machines in: give --auth NAME, "
+                "to ask them for a password, or --no-auth."
+            )
+        return None
+    name, given, password = arguments.auth.partition(":")
+    if not given:
+        password = getpass.getpass(f"Password for {name}: ")
+    if not name or not password:
+        raise UserError("--auth: neither the name nor the password may be empty.")
+    return name, password
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _forget_proxies() -> None:
+    """Let Gradio reach its own page: it would ask a proxy for it, or fail to import."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        for variable in (name, name.upper()):
+            os.environ.pop(variable, None)
 
 
 def _use_temporary_folder() -> None:

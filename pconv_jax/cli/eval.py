@@ -3,7 +3,7 @@
 import argparse
 
 from pconv_jax.cli import config_options
-from pconv_jax.cli._options import Subparsers
+from pconv_jax.cli._options import Subparsers, expand
 
 _DESCRIPTION = """\
 Evaluates a trained network by hole bin, beside the methods that need no network.
@@ -32,8 +32,10 @@ def add(commands: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.add_argument("--workdir", help="directory of a training run")
-    command.add_argument("--weights", help="a weights file instead of a run")
+    command.add_argument("--workdir", type=expand, help="directory of a training run")
+    command.add_argument(
+        "--weights", type=expand, help="a weights file instead of a run"
+    )
     command.add_argument(
         "--step", type=int, help="step of the checkpoint (default: the newest)"
     )
@@ -48,8 +50,10 @@ def add(commands: Subparsers) -> None:
         "baselines (default: network,mean,telea,navier_stokes)",
     )
     command.add_argument("--examples", type=int, help="examples of each class of masks")
-    command.add_argument("--images", help="folder or tar file of other images")
-    command.add_argument("--masks", help="folder of mask images")
+    command.add_argument(
+        "--images", type=expand, help="folder or tar file of other images"
+    )
+    command.add_argument("--masks", type=expand, help="folder of mask images")
     command.add_argument(
         "--hole_color",
         choices=("white", "black"),
@@ -77,15 +81,17 @@ def add(commands: Subparsers) -> None:
         "--nolearned", dest="learned", action="store_false", help=argparse.SUPPRESS
     )
     command.add_argument(
-        "--vgg", help="weights file of a VGG, for a perceptual distance"
+        "--vgg", type=expand, help="weights file of a VGG, for a perceptual distance"
     )
-    command.add_argument("--out", help="directory of the results")
+    command.add_argument("--out", type=expand, help="directory of the results")
     config_options.add_config_options(command, required=False)
     command.set_defaults(run=_run)
 
 
 def _words(text: str) -> list[str]:
-    return text.split(",")
+    """Split a list; ``NAME=PATH`` may have a path with a leading ``~``."""
+    pairs = (word.partition("=") for word in text.split(","))
+    return ["".join([name, equals, expand(path)]) for name, equals, path in pairs]
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -3,11 +3,16 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pconv_jax._errors import RunError, UserError
+from pconv_jax._files import as_path
 from pconv_jax.cli._options import Subparsers, add_force, add_weights
 from pconv_jax.inpaint.formats import MAX_PIXELS, SUFFIXES, check_suffix, find_images
+
+if TYPE_CHECKING:
+    from pconv_jax.inpaint.files import Journal, Repaired
+    from pconv_jax.inpaint.inpainter import Inpainter
 
 _DESCRIPTION = """\
 Fills the hole of an image. Only the hole changes. PNG, TIFF, WebP and BMP files keep
@@ -58,14 +63,14 @@ def _add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--image",
         metavar="PHOTO",
-        type=Path,
+        type=as_path,
         required=True,
         help=f"the image, or a folder of images ({', '.join(SUFFIXES)})",
     )
     command.add_argument(
         "--output",
         metavar="OUT",
-        type=Path,
+        type=as_path,
         required=True,
         help="the file to write, of any of these kinds; or a folder, where files get "
         "the names of the images. JPEG files do not keep pixels exactly, but an image "
@@ -87,7 +92,7 @@ def _add_hole(command: argparse.ArgumentParser) -> None:
     source = hole.add_mutually_exclusive_group()
     source.add_argument(
         "--mask",
-        type=Path,
+        type=as_path,
         help="an image that is white where to fill; or a folder, with a mask of the "
         "same name, with any suffix, for each image. One mask is used for all images",
     )
@@ -95,6 +100,12 @@ def _add_hole(command: argparse.ArgumentParser) -> None:
         "--mask-color",
         metavar="COLOR",
         help="fill where the image has this color, e.g. '#ff00ff' or magenta",
+    )
+    hole.add_argument(
+        "--mask-label",
+        metavar="N",
+        type=int,
+        help="fill where a mask of labels (0, 1, 2, ...) has this one",
     )
     hole.add_argument(
         "--tolerance",
@@ -132,7 +143,7 @@ def _add_detail(command: argparse.ArgumentParser) -> None:
     detail.add_argument(
         "--exclude",
         metavar="MASK",
-        type=Path,
+        type=as_path,
         help="an image that is white where not to copy detail from, such as the rest "
         "of a removed object; or a folder of them, as for --mask",
     )
@@ -156,11 +167,10 @@ def _add_detail(command: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
-    pairs = _pair_files(arguments.image, arguments.output)
+    pairs, skipped = _pair_files(arguments.image, arguments.output)
 
     from tqdm import tqdm
 
-    from pconv_jax.inpaint.files import repair_file
     from pconv_jax.inpaint.inpainter import Inpainter
 
     inpainter = Inpainter.from_pretrained(
@@ -169,38 +179,85 @@ def _run(arguments: argparse.Namespace) -> None:
         max_pixels=arguments.max_pixels,
         detail=arguments.detail,
     )
-    failed = 0
+    many = arguments.image.is_dir()
+    # A run that replaces files has no use for what it wrote before.
+    journal = _open_journal(arguments) if many and not arguments.force else None
+    failed, filled = 0, False
     progress = tqdm(
-        pairs,
-        unit=" images",
-        dynamic_ncols=True,
-        disable=None if arguments.image.is_dir() else True,
+        pairs, unit=" images", dynamic_ncols=True, disable=None if many else True
     )
     for image, output in progress:
-        messages = []
         try:
-            for number in range(arguments.variants):
-                messages += repair_file(
-                    inpainter,
-                    image,
-                    _variant(output, number),
-                    seed=arguments.seed + number,
-                    **_repair_options(arguments),
-                )
+            repaired = _repair(inpainter, image, output, arguments, journal)
+            filled, messages = filled or repaired.filled, repaired.messages
         except (RunError, UserError) as error:
-            if not arguments.image.is_dir():
+            if not many:
                 raise
             failed += 1
             messages = [str(error)]
         for message in dict.fromkeys(messages):
             tqdm.write(f"pconv: {image.name}: {message}", file=sys.stderr)
+    _report_skipped(skipped)
+    if journal:
+        journal.finish()
+        if journal.done:
+            print(f"Kept {journal.done} files of the same run, which was interrupted.")
     if failed:
         raise UserError(f"{failed} of {len(pairs)} images were not repaired.")
+    if not filled:
+        raise UserError(_nothing_filled(arguments))
+
+
+def _repair(
+    inpainter: "Inpainter",
+    image: Path,
+    output: Path,
+    arguments: argparse.Namespace,
+    journal: "Journal | None",
+) -> "Repaired":
+    """Repair an image, once for each variant."""
+    from pconv_jax.inpaint.files import Repaired, repair_file
+
+    filled, messages = False, []
+    for number in range(arguments.variants):
+        path = _variant(output, number)
+        if journal:
+            if journal.is_done(path):
+                filled = True
+                continue
+            journal.start(path)
+        repaired = repair_file(
+            inpainter,
+            image,
+            path,
+            seed=arguments.seed + number,
+            **_repair_options(arguments),
+        )
+        filled |= repaired.filled
+        messages += repaired.messages
+    return Repaired(filled, messages)
+
+
+def _open_journal(arguments: argparse.Namespace) -> "Journal":
+    from pconv_jax.inpaint.files import Journal
+
+    options = {name: str(value) for name, value in vars(arguments).items()}
+    options |= {"run": "", "image": str(arguments.image.absolute())}
+    return Journal(arguments.output, repr(sorted(options.items())))
+
+
+def _nothing_filled(arguments: argparse.Namespace) -> str:
+    if arguments.mask_color is None:
+        return "nothing was filled: no mask had a hole."
+    hint = "" if arguments.tolerance else "; try --tolerance 30 if it was a JPEG file"
+    return f"nothing was filled: no pixel has the color {arguments.mask_color}{hint}."
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.mask_color is None and arguments.tolerance is not None:
         raise UserError("--tolerance requires --mask-color.")
+    if arguments.mask is None and arguments.mask_label is not None:
+        raise UserError("--mask-label requires --mask.")
     if arguments.mask_color is not None and arguments.resize_mask:
         raise UserError("--resize-mask requires --mask, and --mask-color is given.")
     if arguments.variants < 1:
@@ -211,20 +268,33 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--variants and --exclude require --detail.")
 
 
-def _pair_files(image: Path, output: Path) -> list[tuple[Path, Path]]:
-    """Find the images, and for each the file to write."""
+def _pair_files(
+    image: Path, output: Path
+) -> tuple[list[tuple[Path, Path]], list[Path]]:
+    """Find the images, and for each the file to write; and what is skipped."""
     if not image.is_dir():
         output = output / image.name if output.is_dir() else output
         check_suffix(output)
-        return [(image, output)]
+        return [(image, output)], []
     if output.exists() and not output.is_dir():
         raise UserError(
             f"--output must be a folder where --image is one, but {output} is a file."
         )
-    found = find_images(image)
+    found, skipped = find_images(image)
     if not found:
+        _report_skipped(skipped)
         raise UserError(f"--image: there is no image in the folder {image}.")
-    return [(path, output / path.name) for path in found]
+    return [(path, output / path.name) for path in found], skipped
+
+
+def _report_skipped(paths: list[Path]) -> None:
+    if paths:
+        names = ", ".join(path.name + "/" * path.is_dir() for path in paths)
+        print(
+            f"pconv: {len(paths)} skipped, which are no images that can be read: "
+            f"{names}.",
+            file=sys.stderr,
+        )
 
 
 def _variant(output: Path, number: int) -> Path:
@@ -235,6 +305,7 @@ def _repair_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "mask": arguments.mask,
         "mask_color": arguments.mask_color,
+        "mask_label": arguments.mask_label,
         "tolerance": arguments.tolerance or 0,
         "invert_mask": arguments.invert_mask,
         "resize_mask": arguments.resize_mask,

@@ -2,9 +2,9 @@
 
 import argparse
 import re
-from pathlib import Path
 
 from pconv_jax._errors import UserError
+from pconv_jax._files import as_path
 from pconv_jax.cli._options import Subparsers, add_force
 
 # As `pconv_jax.masks.KINDS`, whose module takes long to import. A test compares them.
@@ -24,7 +24,7 @@ def add(commands: Subparsers) -> None:
     command.add_argument(
         "--output",
         metavar="FOLDER",
-        type=Path,
+        type=as_path,
         required=True,
         help="folder for mask_00000.png, mask_00001.png and so on",
     )

@@ -1,10 +1,12 @@
 """``pconv train``: trains an inpainting network."""
 
 import argparse
+import sys
+from typing import Any
 
 from pconv_jax._errors import UserError
 from pconv_jax.cli import config_options
-from pconv_jax.cli._options import Subparsers
+from pconv_jax.cli._options import Subparsers, expand
 
 _DESCRIPTION = """\
 Trains an inpainting network.
@@ -34,7 +36,14 @@ def add(commands: Subparsers) -> None:
         allow_abbrev=False,
     )
     command.add_argument(
-        "--workdir", help="directory of the run (default: runs/ and the config's name)"
+        "--workdir",
+        type=expand,
+        help="directory of the run (default: runs/ and the config's name)",
+    )
+    command.add_argument(
+        "--allow_other_images",
+        action="store_true",
+        help="resume a run though its images have changed",
     )
     processes = command.add_argument_group("several processes")
     processes.add_argument(
@@ -56,6 +65,7 @@ def _run(arguments: argparse.Namespace) -> None:
         from pconv_jax.train import loop
 
     output.log_to_stderr()
+    sys.unraisablehook = _report_unraisable
     config = config_options.read_config(arguments)
     workdir = arguments.workdir or config_lib.default_workdir(arguments.config)
     others = {
@@ -68,5 +78,17 @@ def _run(arguments: argparse.Namespace) -> None:
     elif any(value is not None for value in others.values()):
         names = ", ".join(f"--{name}" for name in others)
         raise UserError(f"{names}: each of these needs --distributed.")
-    summary = loop.train_and_evaluate(config, workdir)
+    summary = loop.train_and_evaluate(
+        config, workdir, allow_other_images=arguments.allow_other_images
+    )
     print(loop.format_summary(summary, workdir))
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Report what a thread could not raise, except for an echo of another error.
+
+    If one of several arrays cannot be written, Orbax closes the event loop under the
+    threads that write the others.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

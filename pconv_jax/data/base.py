@@ -1,6 +1,8 @@
 """The interface of image sources."""
 
 import abc
+import hashlib
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +29,17 @@ class ImageSource(abc.ABC):
     def name(self, index: int) -> str:
         """Get the name of an image, for messages."""
 
+    def key(self, index: int) -> str:
+        """Get a name of an image that stays the same where its source is moved."""
+        return self.name(index)
+
+    def digest(self) -> str:
+        """Compute a digest of the keys of all images, in their order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for index in range(len(self)):
+            digest.update(os.fsencode(self.key(index)) + b"\0")
+        return digest.hexdigest()
+
     def __getitem__(self, index: int) -> np.ndarray:
         try:
             data = self.read(index)
@@ -47,5 +60,6 @@ class Span(NamedTuple):
 def read_span(span: Span) -> bytes:
     """Read a part of a file; it is shorter than the span where the file ends early."""
     with open(span.path, "rb") as file:
+        room = os.fstat(file.fileno()).st_size - span.offset
         file.seek(span.offset)
-        return file.read(span.size)
+        return file.read(max(min(span.size, room), 0))

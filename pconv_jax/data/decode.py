@@ -1,9 +1,26 @@
 """Decoding of image files to 8-bit arrays, for training and evaluation."""
 
+import io
+import struct
+import threading
+
 import cv2
 import numpy as np
+from PIL import Image
 
 from pconv_jax._errors import UserError
+from pconv_jax._files import MAX_PIXELS
+
+# Guards Pillow's limit of an image's size, which is a global variable.
+_PILLOW_LIMIT = threading.Lock()
+
+_FORMATS = ("WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")
+
+# What Pillow raises if a file is damaged, or is no image.
+_PILLOW_ERRORS = (
+    *(struct.error, EOFError, OSError, RuntimeError, SyntaxError, TypeError),
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, ValueError),
+)
 
 
 class UnreadableImageError(UserError):
@@ -25,32 +42,42 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
       uint8 ``[H, W, 3]``.
 
     Raises:
-      UnreadableImageError: If the bytes are not one complete image.
+      UnreadableImageError: If the bytes are not one complete image, or one of more than
+        100,000,000 pixels.
     """
-    return _decode(data, name, cv2.IMREAD_COLOR_RGB)
+    return _decode(data, name, cv2.IMREAD_COLOR_RGB, MAX_PIXELS)
 
 
-def decode_gray(data: bytes, name: str) -> np.ndarray:
+def decode_gray(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image of any kind to 8-bit gray, upright.
 
     Args:
       data: Bytes of the file, as for `decode_image`.
       name: Name of the image for the error message.
+      max_pixels: Limit of the number of pixels. The default is 100,000,000.
 
     Returns:
       uint8 ``[H, W]``.
 
     Raises:
-      UnreadableImageError: If the bytes are not one complete image.
+      UnreadableImageError: If the bytes are not one complete image, or one of more
+        pixels.
     """
-    return _decode(data, name, cv2.IMREAD_GRAYSCALE)
+    return _decode(data, name, cv2.IMREAD_GRAYSCALE, max_pixels)
 
 
-def _decode(data: bytes, name: str, mode: int) -> np.ndarray:
+def _decode(data: bytes, name: str, mode: int, max_pixels: int) -> np.ndarray:
     image = None
-    # Checked here because libpng prints to stderr if a file ends early.
-    truncated = data.startswith(b"\x89PNG") and data.rfind(b"IEND") < 0
-    if data and not truncated:
+    # libpng prints to stderr if a file ends early, and OpenCV makes room for whatever
+    # size a chunk says it has.
+    truncated = data.startswith(b"\x89PNG") and not is_whole_png(data)
+    width, height = (0, 0) if truncated else _read_size(data)
+    if width * height > max_pixels:
+        raise UnreadableImageError(
+            f"cannot read {name}: it has {width} x {height} pixels, and the limit is "
+            f"{max_pixels:,}."
+        )
+    if width * height > 0:
         try:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
         except cv2.error:  # Such as more pixels than OpenCV allows.
@@ -59,3 +86,48 @@ def _decode(data: bytes, name: str, mode: int) -> np.ndarray:
         reason = "truncated or not an image" if data else "it is empty"
         raise UnreadableImageError(f"cannot read {name}: {reason}.")
     return image
+
+
+def is_whole_png(data: bytes) -> bool:
+    """Return whether a PNG file has all of its chunks, up to the last one."""
+    at = 8
+    while at + 12 <= len(data):
+        kind = data[at + 4 : at + 8]
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+        if kind == b"IEND":
+            return at <= len(data)
+    return False
+
+
+def _read_size(data: bytes) -> tuple[int, int]:
+    """Read the width and height of an image without decoding it; 0 for no image."""
+    if data.startswith(b"\x89PNG"):
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    if data.startswith(b"\xff\xd8"):
+        return _read_jpeg_size(data)
+    with _PILLOW_LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                return image.size
+        except _PILLOW_ERRORS:
+            return 0, 0
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _read_jpeg_size(data: bytes) -> tuple[int, int]:
+    at, frames = 2, {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+    while at + 9 <= len(data):
+        if data[at] != 0xFF:  # Other readers skip what is between segments.
+            at = data.find(b"\xff", at)
+            if at < 0:
+                break
+        marker = data[at + 1]
+        if marker in frames:
+            height = int.from_bytes(data[at + 5 : at + 7], "big")
+            return int.from_bytes(data[at + 7 : at + 9], "big"), height
+        alone = marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8
+        size = int.from_bytes(data[at + 2 : at + 4], "big")
+        at += (1 if marker == 0xFF else 2) if alone else 2 + size
+    return 0, 0

@@ -1,7 +1,6 @@
 """Masks from a folder of mask images."""
 
 import os
-import pathlib
 from typing import Literal, TypedDict, Unpack
 
 import cv2
@@ -11,6 +10,8 @@ from pconv_jax import _files
 from pconv_jax._errors import UserError
 from pconv_jax.data.decode import UnreadableImageError, decode_gray
 
+# Dilation takes more memory for a pixel than an image does.
+_MAX_PIXELS = 25_000_000
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -63,7 +64,7 @@ class MaskFolder:
             )
         if not 0 < threshold < 1:
             raise UserError(f"threshold must be in (0, 1), got {threshold}.")
-        root = pathlib.Path(path).expanduser()
+        root = _files.as_path(path)
         self.paths = sorted(
             file for file in _files.iter_files(root) if file.suffix.lower() in _SUFFIXES
         )
@@ -89,11 +90,12 @@ class MaskFolder:
     def __getitem__(self, index: int) -> np.ndarray:
         path = self.paths[index]
         try:
-            data = path.read_bytes()
+            data = _files.read_regular(path)
         except OSError as error:
             message = f"cannot read {path}: {error.strerror or error}."
             raise UnreadableImageError(message) from error
-        white = decode_gray(data, str(path)) > self.threshold * 255
+        gray = decode_gray(data, str(path), max_pixels=_MAX_PIXELS)
+        white = gray > self.threshold * 255
         valid = white if self.hole_color == "black" else ~white
         return valid.astype(np.uint8)[..., None]
 
@@ -179,6 +181,7 @@ def augment(
         raise UserError(
             f"dilate must be (low, high) with 0 <= low <= high, got {dilate}."
         )
+    mask = _near_center(mask)
     height, width, _ = mask.shape
     square = min(height, width)
     side = square * rng.uniform(0.5, 1) if crop else square
@@ -205,3 +208,16 @@ def augment(
         borderValue=1,
     )
     return mask[..., None]
+
+
+def _near_center(mask: np.ndarray) -> np.ndarray:
+    """Cut off the ends of a long mask, which `augment` never reaches.
+
+    The result is within 1.5 squares of the center. OpenCV takes up to 32,767 pixels.
+    """
+    height, width, _ = mask.shape
+    square = min(height, width)
+    # Of the same parity, so that the center stays where it is.
+    tall, wide = (n - 2 * max((n - 4 * square) // 2, 0) for n in (height, width))
+    top, left = (height - tall) // 2, (width - wide) // 2
+    return mask[top : top + tall, left : left + wide]

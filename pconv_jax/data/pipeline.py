@@ -1,7 +1,9 @@
 """Batches of NumPy arrays for training and evaluation."""
 
 import functools
+import multiprocessing
 import os
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -166,7 +168,9 @@ def train_batches(
 
     _set_up_opencv()
     transform = TrainTransform(source, image_size, (low, high), flip, mask_folder)
-    records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    # Without an end, and Grain's numbers would not fit for batches of one.
+    epochs = 2**60 // len(source)
+    records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
     # Sliced last: the randomness of a record must not depend on who makes it.
     records = records.random_map(transform)
     records = records[start_step * batch_size + process_index :: process_count]
@@ -180,7 +184,7 @@ def train_batches(
         flags.FLAGS.mark_as_parsed()
     dataset = batches.to_iter_dataset(grain.ReadOptions(1, 2)).mp_prefetch(
         grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
-        worker_init_fn=_set_up_opencv,
+        worker_init_fn=_set_up_worker,
     )
     return TrainBatches(source, dataset)
 
@@ -238,6 +242,19 @@ _READ_OPTIONS = grain.ReadOptions(_THREADS, prefetch_buffer_size=_THREADS + 2)
 def _close_all(iterators: list[grain.DatasetIterator]) -> None:
     while iterators:
         iterators.pop().close()
+
+
+def _set_up_worker(*_: int) -> None:
+    """Prepare a worker process, which must not outlive the one that started it."""
+    _set_up_opencv()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # Python's resource tracker then frees the shared memory.
 
 
 def _set_up_opencv(*_: int) -> None:

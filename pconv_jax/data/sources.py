@@ -8,7 +8,6 @@ import hashlib
 import importlib.resources
 import importlib.util
 import os
-import pathlib
 import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,12 @@ from pconv_jax._errors import UserError
 from pconv_jax.data.base import ImageSource, Span, read_span
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+# What `tarfile` raises for a damaged file.
+_TAR_ERRORS = (
+    *(OSError, tarfile.TarError, EOFError, LookupError, MemoryError, OverflowError),
+    *(RecursionError, TypeError, ValueError),
+)
 
 PathLike = str | os.PathLike[str]
 PathOrPaths = PathLike | Sequence[PathLike]
@@ -42,7 +47,7 @@ class FolderSource(ImageSource):
     """
 
     def __init__(self, path: PathLike):
-        self._root = pathlib.Path(path).expanduser()
+        self._root = _files.as_path(path)
         if not os.path.isdir(self._root):
             raise UserError(f"path must be a folder of images, got {str(path)!r}.")
         keys = (
@@ -57,11 +62,15 @@ class FolderSource(ImageSource):
 
     def read(self, index: int) -> bytes:
         """See base class."""
-        return (self._root / self.keys[index]).read_bytes()
+        return _files.read_regular(self._root / self.keys[index])
 
     def name(self, index: int) -> str:
         """See base class."""
         return str(self._root / self.keys[index])
+
+    def key(self, index: int) -> str:
+        """See base class."""
+        return self.keys[index]
 
 
 class TarSource(ImageSource):
@@ -98,6 +107,10 @@ class TarSource(ImageSource):
     def name(self, index: int) -> str:
         """See base class."""
         return f"{self._spans[index].path}:{self.keys[index]}"
+
+    def key(self, index: int) -> str:
+        """See base class."""
+        return self.keys[index]
 
 
 class BundledSource(ImageSource):
@@ -152,6 +165,9 @@ class _Subset(ImageSource):
     def name(self, index: int) -> str:
         return self._source.name(self._indices[index])
 
+    def key(self, index: int) -> str:
+        return self._source.key(self._indices[index])
+
 
 def open_images(path: PathLike) -> ImageSource:
     """Open all images of a folder or of a tar file.
@@ -165,7 +181,7 @@ def open_images(path: PathLike) -> ImageSource:
     Raises:
       UserError: If there is no image; see `FolderSource` and `TarSource`.
     """
-    is_folder = os.path.isdir(os.path.expanduser(path))
+    is_folder = _files.as_path(path).is_dir()
     return FolderSource(path) if is_folder else TarSource(path)
 
 
@@ -291,7 +307,7 @@ def _held_out(keys: Sequence[str], fraction: float) -> np.ndarray:
 
 
 def _glob(path: PathLike) -> list[str]:
-    path = os.path.expanduser(path)
+    path = str(_files.as_path(path))
     paths = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if not paths:
         raise UserError(f"path must be one or several tar files; there is no {path!r}.")
@@ -301,12 +317,20 @@ def _glob(path: PathLike) -> list[str]:
 def _members(path: str) -> Iterator[tuple[str, Span]]:
     """Yield the keys and places of the images of a tar file."""
     try:
+        _files.check_regular(path)
         with tarfile.open(path, "r:") as tar:
+            size, last = os.path.getsize(path), -1
             for member in tar:
+                if member.offset <= last:
+                    raise tarfile.TarError("its members go round in circles")
+                last = member.offset
                 key = posixpath.normpath(member.name)
-                if member.isreg() and _is_image(key):
-                    yield key, Span(path, member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
+                if not member.isreg() or not _is_image(key):
+                    continue
+                if member.issparse() or member.offset_data + member.size > size:
+                    raise tarfile.TarError(f"{key} is sparse, or not all there")
+                yield key, Span(path, member.offset_data, member.size)
+    except _TAR_ERRORS as error:
         raise UserError(
             f"path must be an uncompressed, whole tar file, got {path!r}: {error}."
         ) from error

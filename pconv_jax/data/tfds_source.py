@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.core.file_adapters import FileFormat
 
+from pconv_jax import _files
 from pconv_jax._errors import UserError
 from pconv_jax.data.base import ImageSource, Span, read_span
 
@@ -84,7 +85,7 @@ def _open_builder(
 ) -> tfds.core.DatasetBuilder:
     try:
         return read_only_builder.builder_from_files(
-            name, data_dir=data_dir and os.path.expanduser(data_dir)
+            name, data_dir=data_dir and str(_files.as_path(data_dir))
         )
     except tfds.core.DatasetNotFoundError as error:
         place = None if data_dir is None else os.fspath(data_dir)

@@ -8,6 +8,8 @@ A record is a dict with ``method``, ``hole_bin``, ``border``, ``index``, ``pictu
 import contextlib
 import hashlib
 import json
+import logging
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from pconv_jax._errors import RunError, UserError
 
 Record = dict[str, Any]
 
+_logger = logging.getLogger(__name__)
+
 Key = tuple[int, bool, int]
 """The hole bin, the border and the number of an example."""
 
@@ -28,7 +32,8 @@ class Store:
 
     The name of a file has a digest of everything that its records depend on. So an
     interrupted evaluation continues where it stopped, and a different one does not
-    reuse its records. `locked` keeps other processes out of the directory.
+    reuse its records. Every record and every row of features has a checksum; what does
+    not fit it is computed again. `locked` keeps other processes out of the directory.
     """
 
     def __init__(self, directory: Path | None):
@@ -96,12 +101,15 @@ class Store:
                     file.write(b"\n")  # A kill cut the last line short.
         except OSError as error:
             raise _cannot_write(path, error) from error
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:  # A line that was cut short.
-                continue
-            self._records[method][key_of(record)] = record
+        read = [_unseal(line) for line in lines]
+        records = [record for record in read if record is not None]
+        # A kill cuts one line short. More are damaged, or of an older version.
+        if len(lines) - len(records) > 1:
+            _logger.warning(
+                "%d of %d records in %s have no right checksum, and are made again.",
+                *(len(lines) - len(records), len(lines), path),
+            )
+        self._records[method] = {key_of(record): record for record in records}
 
     def add(self, method: str, records: Iterable[Record]) -> None:
         """Add records, in memory and in the file.
@@ -113,10 +121,9 @@ class Store:
         self._records[method] |= {key_of(record): record for record in records}
         if self._directory is None:
             return
-        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         try:
-            with self._paths[method].open("a") as file:
-                file.write("".join(lines))
+            with self._paths[method].open("ab") as file:
+                file.write(b"".join(map(_seal, records)))
         except OSError as error:
             raise _cannot_write(self._paths[method], error) from error
 
@@ -136,9 +143,11 @@ class Store:
         """
         kept = self._features.get(method)
         if kept is None:
-            kept = self._open_features(method, (capacity, features.shape[1]))
+            kept = self._open_features(method, (capacity, features.shape[1] + 1))
             self._features[method] = kept
-        kept[rows] = features
+        features = np.ascontiguousarray(features, np.float32)
+        kept[rows, :-1] = features.view(np.uint32)
+        kept[rows, -1] = [zlib.crc32(row) for row in features]
         if isinstance(kept, np.memmap):
             kept.flush()
 
@@ -148,13 +157,22 @@ class Store:
         Args:
           method: Name of the method.
           rows: Row numbers of the examples, ``[N]``.
+
+        Raises:
+          RunError: If the file of features is damaged.
         """
-        if method not in self._features and self._directory is not None:
+        path = None
+        if self._directory is not None:
             path = self._paths[method].with_suffix(".npy")
-            if path.exists():
-                self._features[method] = np.load(path, mmap_mode="r+")
+            if method not in self._features and path.exists():
+                self._features[method] = self._load_features(path)
         kept = self._features.get(method)
-        return None if kept is None else np.asarray(kept[rows])
+        if kept is None:
+            return None
+        features, checksums = np.ascontiguousarray(kept[rows, :-1]), kept[rows, -1]
+        if any(zlib.crc32(row) != n for row, n in zip(features, checksums)):
+            raise _damaged(path)
+        return features.view(np.float32)
 
     def has(self, method: str, keys: Iterable[Key]) -> bool:
         """Return whether the store has the records of all these examples."""
@@ -166,16 +184,42 @@ class Store:
 
     def _open_features(self, method: str, shape: tuple[int, int]) -> np.ndarray:
         if self._directory is None:
-            return np.zeros(shape, np.float32)
+            return np.zeros(shape, np.uint32)
         path = self._paths[method].with_suffix(".npy")
         try:
             if path.exists():
-                kept = np.load(path, mmap_mode="r+")
-                if kept.shape == shape:
+                kept = self._load_features(path)
+                if kept.shape == shape and kept.dtype == np.uint32:
                     return kept
-            return np.lib.format.open_memmap(path, "w+", np.dtype(np.float32), shape)
+            return np.lib.format.open_memmap(path, "w+", np.dtype(np.uint32), shape)
         except OSError as error:
             raise _cannot_write(path, error) from error
+
+    def _load_features(self, path: Path) -> np.ndarray:
+        try:
+            return np.load(path, mmap_mode="r+")
+        except ValueError as error:
+            raise _damaged(path) from error
+
+
+def _seal(record: Record) -> bytes:
+    """Write a record as a line with a checksum."""
+    text = json.dumps(record, allow_nan=False)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+
+
+def _unseal(line: bytes) -> Record | None:
+    """Read a line of `_seal`, or return None if it was cut short or changed."""
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    right = checksum == f"{zlib.crc32(text):08x}".encode()
+    return json.loads(text) if right else None
+
+
+def _damaged(path: Path | None) -> RunError:
+    return RunError(
+        f"{path} is damaged: delete it and the .jsonl file beside it, which are made "
+        "again."
+    )
 
 
 def key_of(record: Record) -> Key:

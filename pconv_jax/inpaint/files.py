@@ -1,13 +1,30 @@
 """Repair of image files, with the options of the command ``pconv inpaint``."""
 
+import hashlib
+import os
+import unicodedata
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
-from pconv_jax._errors import UserError
+from pconv_jax import _files
+from pconv_jax._errors import RunError, UserError
 from pconv_jax.inpaint import image_io
 from pconv_jax.inpaint.formats import MAX_PIXELS, find_images
-from pconv_jax.inpaint.hole import hole_from_color
+from pconv_jax.inpaint.hole import hole_from_color, hole_from_label
 from pconv_jax.inpaint.inpainter import Inpainter
+
+
+class Repaired(NamedTuple):
+    """What became of an image file.
+
+    Attributes:
+      filled: Whether there was a hole.
+      messages: Warnings, each once.
+    """
+
+    filled: bool
+    messages: list[str]
 
 
 def repair_file(
@@ -17,6 +34,7 @@ def repair_file(
     *,
     mask: Path | None = None,
     mask_color: str | None = None,
+    mask_label: int | None = None,
     tolerance: int = 0,
     invert_mask: bool = False,
     resize_mask: bool = False,
@@ -25,11 +43,11 @@ def repair_file(
     exclude: Path | None = None,
     max_pixels: int = MAX_PIXELS,
     force: bool = False,
-) -> list[str]:
+) -> Repaired:
     """Fill the hole of an image file, and write the result with the file's metadata.
 
-    The hole comes from a mask or a color. Without either, it is where the image is
-    transparent, or not finite.
+    The hole comes from a mask, a label in it, or a color. Without, it is where the
+    image is transparent, or not finite.
 
     Args:
       inpainter: Repairs the image.
@@ -38,6 +56,7 @@ def repair_file(
       mask: Path of a mask, or of a folder with a mask of the image's name, with any
         suffix. By default there is none.
       mask_color: CSS color of the hole. By default there is none.
+      mask_label: Value of the hole in a mask of labels. By default white is filled.
       tolerance: See `hole_from_color`. The default is 0.
       invert_mask: See `Inpainter`. The default is False.
       resize_mask: See `Inpainter`. The default is False.
@@ -47,9 +66,6 @@ def repair_file(
         copy detail from. By default there is none.
       max_pixels: Larger images are refused. The default is 100,000,000.
       force: Whether to replace an existing file. The default is False.
-
-    Returns:
-      Warnings, each once.
 
     Raises:
       UserError: If the image cannot be read or repaired, or the file exists.
@@ -64,7 +80,10 @@ def repair_file(
             hole = hole_from_color(file.image, mask_color, tolerance=tolerance)
         else:
             hole = _find_mask(image, mask)
-        repaired = inpainter(
+        if mask_label is not None and isinstance(hole, Path):
+            labels = image_io.read(hole, max_pixels=max_pixels).image
+            hole = hole_from_label(labels, mask_label)
+        repaired, depth = inpainter(
             file.image,
             hole,
             invert_mask=invert_mask,
@@ -72,18 +91,84 @@ def repair_file(
             dilate=dilate,
             seed=seed,
             exclude=_find_mask(image, exclude),
+            return_depth=True,
         )
         image_io.write(output, file._replace(image=repaired))
-    return list(dict.fromkeys(str(warning.message) for warning in caught))
+    messages = list(dict.fromkeys(str(warning.message) for warning in caught))
+    return Repaired(bool(depth.any()), messages)
+
+
+class Journal:
+    """The files that a run over a folder has written, for when it is killed.
+
+    It is a hidden file in the folder of the results, which is there while a run lasts.
+    If it is there when a run starts, the same run was killed, and continues.
+
+    Attributes:
+      done: Number of files that were found to be done.
+    """
+
+    def __init__(self, folder: Path, run: str):
+        """Open a journal.
+
+        Args:
+          folder: Folder of the results.
+          run: Text that identifies the run.
+
+        Raises:
+          RunError: If it cannot be read or written.
+        """
+        digest = hashlib.blake2b(run.encode("utf-8", "replace"), digest_size=8)
+        self._path = folder / f".pconv-{digest.hexdigest()}.unfinished"
+        self.done = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                _files.remove_partials(folder)
+            self._path.touch()
+            lines = self._path.read_bytes().split()
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"cannot write {self._path}: {reason}.") from error
+        self._started = set(lines)
+
+    def is_done(self, output: Path) -> bool:
+        """Return whether the run that was killed has written a file."""
+        done = _line(output) in self._started and output.exists()
+        self.done += done
+        return done
+
+    def start(self, output: Path) -> None:
+        """Note that a file, which does not exist, is about to be written.
+
+        Files appear complete or not at all. So one that was started and exists is done.
+        """
+        if not output.exists():
+            with self._path.open("ab") as file:
+                file.write(_line(output) + b"\n")
+
+    def finish(self) -> None:
+        """Delete the journal: the run has come to its end."""
+        self._path.unlink(missing_ok=True)
+
+
+def _line(path: Path) -> bytes:
+    return os.fsencode(path.name).hex().encode()
 
 
 def _find_mask(image: Path, mask: Path | None) -> Path | None:
     if mask is None or not mask.is_dir():
         return mask
-    found = [path for path in find_images(mask) if path.stem == image.stem]
+    images, _ = find_images(mask)
+    found = [path for path in images if _stem(path) == _stem(image)]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(
             f"there must be one mask {image.stem}.* in {mask}; found: {names}."
         )
     return found[0]
+
+
+def _stem(path: Path) -> str:
+    """Get a file's name, of which macOS and others write accents differently."""
+    return unicodedata.normalize("NFC", path.stem)

@@ -3,16 +3,16 @@
 This module imports nothing heavy, so that a command's help can list them at once.
 """
 
+import mimetypes
 import os
 from pathlib import Path
 
 from pconv_jax._errors import UserError
-
-MAX_PIXELS = 100_000_000
-"""Default limit of an image's number of pixels."""
+from pconv_jax._files import MAX_PIXELS as MAX_PIXELS
 
 SUFFIXES: tuple[str, ...] = (
-    *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy"),
+    *(".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif"),
+    *(".avif", ".jp2", ".npy"),
 )
 """Suffixes of the files that can be read and written."""
 
@@ -29,8 +29,11 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
         )
 
 
-def find_images(folder: Path) -> list[Path]:
+def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
     """Find the image files of a folder, except hidden ones, in alphabetical order.
+
+    Returns:
+      The images; and folders, and files that may be images of other kinds.
 
     Raises:
       UserError: If the folder cannot be read.
@@ -40,8 +43,11 @@ def find_images(folder: Path) -> list[Path]:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read the folder {folder}: {reason}.") from error
-    return [
-        path
-        for path in files
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    ]
+    files = [path for path in files if not path.name.startswith(".")]
+    images = [f for f in files if f.suffix.lower() in SUFFIXES and not f.is_dir()]
+    return images, [f for f in files if f not in images and _may_be_image(f)]
+
+
+def _may_be_image(path: Path) -> bool:
+    kind, _ = mimetypes.guess_type(path.name)
+    return path.is_dir() or kind is None or kind.startswith(("image/", "video/"))

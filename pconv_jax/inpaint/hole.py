@@ -14,6 +14,17 @@ from pconv_jax._errors import UserError
 from pconv_jax.inpaint.image_io import alpha_of, as_array
 from pconv_jax.inpaint.values import to_fraction
 
+# Rows that are converted to floats at once.
+_STRIP = 64
+
+# Difference in brightness of pixels that one brush has painted, after compression.
+_SAME = 0.25
+
+_LABELS = (
+    "mask has {}, and looks like one of labels: say which label is the hole with "
+    "--mask-label (in Python, give mask == label)."
+)
+
 
 def hole_from_mask(
     mask: Image.Image | np.ndarray, *, invert: bool = False
@@ -23,61 +34,144 @@ def hole_from_mask(
     Args:
       mask: ``[H, W]``, or ``[H, W, C]`` with C = 1, 2, 3 or 4, or a Pillow image of any
         mode. Of several colors, the brightest channel counts. Transparent pixels are
-        not filled. If all visible pixels have one color, as in a painted layer, every
-        visible pixel is filled.
+        not filled. If all opaque pixels have about the same brightness, as in a layer
+        painted with one brush, every visible pixel is filled.
       invert: Whether black, 0 or False is filled instead. The default is False.
 
     Returns:
       Bool ``[H, W]``. Gray values are rounded to black or white, with a warning.
 
     Raises:
-      UserError: If the mask has another shape, or values outside its range.
+      UserError: If the mask has another shape, or values outside its range, or if it
+        has labels instead of black and white.
     """
+    if isinstance(mask, Image.Image) and _has_labels(mask):
+        raise UserError(_LABELS.format("a palette of several colors"))
     array = as_array(mask)
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (2,), (3,), (4,)):
         raise UserError(
             "mask must have the shape [H, W] or [H, W, C] with C = 1, 2, 3 or 4, got "
             f"{list(array.shape)}."
         )
-    gray = _to_gray(array.reshape(*array.shape[:2], -1))
-    alpha = np.ones(gray.shape[:2], np.float32)
-    if gray.shape[2] in (2, 4):
-        alpha, gray = gray[..., -1], gray[..., :-1]
-    visible = gray[alpha > 0.5]
-    painted = (alpha <= 0.5).any() and visible.size and np.all(visible == visible[0])
-    white = alpha if painted else gray.max(axis=-1) * alpha
-    between = np.mean((white > 0) & (white < 1))
+    array = array.reshape(*array.shape[:2], -1)
+    scale = _white(array)
+    # Strip by strip: a mask may be as large as an image, and its floats larger.
+    strips = [array[i : i + _STRIP] for i in range(0, len(array), _STRIP)]
+    painted = _is_painted(strips, scale)
+    hole, between = np.empty(array.shape[:2], bool), 0
+    for i, strip in enumerate(strips):
+        gray, alpha = _to_gray(strip, scale)
+        white = alpha if painted else gray * alpha
+        hole[i * _STRIP : i * _STRIP + len(strip)] = white > 0.5
+        between += np.count_nonzero((white > 0) & (white < 1))
     if between:
         warnings.warn(
-            f"{between:.1%} of the mask's pixels are neither black nor white; they are "
-            "rounded to the nearer of both. If a rim is left at the mask's edge, use "
-            "dilate.",
+            f"{between / hole.size:.1%} of the mask's pixels are neither black nor "
+            "white; they are rounded to the nearer of both. If a rim is left at the "
+            "mask's edge, use dilate.",
             stacklevel=2,
         )
-    return (white > 0.5) != invert
+    return hole != invert
 
 
-def _to_gray(mask: np.ndarray) -> np.ndarray:
-    """Convert a mask's values to float32 in [0, 1]."""
-    array = mask
-    if np.issubdtype(array.dtype, np.integer):
-        largest = array.max(initial=0)
-        if largest <= 1:
-            array = array > 0
-        elif largest <= 255 and array.dtype == np.uint16:
-            array = array.astype(np.uint8)
-    gray = to_fraction(array)
-    if gray.min(initial=0) < 0 or gray.max(initial=0) > 1:
+def hole_from_label(mask: Image.Image | np.ndarray, label: int) -> np.ndarray:
+    """Find where a mask of labels, ``[H, W]`` or a Pillow image, has one of them.
+
+    Raises:
+      UserError: If the mask has several channels, or no such label.
+    """
+    array = np.asarray(mask)
+    array = array[..., 0] if array.shape[2:] == (1,) else array
+    if array.ndim != 2:
+        raise UserError(
+            f"mask must have one channel to have labels, got {list(array.shape)}."
+        )
+    hole = array == label
+    if not hole.any():
+        known = ", ".join(str(value) for value in np.unique(array)[:20])
+        raise UserError(f"mask has no label {label}; it has {known}.")
+    return hole
+
+
+def _white(mask: np.ndarray) -> float:
+    """Get the value of white in a mask ``[H, W, C]``.
+
+    Raises:
+      UserError: If the mask has values outside its range, or labels.
+    """
+    if not mask.size:
+        return 1
+    least, largest = np.fmin.reduce(mask, None), np.fmax.reduce(mask, None)  # Not NaN.
+    top = 1
+    if np.issubdtype(mask.dtype, np.integer) and largest > 1:
+        top = 65_535 if largest > 255 and mask.dtype == np.uint16 else 255
+    if least < 0 or largest > top:
         raise UserError(
             "mask must have integers, 0 or 1 or up to 255, or bools, or floats in "
             f"[0, 1], got {mask.dtype} from {mask.min()} to {mask.max()}."
         )
-    return gray
+    if top > 1 and mask.shape[2] == 1:
+        strips = range(0, len(mask), _STRIP)  # Sorting all at once takes memory.
+        parts = [np.unique(mask[i : i + _STRIP]) for i in strips]
+        values = np.unique(np.concatenate(parts))
+        between = values[(values > 0) & (values < top)]
+        if _are_labels(values, between, top):
+            named = ", ".join(str(value) for value in values[:20])
+            raise UserError(_LABELS.format(f"the values {named}"))
+    return top
+
+
+def _are_labels(values: np.ndarray, between: np.ndarray, top: int) -> bool:
+    """Return whether values are labels, of which none or one is as bright as white."""
+    if values[-1] <= top // 2:
+        return True
+    consecutive = len(between) > 1 and between[-1] == len(between)
+    return consecutive and between[-1] < 64
+
+
+def _has_labels(mask: Image.Image) -> bool:
+    """Return whether a palette has colors of several hues, as for labels."""
+    if mask.mode != "P":
+        return False
+    used = [index for index, count in enumerate(mask.histogram()[:256]) if count]
+    palette = np.reshape(mask.getpalette("RGB"), (-1, 3))
+    colors = palette[[index for index in used if index < len(palette)]].astype(int)
+    chroma = colors - colors.min(axis=1, keepdims=True)
+    strong = chroma[chroma.max(axis=1) > 64]
+    hues = {tuple(np.rint(2 * hue / hue.max()).astype(int)) for hue in strong}
+    return len(hues) > 1
+
+
+def _is_painted(strips: Sequence[np.ndarray], scale: float) -> bool:
+    """Return whether a mask is a layer on which someone painted with one brush."""
+    if not strips or strips[0].shape[2] not in (2, 4):
+        return False
+    clear, dark, bright = False, 1.0, 0.0
+    for strip in strips:
+        gray, alpha = _to_gray(strip, scale)
+        clear = clear or bool((alpha <= 0.5).any())
+        opaque = gray[alpha > 0.9]
+        dark, bright = (
+            min(dark, opaque.min(initial=1)),
+            max(bright, opaque.max(initial=0)),
+        )
+    return clear and bright - dark <= _SAME
+
+
+def _to_gray(strip: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Convert a mask ``[H, W, C]`` to its brightest channel and alpha, in [0, 1]."""
+    values = np.nan_to_num(strip.astype(np.float32)) / np.float32(scale)
+    if values.shape[2] in (2, 4):
+        return values[..., :-1].max(axis=-1), values[..., -1]
+    return values.max(axis=-1), np.ones(values.shape[:2], np.float32)
 
 
 def hole_from_alpha(alpha: np.ndarray) -> np.ndarray:
     """Find where an alpha channel ``[H, W]`` is more transparent than opaque."""
-    return to_fraction(alpha) <= 0.5
+    hole = np.empty(alpha.shape, bool)
+    for i in range(0, len(alpha), _STRIP):
+        hole[i : i + _STRIP] = to_fraction(alpha[i : i + _STRIP]) <= 0.5
+    return hole
 
 
 def hole_from_color(
@@ -111,11 +205,15 @@ def hole_from_color(
         raise UserError(
             f"image must have colors, but its shape is {list(array.shape)}."
         )
-    values = to_fraction(array.reshape(*array.shape[:2], -1)) * 255
-    values = values[..., :-1] if alpha_of(values) is not None else values
-    # Float arithmetic is off by less than half a level.
-    difference = np.abs(values - np.asarray(rgb, np.float32))
-    return np.all(difference < tolerance + 0.5, axis=-1)
+    array = array.reshape(*array.shape[:2], -1)
+    array = array[..., :-1] if alpha_of(array) is not None else array
+    hole = np.empty(array.shape[:2], bool)
+    for i in range(0, len(array), _STRIP):
+        values = to_fraction(array[i : i + _STRIP]) * 255
+        # Float arithmetic is off by less than half a level.
+        difference = np.abs(values - np.asarray(rgb, np.float32))
+        hole[i : i + _STRIP] = np.all(difference < tolerance + 0.5, axis=-1)
+    return hole
 
 
 def dilate_hole(hole: np.ndarray, pixels: int) -> np.ndarray:

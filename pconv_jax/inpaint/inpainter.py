@@ -6,6 +6,7 @@
 In a mask **white is filled**, as in other image tools; see `hole_from_mask`.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from PIL import ExifTags, Image
 
 from pconv_jax._errors import UserError
 from pconv_jax.inpaint import image_io, values
+from pconv_jax.inpaint.blocks import fill_in_blocks
 from pconv_jax.inpaint.detail import add_detail, regions, sharpen_guide
 from pconv_jax.inpaint.fill import HoleFiller
 from pconv_jax.inpaint.formats import MAX_PIXELS
@@ -29,9 +31,13 @@ from pconv_jax.inpaint.hole import (
 )
 from pconv_jax.unet import PConvUNet
 from pconv_jax.weights import pretrained
+from pconv_jax.weights.project_names import FIELD_PROJECTS
 
 # Hole ratio above which a mask may be the wrong way round.
 _SUSPICIOUS_RATIO = 0.6
+
+# Files of measurements have numbers from 1e19 on, such as 1e20, for missing values.
+_MISSING_VALUE = 1e19
 
 PathLike = str | os.PathLike[str]
 LoadedImage = Image.Image | np.ndarray | jax.Array
@@ -89,8 +95,16 @@ class Inpainter:
             it.
 
         Raises:
-          UserError: If the channels of the network differ, or the range is empty.
+          UserError: If the channels of the network differ, the range is empty, or the
+            network was trained on fields instead of images.
         """
+        origin = (info or {}).get("origin")
+        if origin in FIELD_PROJECTS:
+            raise UserError(
+                f"model is a network of {origin}, which fills fields of measurements. "
+                "Inpainter is for images: it would scale their values, and fill them "
+                "wrongly. Call the network itself, model.apply."
+            )
         channels = np.shape(variables["params"]["pconv1"]["kernel"])[-2]
         channels -= model.conv == "standard"  # Its first layer takes the mask, too.
         features = model.decoder[-1].features
@@ -229,8 +243,9 @@ class Inpainter:
           image: A Pillow image of (almost) any mode; an array ``[H, W]``, ``[H, W, C]``
             or ``[N, H, W, C]``, of uint8, uint16, bool, or floats in ``value_range``;
             the path of a file; or a sequence of these. One channel more than the
-            network takes is alpha. A color network takes gray images, too. Floats that
-            are not finite are part of the hole.
+            network takes is alpha, but never for a network of one channel. A color
+            network takes gray images, too. Floats that are not finite are part of the
+            hole, and so is what is masked in a masked array.
           mask: Mask, **white, 255, 1 or True where to fill**, of any kind that
             ``image`` can be (see `hole_from_mask`); for batches also ``[N, H, W]``. One
             mask for all images, or one for each. None (the default) fills where the
@@ -298,43 +313,81 @@ class Inpainter:
         """Fill the hole of one image, and compute the fill depth."""
         if isinstance(image, str | os.PathLike):
             image = image_io.read(image, max_pixels=self._max_pixels).image
+        image, masked = _split_masked(image)
         array = _to_numpy(image)
-        color, alpha = self._split_alpha(array)
-        hole = self._find_hole(image, color, alpha, mask, options)
+        # In an array, a last axis of 2 may as well be another measurement.
+        has_alpha = self._channels > 1 or isinstance(image, Image.Image)
+        color, alpha = self._split_alpha(array, has_alpha=has_alpha)
+        hole = self._find_hole(image, color, alpha, mask, options, masked)
         # The colors of transparent pixels are arbitrary: not filled, and not used.
         known = ~hole if alpha is None else ~hole & (alpha > 0)
         _check_hole(hole, known)
         if not hole.any():
             return image.copy(), np.zeros(hole.shape, np.uint8)
-        network_values = self._to_network(color, known)
-        depth = self._filler.fill(network_values, known, hole)
-        is_image = not values.is_float(color) or self._value_range is not None
-        if self._detail and is_image:
-            exclude = ~known & ~hole
-            if options.exclude is not None:
-                exclude |= self._read_exclude(options, image, hole.shape)
-            _add_detail(network_values, hole, exclude, options.seed)
+        self._check_values(color, known)
+        exclude = np.broadcast_to(False, hole.shape)
+        if options.exclude is not None:
+            exclude = self._read_exclude(options, image, hole.shape)
+        shape, channels = array.shape, color.shape[-1]
         result = array.reshape(*hole.shape, -1).copy()
-        filled = self._from_network(network_values[hole], color)
-        result[hole, : color.shape[-1]] = filled
-        if alpha is not None and mask is None:
-            result[hole, -1] = values.white(alpha)
-        result = result.reshape(array.shape)
+        clear = alpha is not None and mask is None
+        del array, color, alpha  # A large image is not held twice.
+        fill = functools.partial(self._fill, seed=options.seed)
+        depth = fill_in_blocks(fill, result[..., :channels], known, hole, exclude)
+        del known
+        if clear:
+            result[hole, -1] = values.white(result)
+        result = result.reshape(shape)
         if isinstance(image, Image.Image):
             return image_io.paste(image, result, hole), depth
         return (jnp.asarray(result) if isinstance(image, jax.Array) else result), depth
 
-    def _split_alpha(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def _fill(
+        self,
+        colors: np.ndarray,
+        known: np.ndarray,
+        hole: np.ndarray,
+        exclude: np.ndarray,
+        *,
+        seed: int,
+    ) -> np.ndarray:
+        """Fill the hole of colors in place; see `fill_in_blocks`."""
+        network_values = self._to_network(colors, known)
+        depth = self._filler.fill(network_values, known, hole)
+        is_image = not values.is_float(colors) or self._value_range is not None
+        if self._detail and is_image and known.any():
+            exclude = exclude | (~known & ~hole)
+            _add_detail(network_values, hole, exclude, seed)
+        colors[hole] = self._from_network(network_values[hole], colors)
+        return depth
+
+    def _check_values(self, color: np.ndarray, known: np.ndarray) -> None:
+        """Check the range of floats, strip by strip, since a copy takes memory."""
+        if not values.is_float(color):
+            return
+        for top in range(0, len(color), 64):
+            part = color[top : top + 64][known[top : top + 64]]
+            if not part.size:
+                continue
+            if self._value_range is not None:
+                _check_range(part, self._value_range)
+            else:
+                _check_missing_values(part)
+
+    def _split_alpha(
+        self, array: np.ndarray, *, has_alpha: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Split an image into views of its colors ``[H, W, C]`` and its alpha."""
         shape, n = array.shape, self._channels
         if len(shape) == 2:
             array = array[..., None]
         channels = array.shape[2] if array.ndim == 3 and array.size else 0
         gray = {1, 2} if n == 3 else set()  # A color network takes gray images, too.
-        if channels not in {n, n + 1} | gray:
+        if channels not in {n, n + has_alpha} | gray:
+            hint = ", or alpha as one channel more," if has_alpha else ""
             raise UserError(
-                f"image must have the shape [H, W, {n}], or alpha as one channel "
-                f"more, for this network, got {list(shape)}."
+                f"image must have the shape [H, W, {n}]{hint} for this network, got "
+                f"{list(shape)}."
             )
         if array.dtype not in (bool, np.uint8, np.uint16) and not values.is_float(
             array
@@ -362,11 +415,12 @@ class Inpainter:
         alpha: np.ndarray | None,
         mask: MaskLike,
         options: _Options,
+        masked: np.ndarray | None,
     ) -> np.ndarray:
         """Find where to fill: in the mask, or where the image shows it."""
-        missing = np.zeros(color.shape[:2], bool)
+        missing = np.zeros(color.shape[:2], bool) if masked is None else masked
         if values.is_float(color):
-            missing = ~np.isfinite(color).all(axis=-1)
+            missing = missing | ~np.isfinite(color).all(axis=-1)
         if mask is not None:
             hole = self._read_mask(mask, options)
             if hole.shape != missing.shape:
@@ -379,7 +433,7 @@ class Inpainter:
             )
         elif alpha is not None:
             hole = hole_from_alpha(alpha)
-        elif values.is_float(color):
+        elif values.is_float(color) or masked is not None:
             hole = missing
         else:
             raise UserError(
@@ -393,6 +447,8 @@ class Inpainter:
     ) -> np.ndarray:
         if isinstance(mask, str | os.PathLike):
             mask = image_io.read(mask, max_pixels=self._max_pixels).image
+        if isinstance(mask, np.ma.MaskedArray):
+            mask = mask.filled(0)  # What is not known is not filled.
         if not isinstance(mask, Image.Image):
             mask = np.asarray(mask)
             if values.is_float(mask):
@@ -411,8 +467,6 @@ class Inpainter:
 
     def _to_network(self, color: np.ndarray, known: np.ndarray) -> np.ndarray:
         """Convert colors to the network's input, float32 ``[H, W, C]``."""
-        if values.is_float(color) and self._value_range is not None:
-            _check_range(color[known], self._value_range)
         result = values.to_network(color, self._value_range)
         result[~known] = 0
         if result.shape[2] < self._channels:
@@ -451,6 +505,16 @@ def _to_numpy(image: LoadedImage) -> np.ndarray:
     if isinstance(image, Image.Image):
         return image_io.to_array(image)
     return np.asarray(image)
+
+
+def _split_masked(image: LoadedImage) -> tuple[LoadedImage, np.ndarray | None]:
+    """Split a masked array into its values and what is masked, ``[H, W]``."""
+    if not isinstance(image, np.ma.MaskedArray):
+        return image, None
+    masked = np.ma.getmaskarray(image)
+    # Fill values are no values, and may be out of range.
+    array = np.where(masked, np.zeros((), image.dtype), image.data)
+    return array, masked if masked.ndim == 2 else masked.any(axis=-1)
 
 
 def _split_masks(mask: MaskLike, count: int) -> Sequence[ImageLike | None]:
@@ -493,6 +557,15 @@ def _check_range(known: np.ndarray, value_range: tuple[float, float]) -> None:
         raise UserError(
             f"image must have floats in [{low:g}, {high:g}], got {least:g} to "
             f"{most:g}; set value_range, or None for data that are not images."
+        )
+
+
+def _check_missing_values(known: np.ndarray) -> None:
+    """Check that there are no large numbers, which stand for missing values."""
+    if known.size and np.abs(known.astype(np.float32)).max() >= _MISSING_VALUE:
+        raise UserError(
+            f"image has values of {_MISSING_VALUE:g} and more, which stand for missing "
+            "values in files of measurements: make them NaN, or give a mask."
         )
 
 

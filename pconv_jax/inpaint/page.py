@@ -7,6 +7,7 @@ size, and only its hole has changed. Nothing leaves the machine that serves the 
 import functools
 import importlib.util
 import ipaddress
+import re
 import shutil
 import socket
 import tempfile
@@ -14,6 +15,7 @@ import threading
 import time
 import urllib.parse
 import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,11 @@ _PAINT = (255, 45, 149)
 _EXAMPLES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 _SUFFIXES = [suffix for suffix in SUFFIXES if suffix != ".npy"]
 _MAX_UPLOAD = "200mb"
+_MAX_PIXELS = 40_000_000
+_MAX_WAITING = 30
+
+# What takes memory happens one at a time; Gradio shows the others their place.
+_QUEUED: dict[str, Any] = {"concurrency_id": "images", "concurrency_limit": 1}
 
 # Catching warnings catches those of all threads, and Gradio has many.
 _CATCHING = threading.RLock()
@@ -60,7 +67,8 @@ area changes.
 """
 
 _REFUSAL = """\
-This page answers only to localhost, and to no other site. Use --host to open it.
+This page answers only to localhost, and to no other site. Use --host to open it, or
+--allowed-host for the name that a proxy gives it.
 """
 
 # Values of the result's components before there is a result.
@@ -125,25 +133,31 @@ def build(inpainter: Inpainter) -> gr.Blocks:
 
         opened = [image_path, mask_path, inputs.editor]
         inputs.image.upload(
-            lambda path: (path, None, show(path)), inputs.image, opened
+            open_image,
+            [inputs.image, image_path, mask_path, inputs.invert],
+            opened,
+            **_QUEUED,
         ).then(lambda: _NOTHING, None, list(results))
         inputs.mask.upload(
-            lambda path, image: (path, show(image, mask=path)),
-            [inputs.mask, image_path],
+            lambda path, image, invert: (path, show(image, mask=path, invert=invert)),
+            [inputs.mask, image_path, inputs.invert],
             [mask_path, inputs.editor],
+            **_QUEUED,
         )
         inputs.invert.input(
             lambda path, mask, invert: show(path, mask=mask, invert=invert),
             [image_path, mask_path, inputs.invert],
             inputs.editor,
+            **_QUEUED,
         )
-        examples.click(open_example, examples, opened).then(
+        examples.click(open_example, examples, opened, **_QUEUED).then(
             lambda: _NOTHING, None, list(results)
         )
         inputs.run.click(
             functools.partial(repair, inpainter),
             [*opened, inputs.dilate, inputs.invert, result_path],
             [*results, result_path],
+            **_QUEUED,
         )
     return page
 
@@ -198,6 +212,24 @@ def _build_results() -> _Results:
     return _Results(repaired, slider, overlay, legend, report, download)
 
 
+def open_image(
+    path: str, previous: str | None, mask: str | None, invert: bool
+) -> tuple[str, str | None, Image.Image | None]:
+    """Open an image, with the mask that was opened before it.
+
+    Args:
+      path: Path of the image.
+      previous: Path of the image before, whose mask is dropped, or None.
+      mask: Path of a mask, or None.
+      invert: Whether the mask is black where to fill.
+
+    Returns:
+      The paths of the image and its mask, and the image to paint on.
+    """
+    mask = mask if previous is None else None
+    return path, mask, show(path, mask=mask, invert=invert)
+
+
 def show(
     image: str | None, *, mask: str | None = None, invert: bool = False
 ) -> Image.Image | None:
@@ -215,8 +247,7 @@ def show(
         return None
     shown = _shown(_read(image).image)
     if mask is not None:
-        hole = hole_from_mask(_read(mask).image, invert=invert)
-        hole = resize_hole(hole, shown.size[::-1])
+        hole = resize_hole(_read_mask(mask, invert), shown.size[::-1])
         opacity = Image.fromarray(np.where(hole, 180, 0).astype(np.uint8))
         shown.paste(Image.new("RGB", shown.size, _PAINT), mask=opacity)
     return shown
@@ -289,17 +320,30 @@ def repair(
     return after, slider, overlay, legend, report, download, str(path)
 
 
-def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -> None:
+def launch(
+    inpainter: Inpainter,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    root_path: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+    auth: tuple[str, str] | None = None,
+) -> None:
     """Serve the page until it is interrupted.
 
-    Files of more than 200 MB are refused. At a loopback address, requests of other
-    sites' pages are refused, too.
+    Files of more than 200 MB, and images of more than 40,000,000 pixels, are refused.
+    At a loopback address, requests of other sites' pages are refused, too.
 
     Args:
       inpainter: Repairs the images.
       host: Address to listen on. The default is 127.0.0.1; ``'0.0.0.0'`` lets other
         machines in.
       port: Port to listen on. The default is 7860.
+      root_path: Path at which a reverse proxy serves the page, such as ``/repair``. By
+        default it is ``/``.
+      allowed_hosts: Names by which a reverse proxy on this machine serves the page. By
+        default none.
+      auth: Name and password that the page asks for. By default it asks for none.
 
     Raises:
       UserError: If the address and port cannot be listened on.
@@ -315,9 +359,13 @@ def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -
     # Gradio's own fonts would be downloaded from another machine.
     fonts = ["system-ui", "sans-serif"]
     name = f"[{host}]" if ":" in host else host
-    guards = [Middleware(_refuse_other_sites)] if _is_loopback(name) else []
+    middleware = [Middleware(_RemoveAbortedUploads)]
+    if _is_loopback(name):
+        guard = Middleware(_refuse_other_sites, allowed=frozenset(allowed_hosts))
+        middleware.insert(0, guard)
     print(f"Open http://{name}:{port} in a browser. Ctrl-C ends it.", flush=True)
-    page = build(inpainter).queue(api_open=False)  # No request may bypass the queue.
+    # No request may bypass the queue.
+    page = build(inpainter).queue(api_open=False, max_size=_MAX_WAITING)
     page.launch(
         quiet=True,
         server_name=name,
@@ -325,24 +373,58 @@ def launch(inpainter: Inpainter, *, host: str = "127.0.0.1", port: int = 7860) -
         share=False,
         ssr_mode=False,
         footer_links=[],
-        show_error=True,
+        show_error=False,  # Only those of `_error`: others may name folders.
+        root_path=root_path,
+        auth=auth,
         theme=Soft(font=fonts, font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         allowed_paths=[str(path) for path in _find_examples()],
         max_file_size=_MAX_UPLOAD,
-        app_kwargs={"middleware": guards},
+        app_kwargs={"middleware": middleware},
     )
 
 
-def _refuse_other_sites(app: ASGIApp) -> ASGIApp:
+class _RemoveAbortedUploads:
+    """Remove what is left of uploads that were broken off.
+
+    Gradio writes an upload to a temporary file in its folder, and moves it to a folder
+    of its own when it is complete.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not scope.get("path", "").endswith("/upload"):
+            await self._app(scope, receive, send)
+            return
+        self._running += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._running -= 1
+            if not self._running:
+                for path in Path(get_upload_folder()).glob("tmp*"):
+                    if path.is_file():
+                        path.unlink(missing_ok=True)
+
+
+def _refuse_other_sites(
+    app: ASGIApp, allowed: Collection[str] = frozenset()
+) -> ASGIApp:
     """Wrap an application to refuse requests of other sites' pages.
 
     Such pages may use a host name of their own that leads to this machine (DNS
     rebinding), or post to this machine's address.
+
+    Args:
+      app: The application.
+      allowed: Names, besides those of this machine, that the page may have.
     """
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or _is_from_this_site(scope):
+        if scope["type"] == "lifespan" or _is_from_this_site(scope, allowed):
             await app(scope, receive, send)
         else:
             refusal = PlainTextResponse(_REFUSAL, status_code=403)
@@ -351,33 +433,53 @@ def _refuse_other_sites(app: ASGIApp) -> ASGIApp:
     return guarded
 
 
-def _is_from_this_site(scope: Scope) -> bool:
+def _is_from_this_site(scope: Scope, allowed: Collection[str]) -> bool:
     headers = Headers(scope=scope)
     host, origin = headers.get("host", ""), headers.get("origin")
-    if not _is_loopback(host):
+    if not _is_loopback(host) and _name_of(host) not in allowed:
         return False
     if origin is None or scope.get("method") == "GET":
         return True
-    return origin.partition("://")[2] == host
+    site = origin.partition("://")[2]
+    return site == host or _name_of(site) in allowed
+
+
+def _name_of(host: str) -> str:
+    """Get the name of a host, without its port."""
+    try:
+        return urllib.parse.urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_loopback(host: str) -> bool:
     """Return whether a host, with or without a port, is this machine."""
+    name = _name_of(host)
     try:
-        name = urllib.parse.urlsplit(f"//{host}").hostname
-        return name == "localhost" or ipaddress.ip_address(name or "").is_loopback
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
 
 
 def _error(message: str) -> gr.Error:
-    return gr.Error(message, print_exception=False)
+    """Make an error for the page, without the folders of its files."""
+    folder = re.escape(get_upload_folder().rstrip("/"))
+    return gr.Error(re.sub(rf"{folder}(/\w+)*/", "", message), print_exception=False)
 
 
 def _read(path: str) -> ImageFile:
     try:
         with _CATCHING:
-            return image_io.read(path)
+            return image_io.read(path, max_pixels=_MAX_PIXELS)
+    except UserError as error:
+        raise _error(str(error)) from error
+
+
+def _read_mask(path: str, invert: bool) -> np.ndarray:
+    image = _read(path).image
+    try:
+        with _CATCHING:
+            return hole_from_mask(image, invert=invert)
     except UserError as error:
         raise _error(str(error)) from error
 
@@ -395,7 +497,7 @@ def _find_hole(
         painted = np.asarray(layer.convert("RGBA"))[..., 3] > 0
         hole |= resize_hole(painted, shape)
     if mask is not None:
-        opened = hole_from_mask(_read(mask).image, invert=invert)
+        opened = _read_mask(mask, invert)
         if opened.shape != shape:
             warnings.warn(
                 "The mask had another size than the image, and was resized.",
@@ -416,6 +518,11 @@ def _shape_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
 
 def _shown(image: Image.Image | np.ndarray) -> Image.Image:
     """Convert an image to 8-bit RGB at the page's size, on a white background."""
+    if isinstance(image, Image.Image) and image.mode in ("L", "LA", "RGB", "RGBA"):
+        scale = _SIDE / max(image.size)
+        if scale < 1:  # First, since copies of a large image take memory.
+            width, height = (max(round(n * scale), 1) for n in image.size)
+            image = image.resize((width, height), reducing_gap=2.0)
     shown = Image.fromarray(to_uint8(image_io.as_array(image)))
     if shown.mode in ("LA", "RGBA"):
         white = Image.new("RGBA", shown.size, "white")

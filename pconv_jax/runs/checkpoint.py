@@ -11,15 +11,17 @@ checkpoint can be read on any number of devices and without the optimizer's clas
 """
 
 import contextlib
+import errno
 import functools
 import json
 import logging
 import math
 import os
 import pathlib
+import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -28,12 +30,13 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from pconv_jax import _files
-from pconv_jax._errors import UserError
+from pconv_jax._errors import RunError, UserError
+from pconv_jax.runs import parallel
 
 PyTree = Any
 
-# What Orbax, TensorStore and JSON raise for missing, cut and changed files. Others,
-# such as too many open files, say nothing about the checkpoint.
+# What Orbax, TensorStore and JSON raise for missing, cut and changed files; and for
+# what says nothing about the checkpoint, which `_is_damage` tells apart.
 _DAMAGE = (
     AttributeError,
     EOFError,
@@ -44,6 +47,24 @@ _DAMAGE = (
     TypeError,
     ValueError,
 )
+
+_MISSING_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_MISSING = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
+_TRANSIENT = re.compile(
+    "PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED"
+)
+
+# Types of the fields of a file in which Orbax keeps notes about a step. It stops at a
+# field of another type, even if the step is not asked for.
+_NOTES_FILE = "_CHECKPOINT_METADATA"
+_NOTES = {
+    "item_handlers": (dict, str, type(None)),
+    "metrics": (dict, type(None)),
+    "performance_metrics": (dict, type(None)),
+    "init_timestamp_nsecs": (int, type(None)),
+    "commit_timestamp_nsecs": (int, type(None)),
+    "custom_metadata": (dict, type(None)),
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -80,13 +101,17 @@ class Checkpoints:
 
         Raises:
           UserError: If ``keep`` is less than 1.
+          RunError: If a damaged checkpoint cannot be put aside.
         """
         if keep < 1:
             raise UserError(f"keep must be at least 1, got {keep}.")
         logging.getLogger("absl").addFilter(_is_logged)
+        logging.getLogger("asyncio").addFilter(_is_about_more_than_writing)
         self._directory = pathlib.Path(os.path.abspath(directory))
         self._keep = keep
         self._best_metric = best_metric
+        self._damaged: set[int] = set()
+        self._put_aside_damaged_notes()
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -107,8 +132,13 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Wait until everything saved is on disk."""
-        self._manager.close()
+        """Wait until everything saved is on disk.
+
+        Raises:
+          RunError: If it cannot be written.
+        """
+        with self._write_errors():
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, ascending."""
@@ -140,8 +170,8 @@ class Checkpoints:
 
         The items may be changed in place or donated once this returns.
 
-        If a run was resumed from an older step, by choice or because newer checkpoints
-        could not be read, the next `save` deletes the newer ones and logs a warning.
+        If a run was resumed from an older step, the next `save` deletes the newer ones
+        and logs a warning. Those that are damaged are renamed, to ``2.unreadable``.
 
         Args:
           step: Not smaller than the step of the last `save` or `restore`.
@@ -159,6 +189,7 @@ class Checkpoints:
             if the directory holds checkpoints of ``step`` or later and none was
             restored, since another run would be overwritten; if JSON cannot hold
             ``meta``, or an item has a reserved name.
+          RunError: If this checkpoint, or the one before it, cannot be written.
         """
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         if step == self._current:
@@ -168,7 +199,8 @@ class Checkpoints:
         if reserved := {"meta", "metrics"} & set(items):
             raise ValueError(f"items must not be named {sorted(reserved)}: reserved.")
         record = {"meta": dict(meta or {}), "metrics": metrics}
-        self._manager.wait_until_finished()
+        with self._write_errors():
+            self._manager.wait_until_finished()
         self._prepare_to_save(step)
 
         flat = {name: _flatten(jax.device_get(tree)) for name, tree in items.items()}
@@ -183,11 +215,12 @@ class Checkpoints:
             if leaves  # Orbax refuses empty trees; the record remembers them.
         }
         self._note_score(step, metrics)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(meta=ocp.args.JsonSave(_seal(record)), **trees),
-            force=True,  # Whether to save is the caller's decision, not Orbax's.
-        )
+        with self._write_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(meta=ocp.args.JsonSave(_seal(record)), **trees),
+                force=True,  # Whether to save is the caller's decision, not Orbax's.
+            )
         self._current = step
         return True
 
@@ -199,8 +232,9 @@ class Checkpoints:
     ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
         """Read the newest intact checkpoint.
 
-        A checkpoint that cannot be read, or whose checksums are wrong, is skipped with
-        a logged warning, and the next older one is tried.
+        A checkpoint is damaged if its files are missing or of another form, or their
+        checksums are wrong. It is skipped with a logged warning, and the next older one
+        is tried.
 
         Args:
           targets: The items to read. Either pytrees by name, of arrays or
@@ -216,6 +250,7 @@ class Checkpoints:
           UserError: If there is no checkpoint of ``step``; if none can be read; or if
             the items of one differ from ``targets`` in structure or shapes: then the
             directory belongs to another configuration.
+          RunError: If a checkpoint cannot be read for another reason than damage.
         """
         if not isinstance(targets, Mapping):
             targets = dict.fromkeys(targets)
@@ -231,7 +266,13 @@ class Checkpoints:
             try:
                 record = self._read_record(candidate)
                 stored = self._read_items(candidate, targets, record["leaves"])
-            except _DAMAGE as error:
+            except (*_DAMAGE, OSError) as error:
+                if not _is_damage(error):
+                    raise RunError(
+                        f"cannot read the checkpoint of step {candidate} in "
+                        f"{self._directory}: {error}"
+                    ) from error
+                self._damaged.add(candidate)
                 reason = " ".join(str(error).split())[:200] or "no message"
                 failures.append(f"step {candidate}: {type(error).__name__}: {reason}")
                 _logger.warning("Skipped an unreadable checkpoint, %s", failures[-1])
@@ -247,8 +288,48 @@ class Checkpoints:
             )
         return None
 
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Name the directory where the disk is full, or the like."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"cannot write to {self._directory}: {reason}.") from error
+        except ValueError as error:
+            code = _os_error(error)
+            if code is None:
+                raise
+            reason = os.strerror(code)
+            raise RunError(f"cannot write to {self._directory}: {reason}.") from error
+
+    def _put_aside_damaged_notes(self) -> None:
+        """Rename the steps at whose notes Orbax would stop."""
+        for step in sorted(self._directory.glob(f"[0-9]*/{_NOTES_FILE}")):
+            if problem := _notes_problem(step):
+                self._put_aside(int(step.parent.name), f"{step}: {problem}")
+
+    def _put_aside(self, step: int, reason: str) -> None:
+        """Rename the folder of a damaged step, on the first process."""
+        folder = self._directory / str(step)
+        others = len(list(self._directory.glob(f"{step}.unreadable*")))
+        place = folder.with_name(
+            f"{step}.unreadable" + (f"-{others}" if others else "")
+        )
+        if parallel.process_index() == 0:
+            try:
+                folder.rename(place)
+            except OSError as error:
+                raise RunError(
+                    f"cannot put aside {folder}, which is damaged ({reason}): {error}."
+                ) from error
+        parallel.gather(np.zeros(1))  # Wait for the first process.
+        _logger.warning(
+            "The damaged checkpoint of step %d is now %s (%s).", step, place, reason
+        )
+
     def _prepare_to_save(self, step: int) -> None:
-        """Delete newer steps and the remains of a killed save."""
+        """Make way for a step: put damaged ones aside, and delete newer ones."""
         if self._current is None:
             later = [other for other in self.steps() if other >= step]
             if later:
@@ -264,7 +345,12 @@ class Checkpoints:
                 f"restored, got {step}."
             )
         else:
-            for other in [s for s in self.steps() if s > self._current]:
+            for other in [s for s in self._damaged if s > self._current]:
+                self._put_aside(other, "it could not be read")
+            if self._damaged:
+                self._damaged.clear()
+                self._manager.reload()
+            for other in [other for other in self.steps() if other > self._current]:
                 _logger.warning(
                     "Deleting the checkpoint of step %d: the run was resumed "
                     "from step %d.",
@@ -384,9 +470,53 @@ class _Preserve:
         return [step in kept for step in steps]
 
 
+def _is_damage(error: Exception) -> bool:
+    """Return whether what reading raised is due to the content of the files."""
+    if isinstance(error, OSError):
+        return isinstance(error, _MISSING_ERRORS)
+    if code := _os_error(error):
+        return code in _MISSING
+    return not _TRANSIENT.match(str(error))
+
+
+def _os_error(error: Exception) -> int | None:
+    """Get the number of the system's error in a message of TensorStore."""
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(match[1]) if match else None
+
+
+def _notes_problem(path: pathlib.Path) -> str | None:
+    try:
+        notes = json.loads(path.read_bytes())
+    except FileNotFoundError:  # Another process has just renamed it.
+        return None
+    except ValueError:
+        return None  # Orbax takes such a file for none.
+    except RecursionError:
+        return "it is nested too deeply"
+    if not isinstance(notes, dict):
+        return "it is no object"
+    for name, types in _NOTES.items():
+        value = notes.get(name)
+        wrong = isinstance(value, int) and not 0 <= value < 2**63  # No time.
+        if wrong or not isinstance(value, types):
+            return f"its {name} is {value!r}"
+    return None
+
+
 def _is_logged(record: logging.LogRecord) -> bool:
-    """Keep Orbax's progress reports, dozens a save, out of absl's log."""
-    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+    """Keep Orbax's progress reports, dozens a save, out of absl's log.
+
+    Exceptions that it reports are raised as well.
+    """
+    is_news = record.levelno >= logging.ERROR and not record.exc_info
+    return is_news or "orbax" not in record.pathname
+
+
+def _is_about_more_than_writing(record: logging.LogRecord) -> bool:
+    """Keep out that arrays could not be written; the first of them is an error."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, ValueError) and _os_error(error))
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
+from pconv_jax import _files
 from pconv_jax._errors import UserError
 from pconv_jax.runs.settings import FIELDS, Field, Paths, Settings, nest
 
@@ -46,7 +47,7 @@ def load_config(name: str) -> ConfigDict:
       UserError: If there is no such file, or its ``get_config`` refuses the argument.
     """
     place, _, argument = name.partition(":")
-    path = _find_config(pathlib.Path(place).expanduser())
+    path = _find_config(_files.as_path(place))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from pconv_jax import _files
 from pconv_jax._errors import UserError
 from pconv_jax.data import sources
 from pconv_jax.data.base import ImageSource
@@ -90,7 +91,7 @@ def load_run(workdir: str | Path, *, step: int | None = None) -> Trained:
       UserError: If there is no such run or checkpoint, or if its network is not a
         `PConvUNet`.
     """
-    restored = restore_network(Path(workdir) / "checkpoints", step=step)
+    restored = restore_network(_files.as_path(workdir) / "checkpoints", step=step)
     if restored is None:
         raise UserError(f"workdir: there is no checkpoint in {workdir}/checkpoints.")
     step, variables, meta = restored
@@ -131,7 +132,8 @@ def load_network(place: str | Path) -> Trained:
     Raises:
       UserError: As `load_run` and `load_weights`.
     """
-    return load_run(place) if Path(place).is_dir() else load_weights(place)
+    is_run = _files.as_path(place).is_dir()
+    return load_run(place) if is_run else load_weights(place)
 
 
 def _one(name: str, paths: tuple[str, ...] | None) -> str | None:

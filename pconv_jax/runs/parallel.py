@@ -41,17 +41,39 @@ def initialize(
     Raises:
       UserError: If the other processes cannot be found or reached.
     """
+    options: dict[str, Any] = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    if coordinator_address is not None and process_id == 0:
+        # Otherwise JAX listens on all addresses of this machine.
+        options["coordinator_bind_address"] = coordinator_address
     try:
-        jax.distributed.initialize(
-            coordinator_address=coordinator_address,
-            num_processes=num_processes,
-            process_id=process_id,
-        )
+        _wait_for(functools.partial(jax.distributed.initialize, **options))
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"coordinator_address = {coordinator_address!r}, num_processes = "
             f"{num_processes}, process_id = {process_id}: {error}"
         ) from error
+
+
+def _wait_for(function: Callable[[], None]) -> None:
+    """Call a function that waits without listening to Ctrl-C."""
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
 
 
 def process_index() -> int:

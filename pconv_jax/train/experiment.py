@@ -190,22 +190,32 @@ def open_experiment(
     if params is not None:
         apply = functools.partial(vgg.feature_fn_for(params), dtype=model.dtype)
         features = Features(parallel.replicate(params), apply)
+    train_source = opening.get_source(settings.data, "train")
+    validation_source = opening.get_source(settings.data, "validation")
     experiment = Experiment(
         settings=settings,
         model=model,
-        train_source=opening.get_source(settings.data, "train"),
-        validation_source=opening.get_source(settings.data, "validation"),
+        train_source=train_source,
+        validation_source=validation_source,
         features=features,
         phases=get_phases(settings),
         identity={
             "network": type(model).__name__,
             "model": model_config(model),
             "features": digest,
+            "images": {
+                "train": _identify(train_source),
+                "validation": _identify(validation_source),
+            },
         },
         warnings=warnings,
     )
     _check_processes(experiment)
     return experiment
+
+
+def _identify(source: ImageSource) -> dict[str, Any]:
+    return {"count": len(source), "digest": source.digest()}
 
 
 def _check_batch_norm(settings: Settings, model: PConvUNet) -> None:

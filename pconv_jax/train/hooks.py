@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ class Log:
         *,
         batch_size: int,
         step: int,
+        pending: Sequence[Mapping[str, Any]] = (),
     ):
         """Start a log.
 
@@ -48,15 +49,22 @@ class Log:
           checkpoints: Checkpoints of the run, for the error of a diverged run.
           batch_size: Images of a step.
           step: Step that the run starts from.
+          pending: Scalars of the steps before, if no line has them. By default none.
         """
         self._writer = writer
         self._progress = progress
         self._checkpoints = checkpoints
         self._batch_size = batch_size
         self._step = step
-        self._scalars: list[Metrics] = []
+        self._scalars: list[Mapping[str, Any]] = list(pending)
         self._started: float | None = None
         self._started_step = step
+
+    @property
+    def pending(self) -> list[dict[str, float]]:
+        """The scalars of the steps since the last line, to be saved with a state."""
+        self.wait()
+        return [{name: float(x) for name, x in s.items()} for s in self._scalars]
 
     def start_phase(self) -> None:
         """Exclude the next step from the pace, because it compiles."""
@@ -82,9 +90,14 @@ class Log:
         for step, scalars in enumerate(self._scalars, first):
             for name, value in scalars.items():
                 if not np.isfinite(value):
+                    newest = self._checkpoints.latest_step()
+                    saved = (
+                        "There is no checkpoint yet"
+                        if newest is None
+                        else f"The newest checkpoint is of step {newest}"
+                    )
                     raise TrainingDivergedError(
-                        f"{name} is {value} at step {step}. The newest checkpoint is "
-                        f"of step {self._checkpoints.latest_step()}; a smaller "
+                        f"{name} is {value} at step {step}. {saved}; a smaller "
                         "learning rate, or another seed, may get the run past this "
                         "point."
                     )
@@ -121,24 +134,44 @@ class Log:
 
 
 class Save:
-    """Saves checkpoints."""
+    """Saves checkpoints, after the log of the steps before them."""
 
-    def __init__(self, checkpoints: Checkpoints, *, meta: Mapping[str, Any]):
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        writer: MetricWriter,
+        *,
+        meta: Mapping[str, Any],
+    ):
         """Prepare to save.
 
         Args:
           checkpoints: Where to.
+          writer: The log.
           meta: What every checkpoint says about its run.
         """
         self._checkpoints = checkpoints
+        self._writer = writer
         self._meta = meta
 
     def __call__(
-        self, state: TrainState, *, metrics: Mapping[str, float] | None = None
+        self,
+        state: TrainState,
+        *,
+        pending: Sequence[Mapping[str, float]] = (),
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Save a state; or add metrics to its checkpoint, if it was just saved."""
+        """Save a state; or add metrics to its checkpoint, if it was just saved.
+
+        Args:
+          state: The state.
+          pending: `Log.pending`, of which a resumed run makes the next line.
+          metrics: Metrics of the state. By default none.
+        """
+        self._writer.flush()
         items = {name: getattr(state, name) for name in ITEMS}
-        self._checkpoints.save(int(state.step), items, meta=self._meta, metrics=metrics)
+        meta = {**self._meta, "pending": list(pending)}
+        self._checkpoints.save(int(state.step), items, meta=meta, metrics=metrics)
 
 
 class Draw:

@@ -1,5 +1,6 @@
 """Logs of a training run: JSON lines, TensorBoard and a progress bar."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,12 +9,13 @@ import sys
 import time
 import types
 from collections.abc import Iterator, Mapping
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from tqdm import tqdm
 
 from pconv_jax import _files
+from pconv_jax._errors import RunError
 from pconv_jax.runs.output import write_png
 
 _LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -28,8 +30,7 @@ class MetricWriter:
       epoch) and the scalars. A scalar that is not finite is ``null``, because JSON has
       neither NaN nor infinity.
     * ``pictures/{name}_{step:07d}.png``.
-    * ``tensorboard/``: both, without the scalars that are not finite. Events appear
-      within ten seconds.
+    * ``tensorboard/``: both, without the scalars that are not finite.
 
     Attributes:
       enabled: Whether anything is written.
@@ -53,24 +54,22 @@ class MetricWriter:
             first one writes.
         """
         self.enabled = enabled
-        self._tensorboard = None
+        self._tensorboard: _EventFile | None = None
         workdir = pathlib.Path(workdir)
         self._pictures = workdir / "pictures"
         if not enabled:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            lines = _lines_before(path.read_bytes(), first_step)
-            _files.write_bytes(path, b"".join(lines))
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = _import_tensorboardx().SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=first_step,
-            flush_secs=10,
-            # Names differ by the second only: a quick restart would overwrite.
-            filename_suffix=f".{time.time_ns()}",
-        )
+        self._path = path = workdir / "metrics.jsonl"
+        # Steps and names of the lines that are there.
+        self._written: set[tuple[int, frozenset[str]]] = set()
+        with self._write_errors():
+            if path.exists():
+                lines = list(_lines_before(path.read_bytes(), first_step))
+                _files.write_bytes(path, b"".join(lines))
+                self._written = {_identify(json.loads(line)) for line in lines}
+            self._file = path.open("a", encoding="utf-8")
+            self._tensorboard = _EventFile(workdir / "tensorboard", first_step)
 
     def __enter__(self) -> Self:
         return self
@@ -81,8 +80,29 @@ class MetricWriter:
     def close(self) -> None:
         """Write pending events and close the files."""
         if self._tensorboard:
-            self._file.close()
-            self._tensorboard.close()
+            with self._write_errors():
+                self._file.close()
+                self._tensorboard.close()
+
+    def flush(self) -> None:
+        """Bring everything written so far to the disk.
+
+        Raises:
+          RunError: If it cannot be written.
+        """
+        if self._tensorboard:
+            with self._write_errors():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._tensorboard.flush()
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"cannot write {self._path}: {reason}.") from error
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append one line.
@@ -90,6 +110,10 @@ class MetricWriter:
         Args:
           step: The step of the scalars.
           scalars: Numbers by name, such as ``'train/loss'`` or ``'validation/psnr'``.
+            If a killed run has left a line of this step and these names, it stays.
+
+        Raises:
+          RunError: If the line cannot be written.
         """
         if not self._tensorboard:
             return
@@ -97,10 +121,15 @@ class MetricWriter:
         finite = {name: x for name, x in scalars.items() if math.isfinite(x)}
         line = {"step": int(step), "time": time.time()}
         line |= {name: finite.get(name) for name in scalars}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in finite.items():
-            self._tensorboard.add_scalar(name, value, step)
+        if _identify(line) not in self._written:
+            self._written.add(_identify(line))
+            with self._write_errors():
+                self._file.write(json.dumps(line, allow_nan=False) + "\n")
+                self._file.flush()
+        with self._write_errors():
+            for name, value in finite.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Write an image, complete or not at all.
@@ -116,11 +145,55 @@ class MetricWriter:
         if not self._tensorboard:
             return
         write_png(self.image_path(step, name), image)
-        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        with self._write_errors():
+            self._tensorboard.add_image(name, image, step)
+            self._tensorboard.flush()
 
     def image_path(self, step: int, name: str) -> pathlib.Path:
         """Get the path of the file that `write_image` writes."""
         return self._pictures / f"{name}_{step:07d}.png"
+
+
+class _EventFile:
+    """A file of TensorBoard, written at once.
+
+    The writer that tensorboardX offers has a thread, which loses what is pending if the
+    process is killed, and waits forever on a full disk.
+    """
+
+    def __init__(self, directory: pathlib.Path, first_step: int | None):
+        directory.mkdir(parents=True, exist_ok=True)
+        tensorboardx = _import_tensorboardx()
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        # Its classes are made when it is imported, and pyright does not see them.
+        self._protos: Any = event_pb2
+        self._summary = tensorboardx.summary
+        # Names differ by the second only: a quick restart would overwrite.
+        name = str(directory / "events")
+        self._writer = EventsWriter(name, filename_suffix=f".{time.time_ns()}")
+        if first_step is not None:
+            # TensorBoard forgets what older files have of this step and later ones.
+            session_log = self._protos.SessionLog
+            start = session_log(status=session_log.START)
+            self._add(first_step, session_log=start)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._add(step, summary=self._summary.scalar(name, value))
+
+    def add_image(self, name: str, image: np.ndarray, step: int) -> None:
+        self._add(step, summary=self._summary.image(name, image, dataformats="HWC"))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = self._protos.Event(step=int(step), wall_time=time.time(), **content)
+        self._writer.write_event(event)
 
 
 def _import_tensorboardx() -> types.ModuleType:
@@ -138,6 +211,10 @@ def _import_tensorboardx() -> types.ModuleType:
     finally:
         del sys.modules["torch"]
     return tensorboardX
+
+
+def _identify(line: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
+    return line["step"], frozenset(line)
 
 
 def _lines_before(text: bytes, first_step: int | None) -> Iterator[bytes]:

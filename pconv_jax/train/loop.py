@@ -16,6 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from pconv_jax import _files
 from pconv_jax.evaluate.results import Evaluation
 from pconv_jax.runs import parallel
 from pconv_jax.runs.checkpoint import Checkpoints
@@ -35,6 +36,7 @@ def train_and_evaluate(
     workdir: str | pathlib.Path,
     *,
     model: PConvUNet | None = None,
+    allow_other_images: bool = False,
 ) -> dict[str, Any]:
     """Train a network, or resume its training, and validate it.
 
@@ -42,6 +44,8 @@ def train_and_evaluate(
       config: The settings, or a config that holds them; see `default_config`.
       workdir: Directory of the run, which is made if it does not exist.
       model: The network, if it is not the one that the settings describe.
+      allow_other_images: Whether a run may be resumed on other images than before. The
+        default is False.
 
     Returns:
       The content of ``summary.json``: ``step``; ``finished``, False if the run was
@@ -55,7 +59,7 @@ def train_and_evaluate(
         newest checkpoint is from before.
     """
     settings = config if isinstance(config, Settings) else read_settings(config)
-    workdir = pathlib.Path(workdir)
+    workdir = _files.as_path(workdir)
     check_workdir(workdir, settings)
     experiment = open_experiment(settings, model=model)
     warnings = experiment.warnings
@@ -69,7 +73,10 @@ def train_and_evaluate(
                 best_metric="psnr",
             )
         )
-        state = parallel.replicate(restore_or_create(experiment, checkpoints, workdir))
+        state, pending = restore_or_create(
+            experiment, checkpoints, workdir, allow_other_images=allow_other_images
+        )
+        state = parallel.replicate(state)
         step = int(state.step)
         writer = stack.enter_context(
             MetricWriter(workdir, first_step=step + 1, enabled=primary)
@@ -82,10 +89,15 @@ def train_and_evaluate(
             write_json(workdir / "config.json", settings.to_dict())
 
         log = hooks.Log(
-            writer, progress, checkpoints, batch_size=settings.batch_size, step=step
+            writer,
+            progress,
+            checkpoints,
+            batch_size=settings.batch_size,
+            step=step,
+            pending=pending,
         )
         meta = {"config": settings.to_dict(), "warnings": warnings}
-        save = hooks.Save(checkpoints, meta=meta | experiment.identity)
+        save = hooks.Save(checkpoints, writer, meta=meta | experiment.identity)
         draw = hooks.Draw(
             writer,
             model=experiment.model,
@@ -128,10 +140,10 @@ def train_and_evaluate(
                     step += 1
                     log.add(scalars)
                     stopped = stop_requested(step)
-                    if stopped or is_due(settings.log_every):
+                    if is_due(settings.log_every):
                         log.write(learning_rate=phase.learning_rate)
                     if stopped:  # A validation may take longer than a scheduler waits.
-                        save(state)
+                        save(state, pending=log.pending)
                         break
                     draw_now = is_due(settings.picture_every)
                     validate_now = is_due(settings.validate_every)
@@ -139,7 +151,7 @@ def train_and_evaluate(
                     if draw_now or save_now:
                         with log.paused():
                             if save_now:  # First, so that a kill costs no step.
-                                save(state)
+                                save(state, pending=log.pending)
                             if draw_now:
                                 draw(state)
                             if validate_now:

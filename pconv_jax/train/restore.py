@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pconv_jax._errors import UserError
+from pconv_jax import _files
+from pconv_jax._errors import RunError, UserError
 from pconv_jax.runs import parallel
 from pconv_jax.runs.checkpoint import Checkpoints, restore_network
 from pconv_jax.runs.settings import Settings, differences
@@ -37,19 +38,26 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
 
     Raises:
       UserError: If another process holds the lock.
+      RunError: If the workdir cannot be written to.
     """
     if parallel.process_index() > 0:  # The first process holds it for all.
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
     try:
+        workdir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(workdir / ".lock").acquire(timeout=0)
     except filelock.Timeout as error:
         raise UserError(
             f"workdir {workdir} is in use by a process that trains there: wait until "
             "it has ended, or use another workdir."
         ) from error
+    except OSError as error:
+        raise RunError(
+            f"cannot write to workdir {workdir}: {error.strerror or error}. A run is "
+            "only read by 'pconv eval --workdir ... --out ...' and 'pconv convert'."
+        ) from error
     with lock:
+        _files.remove_partials(workdir)
         yield
 
 
@@ -57,12 +65,28 @@ def check_workdir(workdir: pathlib.Path, settings: Settings) -> None:
     """Check that a workdir is new, or belongs to this experiment.
 
     Raises:
-      UserError: If its run has other settings, naming those that differ.
+      UserError: If its run has other settings, naming those that differ; or if its
+        config.json cannot be read.
     """
     path = workdir / "config.json"
-    if not path.exists() or not any((workdir / "checkpoints").glob("*")):
-        return  # No step was saved yet, so the settings may still be corrected.
-    old = Settings.from_json(json.loads(path.read_text()))
+    if not path.exists():
+        return  # `restore_or_create` compares those of the checkpoint.
+    try:
+        old = Settings.from_json(json.loads(path.read_text()))
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"workdir {workdir} has a config.json that is damaged, or not a run's "
+            f"({error}). Use another workdir; or delete it, since checkpoints have the "
+            "settings, too."
+        ) from error
+    # As long as no step was saved, the settings may be corrected.
+    if any((workdir / "checkpoints").glob("*")):
+        _refuse_differences(old, settings, workdir)
+
+
+def _refuse_differences(
+    old: Settings, settings: Settings, workdir: pathlib.Path
+) -> None:
     if changed := differences(old, settings):
         changes = "; ".join(f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items())
         raise UserError(
@@ -72,18 +96,28 @@ def check_workdir(workdir: pathlib.Path, settings: Settings) -> None:
 
 
 def restore_or_create(
-    experiment: Experiment, checkpoints: Checkpoints, workdir: pathlib.Path
-) -> TrainState:
+    experiment: Experiment,
+    checkpoints: Checkpoints,
+    workdir: pathlib.Path,
+    *,
+    allow_other_images: bool = False,
+) -> tuple[TrainState, list[dict[str, float]]]:
     """Read the state of the newest checkpoint, or make the first state.
 
     Args:
       experiment: The experiment.
       checkpoints: Checkpoints of the run.
       workdir: Directory of the run, for errors.
+      allow_other_images: Whether the images may be others than those of the checkpoint,
+        which is then a warning of the experiment. The default is False.
+
+    Returns:
+      The state, and the scalars of the steps that no line of the log has yet.
 
     Raises:
-      UserError: If the checkpoint belongs to another network or loss, if processes read
-        different checkpoints, or if there are no weights in ``init_from``.
+      UserError: If the checkpoint belongs to other settings, another network or loss,
+        or other images, if processes read different checkpoints, or if there are no
+        weights in ``init_from``.
     """
     shapes = jax.eval_shape(experiment.create_state)
     targets = {name: getattr(shapes, name) for name in ITEMS}
@@ -96,21 +130,26 @@ def restore_or_create(
         )
     if restored:
         step, items, meta = restored
+        if "config" in meta:
+            old = Settings.from_json(meta["config"])
+            _refuse_differences(old, experiment.settings, workdir)
         _check_network(experiment, meta, f"workdir {workdir}")
         _check_features(experiment, meta, workdir)
+        _check_images(experiment, meta, workdir, allow=allow_other_images)
         _logger.info("Resuming from step %d.", step)
-        return TrainState(step=jnp.asarray(step, jnp.int32), **items)
+        state = TrainState(step=jnp.asarray(step, jnp.int32), **items)
+        return state, meta.get("pending", [])
     state = experiment.create_state()
     if experiment.settings.init_from is None:
-        return state
+        return state, []
     variables = _read_initial(experiment, targets)
     average = dict(variables) if state.average else {}
-    return dataclasses.replace(state, **variables, average=average)
+    return dataclasses.replace(state, **variables, average=average), []
 
 
 def _read_initial(experiment: Experiment, targets: Mapping[str, Any]) -> dict[str, Any]:
     """Read ``params`` and ``batch_stats`` from ``init_from``."""
-    source = pathlib.Path(str(experiment.settings.init_from))
+    source = _files.as_path(str(experiment.settings.init_from))
     if source.suffix == ".safetensors" or source.is_file():
         return _read_weights(experiment)
     directory = source / "checkpoints"
@@ -159,3 +198,30 @@ def _check_features(
             f"{ours}. What vgg = {experiment.settings.vgg!r} finds may have changed; "
             "name the file, or use another workdir."
         )
+
+
+def _check_images(
+    experiment: Experiment,
+    meta: Mapping[str, Any],
+    workdir: pathlib.Path,
+    *,
+    allow: bool,
+) -> None:
+    ours = experiment.identity["images"]
+    theirs = meta.get("images", ours)  # Older checkpoints do not say.
+    changed = [split for split in ours if theirs.get(split) != ours[split]]
+    if not changed:
+        return
+    counts = "; ".join(
+        f"{split}: {theirs.get(split, {}).get('count')} images, now "
+        f"{ours[split]['count']}"
+        for split in changed
+    )
+    message = f"workdir {workdir} was trained on other images ({counts}). "
+    if not allow:
+        raise UserError(
+            message + "Bring them back, use another workdir, or go on with "
+            "--allow_other_images."
+        )
+    experiment.warnings.append(message + "The run went on with these.")
+    _logger.warning(experiment.warnings[-1])

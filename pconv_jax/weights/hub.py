@@ -3,13 +3,15 @@
 No other module uses the network or knows where the cache is.
 """
 
+import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,9 +21,14 @@ from tqdm import tqdm
 
 from pconv_jax import _files
 from pconv_jax._errors import RunError, UserError
-from pconv_jax.weights.formats.arrays import check_hash
+from pconv_jax.weights.formats.arrays import check_hash, checksum
 
+_REMEMBERED = "downloads.json"
 _MAX_HEADER = 10_000_000  # Bytes. Longer ones are no header of a safetensors file.
+
+
+# What `_read_safetensors` raises for what is no such file.
+_DAMAGED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class DownloadError(RunError):
@@ -51,13 +58,13 @@ def cache_path(name: str) -> Path:
     The cache is the folder ``PCONV_CACHE``, by default ``~/.cache/pconv_jax``.
     """
     folder = os.environ.get("PCONV_CACHE") or "~/.cache/pconv_jax"
-    return Path(folder).expanduser() / name
+    return _files.as_path(folder) / name
 
 
 def named_path(variable: str) -> Path | None:
     """Get the path that an environment variable names, or None if it is not set."""
     value = os.environ.get(variable)
-    return Path(value).expanduser() if value else None
+    return _files.as_path(value) if value else None
 
 
 def find_published(*files: Published) -> list[Path]:
@@ -125,10 +132,12 @@ def download_repository_file(repository: str, filename: str) -> Path:
       filename: File in the repository.
 
     Returns:
-      The path of the file in the Hub's own cache.
+      The path of the file in the Hub's own cache, which keeps the revision that was
+      the newest at the first download.
 
     Raises:
-      DownloadError: If the file is not in the cache and cannot be downloaded.
+      DownloadError: If the file is not in the cache and cannot be downloaded, or if
+        what was downloaded has another hash than the Hub says.
     """
     hub = _import_hub()
     try:
@@ -136,15 +145,41 @@ def download_repository_file(repository: str, filename: str) -> Path:
         if isinstance(cached, str):
             return Path(cached)
         # Check that the file is there: without a network, a download retries for long.
-        hub.get_hf_file_metadata(hub.hf_hub_url(repository, filename), timeout=10)
-        return Path(hub.hf_hub_download(repository, filename))
+        url = hub.hf_hub_url(repository, filename)
+        metadata = hub.get_hf_file_metadata(url, timeout=10)
+        revision = metadata.commit_hash
+        path = Path(hub.hf_hub_download(repository, filename, revision=revision))
     except _hub_errors(hub) as error:
         raise DownloadError(type(error).__name__) from error
+    _check_etag(path, metadata.etag)
+    return path
+
+
+def _check_etag(path: Path, etag: str | None) -> None:
+    """Compare a file with its ETag, which the Hub makes the SHA-256 of large files."""
+    if etag and re.fullmatch("[0-9a-f]{64}", etag):
+        with open(path, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != etag:
+            path.resolve().unlink()  # Not to be found in the cache the next time.
+            raise DownloadError(f"its SHA-256 is {actual}, and the Hub has {etag}")
+
+
+class Downloaded(NamedTuple):
+    """Arrays of a file on the Hugging Face Hub.
+
+    Attributes:
+      arrays: Arrays by name.
+      revision: The repository's revision that they are of, if the Hub says it.
+    """
+
+    arrays: dict[str, np.ndarray]
+    revision: str | None
 
 
 def read_repository_arrays(
     repository: str, filename: str, names: Collection[str]
-) -> dict[str, np.ndarray]:
+) -> Downloaded:
     """Read some arrays of a safetensors file on the Hugging Face Hub.
 
     Only the file's header and these arrays are downloaded, if the server supports range
@@ -156,19 +191,67 @@ def read_repository_arrays(
       names: Names of float32 arrays. Those that the file does not have are left out.
 
     Returns:
-      Arrays by name.
+      The arrays, of the revision of the first download, if there was one; see
+      `remember_arrays`.
 
     Raises:
-      DownloadError: If the file cannot be downloaded, or is no such file.
+      DownloadError: If the file cannot be downloaded, is no such file, or is not the
+        one of the first download.
     """
     hub = _import_hub()
-    url = hub.hf_hub_url(repository, filename)
+    known = _read_remembered().get(f"{repository}/{filename}", {})
+    url = hub.hf_hub_url(repository, filename, revision=known.get("revision"))
     session = hub.get_session()
     read = _RangeReader(lambda headers: session.get(url, timeout=30, headers=headers))
     try:
-        return _read_safetensors(read, names)
-    except (*_hub_errors(hub), LookupError, TypeError, ValueError) as error:
+        arrays = _read_safetensors(read, names)
+    except (*_hub_errors(hub), *_DAMAGED) as error:
         raise DownloadError(f"{type(error).__name__}: {error}") from error
+    hashes = _hash_arrays(arrays)
+    expected = known.get("sha256", hashes)
+    changed = [name for name in hashes if hashes[name] != expected.get(name)]
+    if changed:
+        raise DownloadError(
+            f"{', '.join(changed)} differ from the first download. If that is right, "
+            f"delete {cache_path(_REMEMBERED)}"
+        )
+    if len(read.revisions) > 1:
+        raise DownloadError("the file changed while it was downloaded")
+    return Downloaded(arrays, next(iter(read.revisions), None))
+
+
+def remember_arrays(repository: str, filename: str, downloaded: Downloaded) -> None:
+    """Remember the hashes and the revision of arrays, to compare later downloads.
+
+    They are in the file ``downloads.json`` of the cache.
+
+    Raises:
+      RunError: If it cannot be written.
+    """
+    remembered = _read_remembered()
+    remembered[f"{repository}/{filename}"] = {
+        "revision": downloaded.revision,
+        "sha256": _hash_arrays(downloaded.arrays),
+    }
+    text = json.dumps(remembered, indent=1) + "\n"
+    _files.write_bytes(cache_path(_REMEMBERED), text.encode())
+
+
+def _read_remembered() -> dict[str, Any]:
+    path = cache_path(_REMEMBERED)
+    try:
+        remembered = json.loads(path.read_bytes())
+        if all(isinstance(entry["sha256"], dict) for entry in remembered.values()):
+            return remembered
+    except FileNotFoundError:
+        return {}
+    except (OSError, *_DAMAGED) as error:
+        raise DownloadError(f"{path} cannot be read ({error}): delete it") from error
+    raise DownloadError(f"{path} is damaged: delete it")
+
+
+def _hash_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    return {name: checksum({name: array}) for name, array in arrays.items()}
 
 
 def _import_hub() -> ModuleType:
@@ -192,6 +275,7 @@ class _RangeReader:
 
     def __init__(self, get: Callable[[dict[str, str]], Any]):
         self._get = get
+        self.revisions: set[str] = set()
         self._whole: bytes | None = None
 
     def __call__(self, start: int, stop: int) -> bytes:
@@ -204,6 +288,8 @@ class _RangeReader:
         if self._whole is None:
             response = self._get({"Range": f"bytes={start}-{stop - 1}"})
             response.raise_for_status()
+            if revision := response.headers.get("X-Repo-Commit"):
+                self.revisions.add(revision)
             if response.status_code == http.HTTPStatus.PARTIAL_CONTENT:
                 return response.content
             self._whole = bytes(response.content)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from pconv_jax import _files
 from pconv_jax._errors import UserError
 from pconv_jax.unet import PConvUNet, model_config, model_from_config
 from pconv_jax.weights import hub
@@ -36,6 +37,7 @@ BUNDLED: Mapping[str, Path] = {
 _HUB_FILE = "model.safetensors"
 _KEY = "pconv_jax"
 _FORMAT = 1
+_MAX_STAGES = 100
 
 # What JAX and Flax raise for a network that cannot be built.
 _IMPOSSIBLE = (ArithmeticError, LookupError, TypeError, ValueError)
@@ -119,7 +121,8 @@ def from_pretrained(name_or_path: str | Path | None = None) -> Pretrained:
     """
     path = _find(next(iter(BUNDLED)) if name_or_path is None else name_or_path)
     header = _read_header(path)
-    model = model_from_config(header.get("model") or {}, path)
+    model = _read_model(header, path)
+    info = _read_info(header, path)
     arrays = read_arrays(path)
     variables = _to_variables(arrays, model, path)
     expected = header.get("arrays_sha256")
@@ -127,7 +130,7 @@ def from_pretrained(name_or_path: str | Path | None = None) -> Pretrained:
         raise UserError(
             f"{path} is damaged: its arrays are not those that it was written with."
         )
-    return Pretrained(model, variables, header.get("info", {}))
+    return Pretrained(model, variables, info)
 
 
 def is_weights_file(path: str | Path) -> bool:
@@ -140,7 +143,7 @@ def is_weights_file(path: str | Path) -> bool:
 
 
 def _find(name_or_path: str | Path) -> Path:
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    name, path = str(name_or_path), _files.as_path(name_or_path)
     if path.is_file():
         return _check_suffix(path)
     if name in BUNDLED:
@@ -166,7 +169,7 @@ def _find(name_or_path: str | Path) -> Path:
 
 
 def _check_suffix(path: str | Path) -> Path:
-    path = Path(path).expanduser()
+    path = _files.as_path(path)
     if path.suffix != ".safetensors":
         raise UserError(
             f"a weights file is a .safetensors file, got {path}. 'pconv convert SOURCE "
@@ -181,7 +184,7 @@ def _read_header(path: Path) -> dict[str, Any]:
             header = json.loads((file.metadata() or {})[_KEY])
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, RecursionError, ValueError) as error:
         raise UserError(
             f"{path} is no weights file of pconv_jax: its metadata lacks {_KEY!r}, or "
             "is damaged. If it is another project's, see 'pconv convert'."
@@ -192,6 +195,34 @@ def _read_header(path: Path) -> dict[str, Any]:
             f"format {_FORMAT}."
         )
     return header
+
+
+def _read_model(header: Mapping[str, Any], path: Path) -> PConvUNet:
+    config = header.get("model") or {}
+    try:
+        largest = max(len(side) for side in config["stages"])
+    except (LookupError, TypeError, ValueError):
+        largest = 0  # `model_from_config` reports the problem.
+    if largest > _MAX_STAGES:
+        raise UserError(
+            f"{path} describes a network of {largest} stages, more than {_MAX_STAGES}."
+        )
+    return model_from_config(config, path)
+
+
+def _read_info(header: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Read the facts about a network, and check those that this package uses."""
+    info = header.get("info", {})
+    if not isinstance(info, dict):
+        raise UserError(f"{path} is damaged: its info is {info!r:.50}, not an object.")
+    for name in ("notes", "warnings"):
+        texts = info.get(name, [])
+        if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+            raise UserError(
+                f"{path} is damaged: the {name} of its info are {texts!r:.50}, not a "
+                "list of texts."
+            )
+    return info
 
 
 def _to_variables(

@@ -9,3 +9,6 @@ CLIMATE_RECONSTRUCTION_AI = "FREVA-CLINT/climatereconstructionAI"
 PCONV_KERAS = "MathiasGruber/PConv-Keras"
 
 PROJECT_NAMES = (MMAGIC, NAOTO0804, CLIMATE_RECONSTRUCTION_AI, PCONV_KERAS)
+
+# Their networks fill fields of measurements instead of images.
+FIELD_PROJECTS = (CLIMATE_RECONSTRUCTION_AI,)

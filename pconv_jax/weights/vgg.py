@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
+from pconv_jax import _files
 from pconv_jax._errors import RunError, UserError
 from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 from pconv_jax.vgg import Params, VGG16Features, VGG19Features
@@ -76,7 +77,7 @@ def load_vgg_params(source: str | Path = "imagenet") -> Params:
     if path.exists():
         return _to_params(read_vgg(path), path)
     try:
-        arrays = download_vgg16()
+        downloaded = download_vgg16()
     except hub.DownloadError as error:
         raise UserError(
             f"There are no VGG16 weights: {VGG16_URL} cannot be downloaded "
@@ -85,9 +86,10 @@ def load_vgg_params(source: str | Path = "imagenet") -> Params:
             "vgg16-397923af.pth, or Keras' vgg16_weights_tf_dim_ordering_tf_kernels_"
             "notop.h5, may be named there as well."
         ) from error
-    params = _to_params(arrays, VGG16_URL)
+    params = _to_params(_rename(downloaded.arrays, VGG16_URL), VGG16_URL)
     try:
         write_cache(path, flatten(params))
+        hub.remember_arrays(_REPOSITORY, _HUB_FILE, downloaded)
     except RunError as error:
         _logger.warning("The VGG16 is not kept for the next time: %s", error)
     return params
@@ -111,7 +113,7 @@ def read_vgg(path: str | Path) -> dict[str, np.ndarray]:
       UserError: As `read_arrays`; or if the file was written by `write_cache` and has
         changed since.
     """
-    path = Path(path).expanduser()
+    path = _files.as_path(path)
     arrays = read_arrays(path)
     if path.suffix == ".safetensors":
         _check_cache(path, arrays)
@@ -123,15 +125,17 @@ def write_cache(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_arrays(path, arrays, {_CHECKSUM: checksum(arrays)})
 
 
-def download_vgg16() -> dict[str, np.ndarray]:
+def download_vgg16() -> hub.Downloaded:
     """Download the first three blocks of a VGG16: 7 MB of a file of 550 MB.
+
+    Returns:
+      The arrays, by torchvision's names.
 
     Raises:
       DownloadError: If they cannot be downloaded.
     """
     names = _torch_names(_BLOCKS["VGG16"][:3]).values()
-    arrays = hub.read_repository_arrays(_REPOSITORY, _HUB_FILE, names)
-    return _rename(arrays, VGG16_URL)
+    return hub.read_repository_arrays(_REPOSITORY, _HUB_FILE, names)
 
 
 def _check_cache(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 
 from pconv_jax import cli
+from pconv_jax.inpaint import files
+from pconv_jax.inpaint.files import repair_file
 from pconv_jax.inpaint.hole import resize_hole
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.weights import pretrained
@@ -251,3 +253,90 @@ def test_options_of_detail_that_make_no_sense(network, folder, options, message)
     files = (f"--image={folder}", f"--output={folder / 'out'}")
     with pytest.raises(SystemExit, match=message):
         inpaint(network, *files, *options)
+
+
+def test_what_is_skipped_is_counted_and_named(network, folder, capsys):
+    photos = folder / "photos"
+    (photos / "nested").mkdir()
+    (photos / "phone.heic").write_bytes(b"an image of another kind")
+    os.mkfifo(photos / "d.png")
+    Image.fromarray(photo(3)).save(photos / "e.jfif", "JPEG")
+    Image.fromarray(photo(4)).save(photos / "f.avif")
+    Image.fromarray(HOLE).save(folder / "mask.png")
+    arguments = ("--image", photos, "--mask", folder / "mask.png")
+    with pytest.raises(SystemExit, match="1 of 6 images were not repaired"):
+        inpaint(network, *arguments, "--output", folder / "out")
+    lines = capsys.readouterr().err.splitlines()
+    assert "d.png: cannot read" in lines[0] and "a pipe" in lines[0]
+    assert lines[1].startswith("pconv: 2 skipped") and lines[1].endswith(
+        "nested/, phone.heic."
+    )
+    assert sorted(os.listdir(folder / "out")) == [
+        *("a.png", "b.webp", "c.tif", "e.jfif", "f.avif")
+    ]
+
+
+def test_names_match_in_every_unicode_form(network, folder):
+    photos = folder / "names"
+    photos.mkdir()
+    Image.fromarray(photo()).save(photos / "u\u0308ber.png")
+    Image.fromarray(HOLE).save(folder / "masks" / "\u00fcber.png")
+    out = folder / "out"
+    inpaint(network, "--image", photos, "--mask", folder / "masks", "--output", out)
+    assert os.listdir(out) == ["u\u0308ber.png"]
+
+
+def test_a_run_that_fills_nothing_fails(network, folder):
+    photos, out = folder / "photos", folder / "out"
+    Image.fromarray(HOLE & False).save(folder / "mask.png")
+    arguments = ("--image", photos, "--output", out, "--force")
+    with pytest.raises(SystemExit, match="nothing was filled: no mask had a hole"):
+        inpaint(network, *arguments, "--mask", folder / "mask.png")
+    with pytest.raises(SystemExit, match="no pixel has the color #123456; .*tolerance"):
+        inpaint(network, *arguments, "--mask-color", "#123456")
+    assert len(os.listdir(out)) == 3
+
+
+def test_a_label_is_the_hole(network, folder):
+    labels = HOLE * 2 + np.eye(30, 40, dtype=int)
+    Image.fromarray(labels.astype(np.uint8)).save(folder / "mask.png")
+    arguments = ("--image", folder / "photos" / "a.png", "--mask", folder / "mask.png")
+    out = folder / "out.png"
+    with pytest.raises(SystemExit, match="the values 0, 1, 2, 3.* with --mask-label"):
+        inpaint(network, *arguments, "--output", out)
+    inpaint(network, *arguments, "--output", out, "--mask-label", "2")
+    expected = Inpainter.from_pretrained(network)(photo(0), labels == 2)
+    np.testing.assert_array_equal(Image.open(out), expected)
+    with pytest.raises(SystemExit, match="--mask-label requires --mask"):
+        inpaint(network, *arguments[:2], "--output", out, "--mask-label", "2")
+
+
+def test_a_folder_that_was_interrupted_is_finished(
+    network, folder, monkeypatch, capsys
+):
+    photos, out = folder / "photos", folder / "out"
+    arguments = ("--image", photos, "--mask", folder / "masks", "--output", out)
+    calls = []
+
+    def killed(*given, **options):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return repair_file(*given, **options)
+
+    monkeypatch.setattr(files, "repair_file", killed)
+    with pytest.raises(SystemExit, match="interrupted"):
+        inpaint(network, *arguments)
+    monkeypatch.undo()
+    before = {name: (out / name).stat().st_mtime_ns for name in ("a.png", "b.webp")}
+    # With other options it would be another run.
+    with pytest.raises(SystemExit, match="2 of 3 images were not repaired"):
+        inpaint(network, *arguments, "--dilate", "1")
+    (out / "c.tif").unlink()
+    (out / ".0123.partial").touch()
+    inpaint(network, *arguments)
+    assert "Kept 2 files of the same run" in capsys.readouterr().out
+    after = {name: (out / name).stat().st_mtime_ns for name in before}
+    assert after == before and sorted(os.listdir(out)) == [*before, "c.tif"]
+    with pytest.raises(SystemExit, match="3 of 3"):  # Now it has come to its end.
+        inpaint(network, *arguments)

@@ -128,3 +128,21 @@ def test_a_repair_imports_nothing_of_training(tmp_path):
     modules = imported_by(f"from pconv_jax import cli\ncli.main({arguments})")
     assert (tmp_path / "output.png").is_file()
     assert "pconv_jax.inpaint.inpainter" in modules and not set(TRAINING) & modules
+
+
+def test_a_tilde_is_the_home_in_every_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "precious.png").write_bytes(b"precious")
+    with pytest.raises(SystemExit, match=f"a file {tmp_path}/precious.png already"):
+        cli.main(["inpaint", "--image=~/a.png", "--output=~/precious.png"])
+    with pytest.raises(SystemExit, match=f"a file {tmp_path}/precious.png already"):
+        cli.main(["convert", "~/a.pth", "~/precious.png"])
+    cli.main(["masks", "--output=~/masks", "--count=1", "--size=8"])
+    assert os.listdir(tmp_path / "masks") == ["mask_00000.png"]
+    with pytest.raises(SystemExit, match=f"no checkpoint in {tmp_path}/run/"):
+        cli.main(["eval", "--workdir=~/run"])
+    with pytest.raises(SystemExit, match=f"of step 1 in {tmp_path}/checkpoints"):
+        cli.main(["convert", "--step=1", "~/", "out.safetensors"])
+    assert not (tmp_path / "~").exists()
+    assert (tmp_path / "precious.png").read_bytes() == b"precious"

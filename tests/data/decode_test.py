@@ -1,11 +1,14 @@
 import io
+import resource
+import struct
+import zlib
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pconv_jax.data import pipeline
+from pconv_jax.data import decode, pipeline
 from pconv_jax.data.decode import UnreadableImageError, decode_gray, decode_image
 from tests.helpers.images import encode, photo
 
@@ -116,3 +119,40 @@ def test_trailing_bytes_do_no_harm():
     np.testing.assert_array_equal(
         decode_image(content + b"trailer", "x"), decode_image(content, "x")
     )
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "progressive", "TIFF", "WEBP", "BMP"])
+def test_larger_images_are_not_decoded(kind, monkeypatch):
+    options = {"progressive": True} if kind == "progressive" else {}
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    content = encode(photo(), kind.replace("progressive", "JPEG"), exif=exif, **options)
+    limit = 40 * 60 - 1
+    monkeypatch.setattr(decode, "MAX_PIXELS", limit)
+    with pytest.raises(UnreadableImageError, match="x: it has 60 x 40 pixels, and "):
+        decode_image(content, "x")
+    with pytest.raises(UnreadableImageError, match="60 x 40 pixels"):
+        decode_gray(content, "x", max_pixels=limit)
+
+
+_END = bytes(4) + b"IEND" + struct.pack(">L", zlib.crc32(b"IEND"))
+
+
+def test_a_chunk_that_is_larger_than_its_file_is_not_read():
+    content = encode(photo())
+    at = content.index(b"IDAT") - 4
+    huge = content[:at] + b"\x5b\0\0\x1f" + content[at + 4 :]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UnreadableImageError, match="truncated or not an image"):
+        decode_image(huge, "x")
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 100_000  # Kilobytes; it was 1.5 GB.
+
+
+def test_a_small_file_of_a_huge_image_is_refused():
+    header = struct.pack(">LLBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    chunk = struct.pack(">L", 13) + chunk + struct.pack(">L", zlib.crc32(chunk))
+    content = b"\x89PNG\r\n\x1a\n" + chunk + _END
+    with pytest.raises(UnreadableImageError, match="30000 x 30000 pixels"):
+        decode_image(content, "x")

@@ -216,3 +216,25 @@ def test_augment_is_binary_and_follows_its_generator():
 def test_augment_refuses_a_mask_without_its_channel():
     with pytest.raises(UserError, match=r"mask must be \[H, W, 1\]"):
         augment(np.ones((8, 8)), 8, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("shape", [(40_000, 10), (10, 40_001), (33_000, 1)])
+def test_long_masks(shape, tmp_path):
+    mask = np.full(shape, 255, np.uint8)
+    mask[shape[0] // 2 - 2 : shape[0] // 2 + 2] = 0
+    write(tmp_path / "a.png", mask)
+    folder = MaskFolder(tmp_path, hole_color="black", hole_ratio=(0, 1))
+    result = folder.sample(np.random.default_rng(0), 16)
+    assert result.shape == (16, 16, 1)
+
+
+def test_the_ends_of_long_masks_do_not_matter():
+    rng = np.random.default_rng(0)
+    middle = rng.integers(0, 2, (20, 120, 1), np.uint8)
+    ends = rng.integers(0, 2, (2, 20, 500, 1), np.uint8)
+    long = np.concatenate([ends[0], middle, ends[1]], axis=1)
+    for seed in range(50):
+        short, whole = (
+            augment(m, 16, np.random.default_rng(seed)) for m in (middle, long)
+        )
+        np.testing.assert_array_equal(short, whole)

@@ -1,10 +1,12 @@
 import logging
 import multiprocessing
 import os
+import pathlib
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -347,3 +349,53 @@ def test_eval_takes_the_next_image_for_one_that_cannot_be_read(caplog):
 def test_eval_errors():
     with pytest.raises(UserError, match="num_examples must be positive, got 0"):
         evaluate(Flat(3), num_examples=0)
+
+
+_WORKERS = """
+import sys
+from pconv_jax.data import pipeline, sources
+
+if __name__ == "__main__":
+    source = sources.FolderSource(sys.argv[1])
+    batches = pipeline.train_batches(
+        source, batch_size=8, image_size=256, seed=0, workers=2
+    )
+    for _ in batches:
+        print("batch", flush=True)
+"""
+
+
+def _children(pid):
+    threads = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+    found = [int(child) for path in threads for child in path.read_text().split()]
+    return found + [below for child in found for below in _children(child)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="only Linux has /proc")
+def test_nothing_outlives_a_process_that_is_killed(tmp_path):
+    write_folder(tmp_path / "photos", {"a.png": encode(photo(300, 300))})
+    (tmp_path / "script.py").write_text(_WORKERS)
+    before = set(os.listdir("/dev/shm"))
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py", tmp_path / "photos"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with process:
+        for _ in range(3):
+            assert process.stdout.readline()
+        children = _children(process.pid)
+        assert len(children) >= 2
+        process.kill()
+
+    def left():
+        alive = [child for child in children if os.path.exists(f"/proc/{child}/exe")]
+        return alive, set(os.listdir("/dev/shm")) - before
+
+    for _ in range(200):
+        if left() == ([], set()):
+            break
+        time.sleep(0.1)
+    assert left() == ([], set())

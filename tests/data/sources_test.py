@@ -1,6 +1,9 @@
+import io
+import os
 import pickle
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -223,6 +226,7 @@ def test_a_folder_is_one_path(tmp_path):
 def test_a_missing_package_is_named_with_its_extra(package, kind):
     result = run(f"""
 import sys
+import tarfile
 sys.modules["{package}"] = None
 import importlib.util
 find_spec = importlib.util.find_spec
@@ -240,7 +244,46 @@ except UserError as error:
 def test_sources_import_neither_grain_nor_tfds():
     result = run("""
 import sys
+import tarfile
 from pconv_jax.data import base, mask_folder, sources
 print({"grain", "tensorflow_datasets", "absl", "skimage"} & set(sys.modules))
 """)
     assert result.stdout == "set()\n", result.stderr
+
+
+def test_sparse_and_endless_tar_files(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"a.png": b"abc", "b.png": b"abc"})
+    data = bytearray(path.read_bytes())
+
+    def with_size(text):
+        changed = bytearray(data)
+        changed[124:136] = text
+        changed[148:156] = b" " * 8
+        changed[148:156] = b"%06o\0 " % sum(changed[:512])
+        path.write_bytes(changed)
+
+    with_size(b"77777777777\0")
+    with pytest.raises(UserError, match="uncompressed, whole tar file, got .*a.tar"):
+        sources.TarSource(path)
+    with_size(b"\xff" * 10 + (-1024 & 0xFFFF).to_bytes(2, "big"))  # Two blocks back.
+    with pytest.raises(UserError, match="uncompressed, whole tar file, got .*a.tar"):
+        sources.TarSource(path)
+    member = tarfile.TarInfo("s.png")
+    member.pax_headers = {
+        **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+        **{"GNU.sparse.name": "s.png", "GNU.sparse.realsize": str(10**15)},
+    }
+    content = b"1\n0\n3\n".ljust(512, b"\0") + b"abc"
+    member.size = len(content)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(UserError, match="s.png is sparse, or not all there"):
+        sources.TarSource(path)
+
+
+def test_pipes_in_folders_are_unreadable(tmp_path):
+    write_folder(tmp_path, {"a.png": encode(photo())})
+    os.mkfifo(tmp_path / "b.png")
+    source = sources.FolderSource(tmp_path)
+    with pytest.raises(UnreadableImageError, match="b.png: it is no file, but a pipe"):
+        source[1]

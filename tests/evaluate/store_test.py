@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from pconv_jax._errors import UserError
+from pconv_jax._errors import RunError, UserError
 from pconv_jax.evaluate.store import Store
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -32,3 +33,47 @@ def test_two_evaluations_cannot_share_a_directory(tmp_path):
                 pass
     with Store(tmp_path).locked():  # The lock ends with the block.
         pass
+
+
+def test_a_changed_record_is_made_again(tmp_path, caplog):
+    place = {"method": "a", "hole_bin": 0, "border": True}
+    store = Store(tmp_path)
+    store.open("a", "x")
+    store.add("a", [place | {"index": i, "psnr": 25.5} for i in range(4)])
+    (path,) = tmp_path.iterdir()
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b"25.5", b"35.5")
+    lines[2] = lines[2][9:]  # Without a checksum, as older versions wrote it.
+    path.write_bytes(b"".join(lines))
+    again = Store(tmp_path)
+    again.open("a", "x")
+    assert [again.has("a", [(0, True, i)]) for i in range(4)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert "2 of 4 records" in caplog.text and str(path) in caplog.text
+
+
+def test_changed_features_are_an_error(tmp_path):
+    features = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    features[1, 1] = np.nan
+    store = Store(tmp_path)
+    store.open("a", "x")
+    store.add_features("a", np.array([0, 2, 3]), features, capacity=4)
+    again = Store(tmp_path)
+    again.open("a", "x")
+    np.testing.assert_array_equal(
+        again.get_features("a", np.array([0, 2, 3])), features
+    )
+    (path,) = tmp_path.glob("*.npy")
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+    for cut in (len(data), 50):
+        path.write_bytes(data[:cut])
+        damaged = Store(tmp_path)
+        damaged.open("a", "x")
+        with pytest.raises(RunError, match=f"{path} is damaged: delete it"):
+            damaged.get_features("a", np.array([0, 2, 3]))

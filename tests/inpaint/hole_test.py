@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pconv_jax._errors import UserError
 from pconv_jax.inpaint import image_io
 from pconv_jax.inpaint.hole import (
     dilate_hole,
     hole_from_alpha,
     hole_from_color,
+    hole_from_label,
     hole_from_mask,
 )
 
@@ -128,3 +130,62 @@ def test_dilate():
     assert dilate_hole(np.ones((3, 3), bool), 2).all()
     with pytest.raises(ValueError, match="dilate must be 0 or more"):
         dilate_hole(hole, -1)
+
+
+@pytest.mark.parametrize("color", [(0, 0, 0), (29, 60, 120), (220, 40, 40), (128,) * 3])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF"])
+def test_a_soft_brush_of_any_color(color, kind):
+    alpha = cv2.GaussianBlur(np.kron(WHITE, np.ones((8, 8), np.uint8)), (0, 0), 3)
+    layer = np.zeros((*alpha.shape, 4), np.uint8)
+    layer[..., :3] = np.where(alpha[..., None] > 0, color, 0)
+    layer[..., 3] = alpha
+    file = io.BytesIO()
+    Image.fromarray(layer).save(file, kind, quality=80)
+    with pytest.warns(UserWarning, match="neither black nor white"):
+        hole = hole_from_mask(Image.open(file))
+    assert np.mean(hole != (alpha > 127)) < (0.01 if kind == "PNG" else 0.03)
+
+
+def test_black_and_white_on_a_transparent_layer_is_not_one_brush():
+    layer = np.zeros((12, 10, 4), np.uint8)
+    layer[1:, 1:, 3] = 255
+    layer[HOLE] = 255
+    np.testing.assert_array_equal(hole_from_mask(layer), HOLE)
+
+
+def labels(dtype=np.uint8):
+    mask = np.zeros((12, 10), dtype)
+    mask[HOLE], mask[0], mask[-1] = 2, 1, 3
+    return mask
+
+
+@pytest.mark.parametrize("border", [0, 255])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_labels_are_refused_and_chosen(dtype, border):
+    mask = labels(dtype)
+    mask[:, 0] = border
+    with pytest.raises(UserError, match="the values 0, 1, 2, 3.* with --mask-label"):
+        hole_from_mask(mask)
+    np.testing.assert_array_equal(hole_from_label(mask, 2), HOLE)
+    with pytest.raises(UserError, match="no label 9; it has 0, 1, 2, 3"):
+        hole_from_label(mask, 9)
+    with pytest.raises(UserError, match="one channel to have labels"):
+        hole_from_label(np.stack([mask] * 3, -1), 2)
+
+
+def test_labels_in_a_palette():
+    mask = Image.fromarray(labels()).convert("P")
+    mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+    with pytest.raises(UserError, match="palette of several colors"):
+        hole_from_mask(mask)
+    np.testing.assert_array_equal(hole_from_label(mask, 2), HOLE)
+    mask.putpalette([0, 0, 0, 20, 0, 0, 255, 0, 0, 90, 0, 0])  # Shades of one color.
+    with pytest.warns(UserWarning, match="neither black nor white"):
+        np.testing.assert_array_equal(hole_from_mask(mask), HOLE)
+
+
+def test_strips_make_no_difference():
+    mask = noise(200, 30, 4)
+    gray, alpha = mask[..., :3].max(axis=-1) / 255, mask[..., 3] / 255
+    with pytest.warns(UserWarning, match="neither black nor white"):
+        np.testing.assert_array_equal(hole_from_mask(mask), gray * alpha > 0.5)

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 import pconv_jax
+from pconv_jax import UserError
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.unet import Normalization, PConvUNet, Stage, fill_depth
-from pconv_jax.weights import pretrained
+from pconv_jax.weights import pretrained, project_names
 from tests.helpers.networks import make_network
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -297,6 +298,51 @@ def test_data_that_are_not_images():
     result = inpainter(data)
     assert result.dtype == np.float64
     np.testing.assert_allclose(result, 273.15, rtol=1e-6)
+
+
+def test_networks_of_fields_are_refused():
+    model, variables = averaging_network(channels=1)
+    info = {"origin": project_names.CLIMATE_RECONSTRUCTION_AI}
+    for value_range in ((0, 1), None):
+        with pytest.raises(UserError, match="FREVA-CLINT.* fills fields of measurem"):
+            Inpainter(model, variables, info=info, value_range=value_range)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_what_a_masked_array_masks_is_filled(inpainter, dtype):
+    image, hole = photo(40, 40, dtype=dtype), hole_of((40, 40))
+    masked = np.ma.MaskedArray(image, np.zeros(image.shape, bool), fill_value=7)
+    masked[hole, 1] = np.ma.masked
+    masked.data[hole] = 99  # Which may be out of range.
+    expected = inpainter(image, hole)
+    result = inpainter(masked)
+    assert type(result) is np.ndarray
+    np.testing.assert_array_equal(result, expected)
+    # It adds to a mask.
+    part = hole.copy()
+    part[:, 20:] = False
+    np.testing.assert_array_equal(inpainter(masked, part), expected)
+    mask = np.ma.MaskedArray(np.ones((40, 40), bool), ~hole)
+    np.testing.assert_array_equal(inpainter(image, mask), expected)
+
+
+@pytest.mark.parametrize("missing", [1e19, 1e20, -9.96921e36, 3e38])
+def test_large_numbers_are_missing_values(missing):
+    inpainter = Inpainter(*averaging_network(channels=1), value_range=None)
+    data = np.full((40, 40), 273.15, np.float32)
+    data[0, 0] = missing
+    with pytest.raises(UserError, match=r"1e\+19 and more, which stand for missing"):
+        inpainter(data, hole_of((40, 40)))
+    data[hole_of((40, 40))] = missing
+    data[0, 0] = 273.15
+    inpainter(data, hole_of((40, 40)))  # What is in the hole does not matter.
+
+
+def test_one_channel_has_no_alpha(tmp_path):
+    inpainter = Inpainter(*averaging_network(channels=1), value_range=None)
+    for dtype in (np.float32, np.uint8):
+        with pytest.raises(UserError, match=r"\[H, W, 1\] for this network, "):
+            inpainter(np.ones((20, 20, 2), dtype), np.eye(20))
 
 
 def test_ranges_of_floats():

@@ -132,6 +132,68 @@ def test_mistakes_are_shown_on_the_page(inpainter, tmp_path):
         page.repair(inpainter, str(path), None, everything, 0, False, None)
 
 
+def test_errors_show_no_folder(inpainter, tmp_path):
+    path = tmp_path / "0123abcd" / "my photo.png"
+    path.parent.mkdir()
+    path.write_text("Hello")
+    with pytest.raises(gr.Error) as error:
+        page.show(str(path))
+    assert error.value.message == "cannot read my photo.png: it is not an image."
+    labels = np.eye(60, 80, dtype=np.uint8) * 3 + np.eye(60, 80, 1, dtype=np.uint8)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    Image.fromarray(photo()).save(path)
+    with pytest.raises(gr.Error, match="looks like one of labels"):
+        page.show(str(path), mask=str(tmp_path / "labels.png"))
+
+
+def test_large_images_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_MAX_PIXELS", 60 * 80 - 1)
+    Image.fromarray(photo()).save(tmp_path / "a.png")
+    with pytest.raises(gr.Error, match="it has 80 x 60 pixels"):
+        page.show(str(tmp_path / "a.png"))
+
+
+def test_a_mask_may_be_opened_before_the_image(tmp_path):
+    image, mask = str(tmp_path / "a.png"), str(tmp_path / "mask.png")
+    Image.fromarray(photo()).save(image)
+    hole = np.zeros((60, 80), bool)
+    hole[20:40, 30:50] = True
+    Image.fromarray(hole).save(mask)
+    assert page.show(None, mask=mask) is None
+    *paths, shown = page.open_image(image, None, mask, False)
+    assert paths == [image, mask]
+    np.testing.assert_array_equal(shown, page.show(image, mask=mask))
+    # The next image is another one.
+    *paths, shown = page.open_image(image, image, mask, False)
+    assert paths == [image, None]
+    np.testing.assert_array_equal(shown, photo())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], None),
+        (["--host", "::1"], None),
+        (["--host", "0.0.0.0", "--no-auth"], None),
+        (["--host", "0.0.0.0", "--auth", "ada:s:t"], ("ada", "s:t")),
+        (["--auth", "ada"], ("ada", "asked for")),
+    ],
+)
+def test_who_is_let_in(options, expected, network, monkeypatch):
+    launch = mock.Mock()
+    monkeypatch.setattr(page, "launch", launch)
+    monkeypatch.setattr(demo, "_use_temporary_folder", lambda: None)
+    monkeypatch.setattr(demo.getpass, "getpass", lambda prompt: "asked for")
+    cli.main(["demo", "--weights", str(network), *options])
+    assert launch.call_args.kwargs["auth"] == expected
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org", "::"])
+def test_other_machines_need_a_password_or_a_decision(host):
+    with pytest.raises(SystemExit, match=f"--host {host} lets .* --auth .* --no-auth"):
+        cli.main(["demo", "--host", host])
+
+
 def test_a_result_is_deleted_with_the_next(inpainter, tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(photo()).save(path)
@@ -171,9 +233,11 @@ def test_nothing_is_read_while_warnings_are_caught(inpainter, tmp_path):
 def test_only_loopback_addresses_are_guarded(inpainter, monkeypatch, host, guarded):
     build = mock.MagicMock()
     monkeypatch.setattr(page, "build", build)
-    page.launch(inpainter, host=host, port=0)
+    page.launch(inpainter, host=host, port=0, root_path="/repair")
     options = build().queue().launch.call_args.kwargs
-    assert bool(options["app_kwargs"]["middleware"]) == guarded
+    assert options["root_path"] == "/repair"
+    middleware = [m.cls for m in options["app_kwargs"]["middleware"]]
+    assert (page._refuse_other_sites in middleware) == guarded
 
 
 def test_ports_that_are_taken(inpainter):
@@ -200,16 +264,16 @@ def test_without_gradio(network, monkeypatch):
 
 
 @contextlib.contextmanager
-def serve(network, folder):
+def serve(network, folder, *options, **variables):
     """Start a process with temporary files in a folder; yield it and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
         [sys.executable, "-m", "pconv_jax.cli", "demo"]
-        + ["--weights", str(network), "--port", str(port)],
+        + ["--weights", str(network), "--port", str(port), *options],
         cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(folder)},
+        env={**os.environ, "TMPDIR": str(folder), **variables},
         stdout=subprocess.DEVNULL,
     )
     address = f"127.0.0.1:{port}"
@@ -234,7 +298,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(network, folder):
-    with serve(network, folder) as (_, address):
+    """The address of a page with another name, where proxies are set that fail."""
+    options = ("--allowed-host", "repair.example.org")
+    proxies = {
+        "http_proxy": "http://127.0.0.1:9",
+        "ALL_PROXY": "socks5://127.0.0.1:9",
+    }
+    with serve(network, folder, *options, **proxies) as (_, address):
         yield address
 
 
@@ -281,6 +351,37 @@ def test_other_sites_post_nothing(address, folder):
     for host in (address, f"localhost:{port}"):
         assert upload(address, Host=host, Origin=f"http://{host}")[0] == 200
     assert list(folder.rglob("uploaded.png"))
+
+
+def test_a_reverse_proxy_with_a_name(address):
+    host = "repair.example.org"
+    assert ask(address, Host=host)[0] == 200
+    assert upload(address, Host=host, Origin=f"https://{host}")[0] == 200
+    assert upload(address, Origin=f"https://{host}")[0] == 200
+    assert upload(address, Host=host, Origin="https://example.org")[0] == 403
+    assert ask(address, Host="example.org")[0] == 403
+
+
+def test_uploads_that_are_broken_off_are_removed(address, folder):
+    def left():
+        return [path for path in folder.glob("pconv-*/tmp*") if path.is_file()]
+
+    host, port = address.split(":")
+    for _ in range(20):
+        with socket.create_connection((host, int(port))) as connection:
+            head = 'Content-Disposition: form-data; name="files"; filename="a.png"'
+            body = f"--X\r\n{head}\r\n\r\n" + "x" * 300_000
+            connection.sendall(
+                f"POST /gradio_api/upload HTTP/1.1\r\nHost: {address}\r\n"
+                "Content-Type: multipart/form-data; boundary=X\r\n"
+                f"Content-Length: 1000000\r\n\r\n{body}".encode()
+            )
+            time.sleep(0.05)
+    for _ in range(100):
+        if not left():
+            break
+        time.sleep(0.1)
+    assert not left()
 
 
 def test_uploads_have_a_limit(address):

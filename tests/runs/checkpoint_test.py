@@ -1,3 +1,4 @@
+import errno
 import glob
 import json
 import logging
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from pconv_jax._errors import RunError
 from pconv_jax.runs.checkpoint import Checkpoints
 from tests.helpers import ROOT
 
@@ -261,9 +264,11 @@ def test_a_corrupt_newest_step_falls_back_to_the_older(tmp_path, caplog, corrupt
         caplog.clear()
         assert checkpoints.save(2, items, meta=meta)
         (record,) = own_records(caplog)
-        assert record.getMessage().startswith("Deleting the checkpoint of step 2")
+        text = f"The damaged checkpoint of step 2 is now {tmp_path / '2.unreadable'}"
+        assert record.getMessage().startswith(text)
         assert checkpoints.restore(make_items(0))[0] == 2
         assert checkpoints.steps() == [1, 2]
+    assert sorted(os.listdir(tmp_path)) == ["1", "2", "2.unreadable"]
 
 
 def test_flipped_bytes_are_found_by_the_checksum_and_by_nothing_else(tmp_path, caplog):
@@ -435,3 +440,63 @@ def test_orbax_is_quiet_under_verbose_absl(tmp_path):
     assert done.returncode == 0
     assert "ours" in done.stderr
     assert "checkpoint" not in done.stderr  # As in checkpoint_manager.py:1234.
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.EIO, "Input/output error"),
+        ValueError("INTERNAL: Error reading 2/d: Input/output [os_error_code='5']"),
+        ValueError("RESOURCE_EXHAUSTED: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_what_is_no_damage_is_raised_and_costs_no_step(tmp_path, monkeypatch, error):
+    save_steps(tmp_path, [1, 2])
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                ocp.CheckpointManager, "restore", mock.Mock(side_effect=error)
+            )
+            with pytest.raises((OSError, MemoryError, RunError)) as caught:
+                checkpoints.restore(["params"])
+        assert str(error) in str(caught.value)
+        step, items, _ = checkpoints.restore(["params"])
+        assert step == 2
+        checkpoints.save(3, items)
+    assert sorted(os.listdir(tmp_path)) == ["1", "2", "3"]
+
+
+def test_damaged_checkpoints_of_the_same_step_are_all_kept(tmp_path):
+    save_steps(tmp_path, [1])
+    for _ in range(3):
+        with Checkpoints(tmp_path) as checkpoints:
+            _, items, _ = checkpoints.restore(["params"])
+            checkpoints.save(2, items)
+        truncate(largest_file(tmp_path / "2"), 0)
+    with Checkpoints(tmp_path) as checkpoints:
+        _, items, _ = checkpoints.restore(["params"])
+        checkpoints.save(2, items)
+    aside = ["2.unreadable", "2.unreadable-1", "2.unreadable-2"]
+    assert sorted(os.listdir(tmp_path)) == ["1", "2", *aside]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("metrics", -1), ("item_handlers", 1.5), ("custom_metadata", [])),
+        *(("performance_metrics", "x"), ("commit_timestamp_nsecs", {})),
+        ("commit_timestamp_nsecs", 10**30),
+    ],
+)
+def test_damaged_notes_of_orbax_fall_back_to_the_older_step(
+    tmp_path, caplog, field, value
+):
+    save_steps(tmp_path, [1, 2])
+    path = tmp_path / "2" / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(["params"])[0] == 1
+    assert f"{path}: its {field} is {value!r}" in caplog.text
+    assert sorted(os.listdir(tmp_path)) == ["1", "2.unreadable"]

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from pconv_jax import cli, vgg
+from pconv_jax import RunError, UserError, cli, vgg
 from pconv_jax.evaluate import runner
 from pconv_jax.runs import opening, parallel
 from pconv_jax.runs.checkpoint import Checkpoints
 from pconv_jax.runs.config import default_config, default_workdir, read_settings
 from pconv_jax.train import experiment, hooks, loop
+from pconv_jax.train.loggers import MetricWriter
 from pconv_jax.unet import IMAGENET, PConvUNet
 from pconv_jax.weights import hub
 from pconv_jax.weights import vgg as vgg_weights
@@ -26,6 +28,8 @@ from tests.helpers.commands import training_environment
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
+
+_PACE = "train/images_per_second"
 
 TINY = {
     "image_size": 16,
@@ -329,6 +333,115 @@ def test_divergence_between_two_logs_is_found_before_saving(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_divergence_before_the_first_checkpoint(tmp_path):
+    fields = {"phase1.learning_rate": 1e30, "checkpoint_every": 100}
+    with pytest.raises(hooks.TrainingDivergedError, match="There is no checkpoint yet"):
+        loop.train_and_evaluate(tiny(**fields, validate_every=100), tmp_path)
+
+
+def photos(folder, names):
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for name in names:
+        image = rng.integers(0, 256, (20, 20, 3), np.uint8)
+        cv2.imwrite(str(folder / f"{name}.png"), image)
+    return folder
+
+
+def test_other_images_need_a_decision(tmp_path, capsys):
+    folder = photos(tmp_path / "photos", range(12))
+    fields = {
+        "data.source": "folder",
+        "phase1.steps": 1,
+        "phase2.steps": 0,
+    }
+    workdir = tmp_path / "run"
+    config = tiny(**fields, **{"data.path": (str(folder),)})
+    loop.train_and_evaluate(config, workdir)
+    # Elsewhere, the same images are the same.
+    folder = folder.rename(tmp_path / "moved")
+    (workdir / "config.json").unlink()
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        meta = checkpoints.restore([])[2]
+    count = meta["images"]["train"]["count"]
+    removed = sorted(folder.iterdir())[:3]
+    for path in removed:
+        path.unlink()
+    (tmp_path / "photos").symlink_to(folder)
+    with pytest.raises(ValueError, match=f"on other images .*train: {count} images, n"):
+        loop.train_and_evaluate(config, workdir)
+    summary = loop.train_and_evaluate(config, workdir, allow_other_images=True)
+    assert "was trained on other images" in summary["warnings"][0]
+
+
+def test_a_workdir_without_its_settings_is_compared_by_its_checkpoint(
+    finished, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"seed: 0, now 7.*another workdir"):
+        loop.train_and_evaluate(tiny(seed=7), workdir)
+    with pytest.raises(ValueError, match=r"loss.hole: 6.0, now 5.0"):
+        loop.train_and_evaluate(tiny(**{"loss.hole": 5.0}), workdir)
+    assert loop.train_and_evaluate(tiny(), workdir)["finished"]
+
+
+@pytest.mark.parametrize("text", ["", '{"seed": 1', "[" * 10_000, "[1]", '{"a": 1}'])
+def test_a_foreign_or_torn_config_is_refused_and_kept(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json that is damaged, or not a run's"):
+        loop.train_and_evaluate(tiny(), tmp_path)
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot write to workdir .*file/run"):
+        loop.train_and_evaluate(tiny(), tmp_path / "file" / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["before saving", "after saving", "in validation"])
+def test_the_log_is_that_of_a_run_that_never_ended(tmp_path, monkeypatch, at):
+    fields = {"log_every": 4, "checkpoint_every": 1, "phase1.steps": 9}
+    fields |= {"phase2.steps": 0, "picture_every": 100}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    loop.train_and_evaluate(tiny(**fields), whole)
+    calls = []
+
+    def end(original, number, first):
+        def ended(*args, **options):
+            calls.append(1)
+            if len(calls) == number and first:
+                raise KeyboardInterrupt
+            result = original(*args, **options)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return result
+
+        return ended
+
+    with monkeypatch.context() as patch:
+        if at == "in validation":  # After the line, before the checkpoint has it.
+            name, ended = "write_scalars", end(MetricWriter.write_scalars, 2, False)
+            patch.setattr(MetricWriter, name, ended)
+        else:
+            ended = end(hooks.Save.__call__, 6, at == "before saving")
+            patch.setattr(hooks.Save, "__call__", ended)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train_and_evaluate(tiny(**fields), broken)
+    loop.train_and_evaluate(tiny(**fields), broken)
+    lines = [
+        [
+            {k: v for k, v in line.items() if k not in ("time", _PACE)}
+            for line in read_metrics(workdir)
+        ]
+        for workdir in (whole, broken)
+    ]
+    assert lines[0] == lines[1]
+
+
 def test_batch_that_devices_cannot_share(tmp_path):
     with pytest.raises(ValueError, match="batch_size = 6 .* 4 devices: use 4 or 8"):
         loop.train_and_evaluate(tiny(batch_size=6), tmp_path)
@@ -517,6 +630,38 @@ def test_two_processes_stop_together_though_one_is_asked(tmp_path):
     for process, output in zip(processes, outputs):
         assert process.returncode == 0, output
         assert f"Stopped at step {step}. The same command" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_waits_for_others_can_be_interrupted(tmp_path, number):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--distributed", f"--coordinator_address=127.0.0.1:{port}"]
+    flags += ["--num_processes=2", f"--process_id={number}"]
+    process = start(command(tmp_path, *flags))
+    if number == 0:
+        for _ in range(600):
+            if listening := _addresses(process.pid, port):
+                break
+            time.sleep(0.1)
+        # 127.0.0.1, also if written as an address of IPv6, and no other.
+        assert listening <= {"0100007F", "0000000000000000FFFF00000100007F"}
+    else:
+        time.sleep(12)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert b"interrupted" in output and b"Traceback" not in output
+
+
+def _addresses(pid, port):
+    """Get the addresses at which a process listens to a port."""
+    rows = []
+    for kind in ("tcp", "tcp6"):
+        rows += pathlib.Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]
+    local = [row.split()[1].split(":") for row in rows if row.split()[3] == "0A"]
+    return {address for address, number in local if int(number, 16) == port}
 
 
 @pytest.mark.slow

@@ -104,3 +104,43 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="a.safetensors"):
         write_arrays(tmp_path / "file" / "a.safetensors", {"a": np.ones(3)}, {})
+
+
+def test_files_that_would_fill_the_memory(tmp_path):
+    path = tmp_path / "weights.npz"
+    np.savez_compressed(path, a=np.zeros(10**7, np.float32))
+    assert path.stat().st_size < 100_000
+    with pytest.raises(UserError, match="arrays of 40000128 bytes in all are too many"):
+        read_arrays(path)
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "weights.h5"
+    with h5py.File(path, "w") as file:
+        file["a"] = np.ones(1000, np.float32)
+        for i in range(100):
+            file[f"b{i}"] = file["a"]  # All of them are the same bytes.
+    with pytest.raises(UserError, match="its arrays overlap, or are too many"):
+        read_arrays(path)
+
+
+def test_files_that_would_take_forever(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "weights.h5"
+    with h5py.File(path, "w") as file:
+        group = file
+        for _ in range(2000):
+            group = group.create_group("g")
+    with pytest.raises(UserError, match="nested too deeply"):
+        read_arrays(path)
+    with h5py.File(path, "w") as file:
+        file.create_group("a")["b"] = file["/"]
+    with pytest.raises(UserError, match="nested too deeply"):
+        read_arrays(path)
+
+
+def test_names_that_are_no_text(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "weights.h5"
+    with h5py.File(path, "w") as file:
+        file[b"caf\xe9"] = np.ones(3)
+    with pytest.raises(UserError, match="cannot be read: .* can't decode"):
+        read_arrays(path)

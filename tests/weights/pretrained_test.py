@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from pconv_jax import unet
+from pconv_jax import UserError, unet
 from pconv_jax.runs.checkpoint import restore_network
 from pconv_jax.train import loop
 from pconv_jax.unet import IMAGENET, Normalization, Stage, paper_stages
@@ -170,6 +170,7 @@ def write(path, metadata, arrays=None):
     [
         (None, "is no weights file of pconv_jax"),
         ({"pconv_jax": "{"}, "is no weights file of pconv_jax"),
+        ({"pconv_jax": "[" * 100_000}, "is no weights file of pconv_jax"),
         ({"pconv_jax": "[]"}, "weights file of another version"),
         ({"pconv_jax": '{"format": 2}'}, "weights file of another version"),
         ({"pconv_jax": '{"format": 1}'}, "the configuration of no network"),
@@ -213,6 +214,20 @@ def test_configurations_that_make_no_sense(change, tmp_path):
     header = {"format": 1, "model": change(unet.model_config(model)), "info": {}}
     write(path, {"pconv_jax": json.dumps(header)}, arrays)
     with pytest.raises(ValueError, match="m.safetensors"):
+        pretrained.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    "info", [5, [1], "text", {"notes": 3}, {"notes": "text"}, {"warnings": [{}]}]
+)
+def test_info_of_another_form(info, tmp_path):
+    model, variables = make_network()
+    path = tmp_path / "m.safetensors"
+    pretrained.save_pretrained(path, model, variables)
+    arrays = read_arrays(path)
+    header = {"format": 1, "model": unet.model_config(model), "info": info}
+    write(path, {"pconv_jax": json.dumps(header)}, arrays)
+    with pytest.raises(UserError, match="m.safetensors is damaged: .* info"):
         pretrained.from_pretrained(path)
 
 
@@ -279,7 +294,11 @@ def test_a_repository_on_the_hub(tmp_path):
     model, variables = make_network()
     path = tmp_path / "m.safetensors"
     pretrained.save_pretrained(path, model, variables, info={"origin": "the Hub"})
-    files = {"/someone/places/resolve/main/model.safetensors": path.read_bytes()}
+    data = path.read_bytes()
+    files = {
+        f"/someone/places/resolve/{revision}/model.safetensors": data
+        for revision in ("main", "0" * 40)
+    }
     with file_server.serve(files) as (address, log):
         result = read_in_a_process("someone/places", address, tmp_path / "hf")
         assert "the Hub" in result.stdout, result.stderr

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from pconv_jax import vgg
 from pconv_jax.weights import vgg as vgg_weights
+from pconv_jax.weights.hub import Downloaded
 from pconv_jax.weights.vgg import load_vgg_params, write_cache
 from tests.helpers import ROOT, file_server, torch_writer
 
@@ -85,7 +87,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch, cap
     (tmp_path / "cache").write_text("a file where the folder should be")
     params = jax.device_get(vgg.random_params(jax.random.key(0)))
     arrays = traverse_util.flatten_dict(params, sep="/")
-    monkeypatch.setattr(vgg_weights, "download_vgg16", lambda: arrays)
+    monkeypatch.setattr(vgg_weights, "download_vgg16", lambda: Downloaded(arrays, None))
     jax.tree.map(np.testing.assert_array_equal, load_vgg_params(), params)
     assert "not kept for the next time" in caplog.text
 
@@ -287,6 +289,35 @@ def test_a_download_takes_no_more_than_it_needs(ranges, tmp_path):
     assert fetched < needed + 10_000 if ranges else fetched == len(data)
     assert_same(load_vgg_params())
     assert len(load_file(tmp_path / "cache" / "vgg16.safetensors")) == 14
+
+
+def test_a_later_download_must_be_the_first_one(tmp_path):
+    arrays = torch_arrays()
+    first = {HUB_PATH: save(arrays)}
+    pinned = HUB_PATH.replace("/main/", f"/{'0' * 40}/")
+    with file_server.serve(first) as (address, _):
+        assert load_in_a_process(address, tmp_path).returncode == 0
+    remembered = json.loads((tmp_path / "cache" / "downloads.json").read_text())
+    (entry,) = remembered.values()
+    assert entry["revision"] == "0" * 40 and len(entry["sha256"]) == 14
+    (tmp_path / "cache" / "vgg16.safetensors").unlink()
+    # The same again, of the same revision, whatever is the newest one.
+    arrays["features.0.bias"] = arrays["features.0.bias"] + 1
+    files = {HUB_PATH: save(arrays), pinned: first[HUB_PATH]}
+    with file_server.serve(files) as (address, log):
+        result = load_in_a_process(address, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {path for path, *_ in log} == {pinned}
+    (tmp_path / "cache" / "vgg16.safetensors").unlink()
+    with file_server.serve({pinned: save(arrays)}) as (address, _):
+        result = load_in_a_process(address, tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "features.0.bias differ from the first download" in result.stderr
+    (tmp_path / "cache" / "downloads.json").write_text("[")
+    with file_server.serve({pinned: save(arrays)}) as (address, _):
+        result = load_in_a_process(address, tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "downloads.json cannot be read" in result.stderr
 
 
 @pytest.mark.parametrize("case", ["html", "lies", "short", "half", "nothing", "closed"])

@@ -28,6 +28,12 @@ _DAMAGED = (
 )
 
 
+# Limits of time and memory, for files that are made to exceed them.
+_MAX_ARRAYS = 20_000
+_MAX_DEPTH = 50
+_MAX_RATIO = 16
+
+
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Read every array of a weights file.
 
@@ -44,7 +50,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         not the one in its name, as in ``vgg16-397923af.pth``, or the one that is known
         for its name, as for Keras' VGG files. The message names the file.
     """
-    path = Path(path).expanduser()
+    path = _files.as_path(path)
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise UserError(f"weights must be a {', '.join(_READERS)} file, got {path}.")
@@ -52,11 +58,18 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(f"weights: there is no file {path}.")
     check_hash(path)
     if read is torch_file.read:  # It has its own message.
-        return read(path)
-    try:
-        return read(path)
-    except _DAMAGED as error:
-        raise UserError(f"weights: {path} cannot be read: {error}") from error
+        arrays = read(path)
+    else:
+        try:
+            arrays = read(path)
+        except _DAMAGED as error:
+            raise UserError(f"weights: {path} cannot be read: {error}") from error
+    for name in arrays:
+        if not _is_text(name):
+            raise UserError(
+                f"weights: {path} has an array whose name is no text: {name!r}."
+            )
+    return arrays
 
 
 def write_arrays(
@@ -172,7 +185,21 @@ def _as_float32(array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32, order="C")
 
 
+def _is_text(name: str) -> bool:
+    """Return whether a name has no bytes that are not UTF-8."""
+    return name == name.encode("utf-8", "ignore").decode()
+
+
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    total = sum(member.file_size for member in members)
+    # Weights are noise, and compress little.
+    if len(members) > _MAX_ARRAYS or total > _MAX_RATIO * path.stat().st_size + 2**20:
+        raise ValueError(
+            f"its {len(members)} arrays of {total} bytes in all are too many for a "
+            "file of its size"
+        )
     # NumPy leaves a damaged file open that it has opened itself.
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
@@ -183,19 +210,33 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
         import h5py  # Only Keras' files need it.
     except ImportError:
         raise UserError("Keras' files need h5py: pip install h5py.") from None
-    arrays = {}
-
-    def visit(name: str, item: Any) -> None:
-        if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiub":
-            return
-        # Keras does not compress, so a dataset is no larger than its part of the file.
-        if item.external or item.id.get_storage_size() < item.nbytes:
-            raise ValueError(f"{name} is not stored in the file")
-        arrays[name] = item[()]
-
+    arrays: dict[str, np.ndarray] = {}
+    room = path.stat().st_size  # Datasets may overlap, so that a file becomes large.
     with h5py.File(path, "r") as file:
-        file.visititems(visit)  # It does not follow links to other files.
-    return arrays
+        groups: list[tuple[str, Any, int]] = [("", file, 0)]
+        for _ in range(_MAX_ARRAYS):
+            if not groups:
+                return arrays
+            prefix, group, depth = groups.pop()
+            if depth > _MAX_DEPTH or len(group) > _MAX_ARRAYS:
+                raise ValueError("its groups are nested too deeply, or have no end")
+            for key in sorted(group):
+                # Links to other files, or to another name, are not followed.
+                if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                    continue
+                name, item = f"{prefix}{key}", group[key]
+                if isinstance(item, h5py.Group):
+                    groups.append((f"{name}/", item, depth + 1))
+                elif isinstance(item, h5py.Dataset) and item.dtype.kind in "fiub":
+                    # Keras does not compress: a dataset takes its part of the file.
+                    stored = not item.external and not item.is_virtual
+                    room -= item.nbytes
+                    if not stored or item.id.get_storage_size() < item.nbytes:
+                        raise ValueError(f"{name} is not stored in the file")
+                    if room < 0 or len(arrays) >= _MAX_ARRAYS:
+                        raise ValueError("its arrays overlap, or are too many")
+                    arrays[name] = item[()]
+    raise ValueError("it has too many groups")
 
 
 _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
