@@ -7,7 +7,7 @@ imported when it is first used, so ``import pconv_jax`` is fast.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from pconv_jax._errors import RunError as RunError
