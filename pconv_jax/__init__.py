@@ -8,7 +8,7 @@ NNX are in ``pconv_jax.nnx``.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from pconv_jax import nnx as nnx

@@ -91,13 +91,13 @@ def inpainting_loss(
 
 
 def hole(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
-    """Compute L_hole = |(1 - M) (I_out - I_gt)|_1 / N_I (equation 3), ``[N]``."""
+    """Compute L_hole, ``|(1 - M) (I_out - I_gt)|_1 / N_I`` (equation 3), ``[N]``."""
     output, target, mask = _check(output, target, mask)
     return _mean(jnp.where(mask, 0, jnp.abs(output - target)))
 
 
 def valid(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
-    """Compute L_valid = |M (I_out - I_gt)|_1 / N_I (equation 3), ``[N]``."""
+    """Compute L_valid, ``|M (I_out - I_gt)|_1 / N_I`` (equation 3), ``[N]``."""
     output, target, mask = _check(output, target, mask)
     return _mean(jnp.where(mask, jnp.abs(output - target), 0))
 
@@ -107,7 +107,7 @@ def perceptual(
 ) -> jax.Array:
     """Compute one of the two sums of L_perceptual (equation 4), ``[N]``.
 
-    The sum is sum_p |P_p(I) - P_p(I_gt)|_1 / N_p, where N_p is the size of the p-th
+    The sum is ``sum_p |P_p(I) - P_p(I_gt)|_1 / N_p``, where N_p is the size of the p-th
     map. The paper adds the sums of I_out and of I_comp.
 
     Args:
@@ -130,8 +130,8 @@ def style(
 ) -> jax.Array:
     """Compute L_style of an image (equations 5 and 6), ``[N]``.
 
-    The loss is sum_p 1/C_p^2 |K_p (G_p(I) - G_p(I_gt))|_1, where G = P^T P is the Gram
-    matrix, summed over positions, and K_p = 1 / (C_p H_p W_p).
+    The loss is ``sum_p 1/C_p^2 |K_p (G_p(I) - G_p(I_gt))|_1``, where ``G = P^T P`` is
+    the Gram matrix, summed over positions, and ``K_p = 1 / (C_p H_p W_p)``.
 
     Args:
       features: The maps P_p(I), each ``[N, h, w, c]``.
@@ -177,8 +177,8 @@ def gram(features: ArrayLike) -> jax.Array:
 def total_variation(comp: ArrayLike, mask: ArrayLike) -> jax.Array:
     """Compute L_tv, the smoothing penalty in and around the hole, ``[N]``.
 
-    The penalty is the sum of |I_comp(p) - I_comp(q)| / N_I over horizontal and vertical
-    neighbors p and q that *both* lie in R, the hole dilated by one pixel.
+    The penalty is the sum of ``|I_comp(p) - I_comp(q)| / N_I`` over horizontal and
+    vertical neighbors p and q that *both* lie in R, the hole dilated by one pixel.
 
     Args:
       comp: I_comp, ``[N, H, W, C]``.
@@ -209,7 +209,7 @@ def total_variation(comp: ArrayLike, mask: ArrayLike) -> jax.Array:
 
 
 def log_mse(comp: ArrayLike, target: ArrayLike, *, epsilon: float = 1e-5) -> jax.Array:
-    """Compute ln(|I_comp - I_gt|_2^2 / N_I + epsilon), ``[N]``.
+    """Compute ``ln(|I_comp - I_gt|_2^2 / N_I + epsilon)``, ``[N]``.
 
     Up to a constant and epsilon, this is -0.23 times the PSNR of the composite. It
     rewards the factor by which an error shrinks, so small holes count as much as large

@@ -254,11 +254,11 @@ def features_and_logits(
 def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
     """Compute the Fréchet distance of Gaussians fitted to two sets of features.
 
-    The distance is |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), with means m and
-    covariances C. For Inception features it is the FID. If C_a = X^T X for the centered
-    features X, then C_a C_b has the eigenvalues of X C_b X^T, and zeros. This matrix is
-    symmetric, so the trace is the sum of the roots of its eigenvalues, and no matrix
-    root is needed.
+    The distance is ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``, with means m
+    and covariances C. For Inception features it is the FID. If ``C_a = X^T X`` for the
+    centered features X, then ``C_a C_b`` has the eigenvalues of ``X C_b X^T``, and
+    zeros. This matrix is symmetric, so the trace is the sum of the roots of its
+    eigenvalues, and no matrix root is needed.
 
     Fewer samples give larger values, even for equal distributions, so compare only
     values of equal numbers of samples. If there are fewer samples than features, a
@@ -304,7 +304,7 @@ def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
 def inception_score(logits: ArrayLike, *, splits: int = 10) -> tuple[float, float]:
     """Compute the Inception Score: its mean and standard deviation over splits.
 
-    The score of a split is exp(mean KL(p(y|x) || p(y))). Splits are consecutive
+    The score of a split is ``exp(mean KL(p(y|x) || p(y)))``. Splits are consecutive
     samples.
 
     Args:

@@ -1,0 +1,63 @@
+"""Sphinx builds the documentation by this file.
+
+    pip install -e ".[docs]"
+    sphinx-build -W --keep-going docs docs/_build/html
+
+The pages under ``notebooks/`` are made of the scripts in ``examples/``, which the build
+executes. The site needs no network: its fonts, scripts and styles are local.
+"""
+
+import pathlib
+import sys
+
+DOCS = pathlib.Path(__file__).parent
+sys.path[:0] = [str(DOCS / "_ext"), str(DOCS.parent)]
+
+import pconv_jax  # noqa: E402
+
+project = "pconv_jax"
+author = "The pconv_jax authors"
+copyright = f"2026, {author}"
+release = version = pconv_jax.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "api_pages",
+    "example_notebooks",
+    "offline",
+    "settings_table",
+]
+exclude_patterns = ["_build", "_ext"]
+root_doc = "index"
+
+# Docstrings are Google's, and name other objects in single backticks.
+default_role = "py:obj"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "show-inheritance": False}
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 80
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+# The kernel of the notebooks is this Python, whatever others are installed.
+nb_kernel_rgx_aliases = {".*": "python3"}
+
+html_theme = "furo"
+html_title = f"pconv_jax {release}"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
+html_theme_options = {"navigation_with_keys": True}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
