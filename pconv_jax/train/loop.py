@@ -124,12 +124,15 @@ def train_and_evaluate(
             log.start_phase()
             with contextlib.closing(experiment.open_batches(step)) as batches:
                 while step < phase.stop and not stopped:
-                    state, scalars = train_step(state, next(batches))
-                    step += 1
-                    log.add(scalars)
-                    stopped = stop_requested(step)
+                    call = [next(batches) for _ in range(settings.steps_per_call)]
+                    state, scalars = train_step(state, call, step)
+                    step += len(call)
+                    log.add(*scalars)
+                    # Processes agree on a call, not on a step within it.
+                    stopped = stop_requested(step // len(call))
                     if stopped or is_due(settings.log_every):
-                        log.write(learning_rate=phase.learning_rate)
+                        factor = float(phase.scales(step - 1).learning_rate)
+                        log.write(learning_rate=factor * phase.learning_rate)
                     if stopped:  # A validation may take longer than a scheduler waits.
                         save(state)
                         break

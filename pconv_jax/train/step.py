@@ -8,11 +8,12 @@ for an example depends neither on its place in the batch nor on its device.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -22,6 +23,22 @@ from pconv_jax.unet import PConvUNet
 
 # Maps parameters and images to feature maps, e.g. vgg.vgg16_features.
 ApplyFeatures = Callable[[Any, jax.Array], Any]
+
+
+class Scales(NamedTuple):
+    """Factors that change from one update to the next.
+
+    Attributes:
+      learning_rate: Factor of the optimizer's updates. The default is 1.
+      features: Factor of the weights of the perceptual and style terms. The default is
+        1.
+    """
+
+    learning_rate: jax.Array | np.ndarray | float = 1.0
+    features: jax.Array | np.ndarray | float = 1.0
+
+
+UNSCALED = Scales()
 
 
 @flax.struct.dataclass
@@ -89,6 +106,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     feature_params: Any,
+    scales: Scales = UNSCALED,
     *,
     model: PConvUNet,
     optimizer: optax.GradientTransformation,
@@ -106,6 +124,7 @@ def train_step(
       state: The state before the update.
       batch: The batch, see the module; under ``jax.pmap`` this device's part of it.
       feature_params: Parameters of ``apply_features``.
+      scales: Factors of this update. By default all are 1.
       model: The network.
       optimizer: The optimizer that made `TrainState.opt_state`.
       apply_features: The network of the perceptual and style terms. None leaves these
@@ -130,6 +149,7 @@ def train_step(
     """
     model = model.clone(axis_name=axis_name)
     features_fn = apply_features and functools.partial(apply_features, feature_params)
+    loss_weights = _scale_features(loss_weights, scales.features)
 
     def loss_fn(params, batch_stats, images, mask):
         (output, _), updates = model.apply(
@@ -163,6 +183,7 @@ def train_step(
             (grads, batch_stats, scalars), axis_name
         )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda u: u * scales.learning_rate, updates)
     params = optax.apply_updates(state.params, updates)
     average = state.average
     if average:
@@ -178,6 +199,35 @@ def train_step(
         average=average,
     )
     return state, scalars | {"gradient_norm": optax.tree.norm(grads)}
+
+
+def scan_updates(
+    update: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    state: TrainState,
+    inputs: Any,
+) -> tuple[TrainState, list[Metrics]]:
+    """Make several updates, one after the other, in one program.
+
+    Args:
+      update: One of them, ``(state, inputs) -> (state, scalars)``.
+      state: The state before the first.
+      inputs: Their inputs, along the leading axis of every array.
+
+    Returns:
+      The state after the last update, and the scalars of each.
+    """
+    count = len(jax.tree.leaves(inputs)[0])
+    if count == 1:  # A loop would only cost time.
+        state, scalars = update(state, jax.tree.map(lambda x: x[0], inputs))
+        return state, [scalars]
+    state, scalars = lax.scan(update, state, inputs)
+    return state, [jax.tree.map(lambda x: x[i], scalars) for i in range(count)]  # noqa: B023
+
+
+def _scale_features(weights: losses.LossWeights, factor: Any) -> losses.LossWeights:
+    """Scale the weights of the perceptual and style terms."""
+    names = ("perceptual", "style_out", "style_comp")
+    return weights._replace(**{n: getattr(weights, n) * factor for n in names})
 
 
 def _over_parts(function, carry, batch, parts):
