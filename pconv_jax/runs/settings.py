@@ -109,8 +109,29 @@ class MaskSettings:
     hole_color: Literal["white", "black"] = setting(
         "white", "Color of the holes in mask images."
     )
-    kind: Literal["strokes", "blobs", "rectangles", "mixed", "ragged"] = setting(
-        "mixed", "Kind of hole that is drawn."
+    kind: Literal[
+        "strokes",
+        "blobs",
+        "rectangles",
+        "mixed",
+        "ragged",
+        "lines",
+        "text",
+        "dots",
+        "thin",
+        "wide",
+    ] = setting("mixed", "Kind of hole that is drawn.")
+    thin: float = setting(
+        0.0,
+        "Part of the drawn masks that are of kind thin instead, with 0.5 % to 10 % of "
+        "the pixels.",
+        within="[0, 1]",
+    )
+    wide: float = setting(
+        0.0,
+        "Part of the drawn masks that are of kind wide instead, with 6 % to 36 % of "
+        "the pixels.",
+        within="[0, 1]",
     )
     hole_ratio: tuple[float, float] = setting(
         (0.01, 0.6), "Range of the hole's share of the pixels.", within="(0, 1)"
@@ -222,6 +243,11 @@ class Settings:
         "VGG of the perceptual and style terms: imagenet, the path of a weights file, "
         "auto (random weights and a warning where there are none), or none to leave "
         "these terms out.",
+    )
+    feature_fraction: float = setting(
+        1.0,
+        "Part of a batch that the perceptual and style terms see.",
+        within="(0, 1]",
     )
     average_decay: float = setting(
         0.0,
@@ -335,6 +361,10 @@ class Settings:
             raise UserError(
                 f"config: masks.hole_ratio reaches {largest}, but with masks.border = "
                 f"'never' there is room for {room:.3f} of the pixels."
+            )
+        if (sum_ := self.masks.thin + self.masks.wide) > 1:
+            raise UserError(
+                f"config: masks.thin + masks.wide must be 1 at most, got {sum_:g}."
             )
         steps = [name for name in FIELDS if name.endswith((".steps", "_every"))]
         values, calls = _flatten(self.to_dict()), self.steps_per_call

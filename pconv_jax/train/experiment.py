@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
@@ -19,7 +20,8 @@ from pconv_jax.data import pipeline
 from pconv_jax.data.base import ImageSource
 from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.runs import opening, parallel
-from pconv_jax.runs.settings import PhaseSettings, Settings
+from pconv_jax.runs.inference import DrawMask
+from pconv_jax.runs.settings import MaskSettings, PhaseSettings, Settings
 from pconv_jax.train import optim
 from pconv_jax.train.step import (
     ApplyFeatures,
@@ -34,6 +36,9 @@ from pconv_jax.weights.formats.arrays import checksum
 from pconv_jax.weights.vgg import load_vgg_params
 
 _BORDERS = {"any": None, "always": True, "never": False}
+
+HOLE_RATIOS = {"thin": (0.005, 0.1), "wide": (0.06, 0.36)}
+"""The hole ratios of masks that `MaskSettings.thin` and `MaskSettings.wide` mix in."""
 
 _logger = logging.getLogger(__name__)
 
@@ -161,13 +166,8 @@ class Experiment:
             optimizer=self.optimizer(phase),
             apply_features=features and features.apply,
             loss_weights=losses.LossWeights(**dataclasses.asdict(settings.loss)),
-            draw_mask=functools.partial(
-                masks.random_mask,
-                shape=(settings.image_size,) * 2,
-                hole_ratio=settings.masks.hole_ratio,
-                kind=settings.masks.kind,
-                border=_BORDERS[settings.masks.border],
-            ),
+            feature_fraction=settings.feature_fraction,
+            draw_mask=mask_sampler(settings.masks, settings.image_size),
             freeze_encoder_norm=phase.freeze_encoder_norm,
             accumulate=settings.accumulate,
             average_decay=settings.average_decay,
@@ -212,6 +212,28 @@ class Experiment:
             scale=settings.data.scale,
             mask_folder=mask_folder,
         )
+
+
+def mask_sampler(settings: MaskSettings, size: int) -> DrawMask:
+    """Make the function that draws a mask ``[size, size, 1]`` from a key."""
+
+    def draw(key: jax.Array, kind: str, hole_ratio: tuple[float, float]) -> jax.Array:
+        border = _BORDERS[settings.border]
+        return masks.random_mask(
+            key, (size, size), hole_ratio=hole_ratio, kind=kind, border=border
+        )
+
+    def draw_any(key: jax.Array) -> jax.Array:
+        mask = draw(key, settings.kind, settings.hole_ratio)
+        coin = jax.random.uniform(jax.random.fold_in(key, 1))
+        for kind, part in (("thin", settings.thin), ("wide", settings.wide)):
+            if part:
+                other = draw(key, kind, HOLE_RATIOS[kind])
+                mask = jnp.where((0 <= coin) & (coin < part), other, mask)
+                coin -= part
+        return mask
+
+    return draw_any
 
 
 def get_phases(settings: Settings) -> tuple[Phase, ...]:

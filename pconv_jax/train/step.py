@@ -112,6 +112,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     apply_features: ApplyFeatures | None,
     loss_weights: losses.LossWeights = losses.PAPER_WEIGHTS,
+    feature_fraction: float = 1.0,
     draw_mask: DrawMask | None = None,
     freeze_encoder_norm: bool = False,
     accumulate: int = 1,
@@ -130,6 +131,8 @@ def train_step(
       apply_features: The network of the perceptual and style terms. None leaves these
         terms out.
       loss_weights: Weights of the loss terms.
+      feature_fraction: Part of the images that the perceptual and style terms see, at
+        least one: the first of the batch. The default is 1.
       draw_mask: Draws the masks of a batch that has none.
       freeze_encoder_norm: Whether the encoder normalizes by its running statistics, see
         `PConvUNet`.
@@ -160,10 +163,15 @@ def train_step(
             freeze_encoder_norm=freeze_encoder_norm,
             mutable=["batch_stats"],
         )
-        terms = losses.inpainting_loss(
-            output, images, mask, features_fn=features_fn, weights=loss_weights
+        terms = _mean_terms(
+            output,
+            images,
+            mask,
+            features_fn=features_fn,
+            weights=loss_weights,
+            count=max(1, round(feature_fraction * len(images))),
         )
-        scalars = jax.tree.map(jnp.mean, terms) | {"hole_ratio": 1 - mask.mean()}
+        scalars = terms | {"hole_ratio": 1 - mask.mean()}
         return scalars["total"], (scalars, updates.get("batch_stats", {}))
 
     def differentiate(batch_stats, batch):
@@ -221,7 +229,36 @@ def scan_updates(
         state, scalars = update(state, jax.tree.map(lambda x: x[0], inputs))
         return state, [scalars]
     state, scalars = lax.scan(update, state, inputs)
-    return state, [jax.tree.map(lambda x: x[i], scalars) for i in range(count)]  # noqa: B023
+    return state, [jax.tree.map(lambda x, i=i: x[i], scalars) for i in range(count)]
+
+
+def _mean_terms(
+    output: jax.Array,
+    images: jax.Array,
+    mask: jax.Array,
+    *,
+    features_fn: losses.FeaturesFn | None,
+    weights: losses.LossWeights,
+    count: int,
+) -> Metrics:
+    """Average the terms of the loss; those of features, over ``count`` images."""
+    loss = functools.partial(losses.inpainting_loss, weights=weights)
+    if features_fn is None or count >= len(images):
+        return jax.tree.map(
+            jnp.mean, loss(output, images, mask, features_fn=features_fn)
+        )
+    terms = loss(output, images, mask, features_fn=None)
+    part = (x[:count] for x in (output, images, mask))
+    terms |= {
+        name: term
+        for name, term in loss(*part, features_fn=features_fn).items()
+        if name not in terms
+    }
+    means = jax.tree.map(jnp.mean, terms)
+    means["total"] = jnp.asarray(
+        sum(getattr(weights, n) * x for n, x in means.items() if n != "total")
+    )
+    return means
 
 
 def _scale_features(weights: losses.LossWeights, factor: Any) -> losses.LossWeights:

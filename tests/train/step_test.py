@@ -162,6 +162,28 @@ def test_scales_scale_the_update_and_the_terms_of_the_features():
     np.testing.assert_allclose(scalars["total"], total, rtol=1e-5)
 
 
+def test_feature_terms_of_a_part_of_the_batch():
+    state, batch = make_state(), make_batch(4)
+    step = jax.jit(make_step(feature_fraction=0.5, optimizer=optax.sgd(0.0)))
+    state = state.replace(opt_state=optax.sgd(0.0).init(state.params))
+    _, scalars = step(state, batch, EXTRA)
+    images, mask = prepare_batch(batch, draw_mask=draw)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    (output, _), _ = MODEL.apply(
+        variables, images, mask, train=True, mutable=["batch_stats"]
+    )
+    terms = losses.inpainting_loss(
+        output, images, mask, features_fn=lambda x: features(EXTRA, x)
+    )
+    seen = {"perceptual": 2, "style_out": 2, "style_comp": 2}
+    for name in terms.keys() - {"total"}:
+        expected = terms[name][: seen.get(name, 4)].mean()
+        np.testing.assert_allclose(scalars[name], expected, rtol=1e-4, err_msg=name)
+    weights = losses.PAPER_WEIGHTS._asdict()
+    total = sum(weights[n] * scalars[n] for n in weights if n in scalars)
+    np.testing.assert_allclose(scalars["total"], total, rtol=1e-5)
+
+
 def test_several_updates_of_a_call_are_those_of_several_calls():
     batches = [make_batch(4, number=n) for n in range(3)]
     scales = [Scales(np.float32(rate), np.float32(0.5)) for rate in (1, 0.5, 0.1)]
