@@ -255,6 +255,13 @@ class Settings:
         "0 for none, as in the paper.",
         within="[0, 1)",
     )
+    minutes: float = setting(
+        0.0,
+        "Minutes that the steps take: before the first, the pace is measured, and all "
+        "numbers of steps of the phases are scaled to fit. Validation, images and "
+        "checkpoints take time besides. 0 takes the steps as they are.",
+        within="[0, inf)",
+    )
     clip_norm: float = setting(
         0.0,
         "Largest norm of the gradient, which is scaled down to it; 0 for no limit, as "
@@ -529,7 +536,7 @@ def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
     """
     before, after = _flatten(old.to_dict()), _flatten(new.to_dict())
     fixed = {name for name, field in FIELDS.items() if not field.resumable}
-    if old.phase2.schedule != "constant":
+    if old.phase2.schedule != "constant" or old.minutes:
         fixed.add("phase2.steps")  # Every learning rate depends on it.
     return {
         name: (before[name], after[name])

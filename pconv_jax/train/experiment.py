@@ -124,11 +124,6 @@ class Experiment:
     identity: dict[str, Any]
     warnings: list[str]
 
-    @property
-    def last_step(self) -> int:
-        """The number of updates of the whole run."""
-        return self.phases[-1].stop
-
     def optimizer(self, phase: Phase) -> optax.GradientTransformation:
         """Make the optimizer of a phase."""
         frozen = self.model.encoder_norms if phase.freeze_encoder_norm else ()
@@ -153,10 +148,9 @@ class Experiment:
         """Compile the call of a phase, which makes ``steps_per_call`` updates.
 
         Returns:
-          A function ``(state, batches, step) -> (state, scalars)`` of a list of
-          batches, one for each update, and the number of updates before the call. It
-          returns the scalars of each update. The state is donated: the one passed in is
-          gone after the call.
+          A function ``(state, batches, scales) -> (state, scalars)`` of lists with the
+          batch and the `Scales` of each update. It returns the scalars of each update.
+          The state is donated: the one passed in is gone after the call.
         """
         settings = self.settings
         features = self.features if phase.use_features else None
@@ -185,8 +179,7 @@ class Experiment:
         compiled = parallel.compile_train_step(updates, batch_axis=1)
         params = features and features.params
 
-        def call(state, batches, step):
-            scales = [phase.scales(step + i) for i in range(len(batches))]
+        def call(state, batches, scales):
             return compiled(state, _stack(batches), (params, _stack(scales)))
 
         return call
