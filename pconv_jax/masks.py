@@ -121,8 +121,12 @@ def random_mask(
         pixel in a million.
       kind: ``'strokes'`` (lines of several pens), ``'blobs'`` (smooth noise),
         ``'rectangles'``, ``'mixed'`` (the default: all three, each with a random share
-        of the area), or ``'ragged'`` (the same with frayed rims and single valid
-        pixels, like masks found by programs or stored in lossy files).
+        of the area), ``'ragged'`` (the same with frayed rims and single valid pixels,
+        like masks found by programs or stored in lossy files), ``'lines'`` (scratches,
+        1 to 6 pixels wide), ``'text'`` (letters 10 to 40 pixels high), ``'dots'`` (of
+        radius 1 to 4), ``'thin'`` (one of these three), or ``'wide'`` (one square,
+        disc, corner or stripe). Thin shapes are added until the area is reached; if
+        they do not suffice for it, they grow.
       border: If True, the hole touches the border. If False, the outermost 50/512 of
         each side (whole pixels, at least one) are valid. If None (the default), chosen
         at random where the hole area allows both.
@@ -207,14 +211,20 @@ def _random_mask(
     if border is None:
         quiet = (coin < 0.5) & (count <= room)
     else:
-        quiet = not border
+        quiet = jnp.asarray(not border)
 
     scale = rim.size**-0.5
     y = (_numbers(shape[0])[:, None] + 0.5) * scale
     x = (_numbers(shape[1])[None, :] + 0.5) * scale
 
     def draw(key: jax.Array, kind: str) -> jax.Array:
-        field = jnp.maximum(_FIELDS[kind](key, y, x), 1e-6)
+        if kind in _FIELDS:
+            field = _FIELDS[kind](key, y, x)
+        elif kind == "wide":
+            field = _wide(key, y, x, ~quiet)
+        else:
+            field = _paint((_THIN | {"thin": _thin})[kind](key, shape), shape)
+        field = jnp.maximum(field, 1e-6)
         return jnp.where(quiet & rim, jnp.inf, field)
 
     if kind in ("mixed", "ragged"):
@@ -238,7 +248,9 @@ def _random_mask(
     field = jnp.asarray(field)
     if kind == "ragged":
         field *= _fray(jax.random.fold_in(field_key, 1), y, x)
-    field = jnp.where(quiet, field, _pull_to_border(field, y, x))
+    # Thin and wide holes keep their shapes: they gain a pixel at most.
+    reach = scale if kind in ("thin", "wide", *_THIN) else 0.1
+    field = jnp.where(quiet, field, _pull_to_border(field, y, x, reach))
     return 1 - _smallest(field, count).astype(jnp.float32)[..., None]
 
 
@@ -329,6 +341,150 @@ def _rectangles(
     return jnp.sqrt(field)
 
 
+# Thin shapes have sizes in pixels, and are drawn whole, one after the other, not grown
+# together. Each kind draws the same number of line segments: their starts and moves in
+# pixels, [n, 2], their widths, [n], and the order in which they appear, [n].
+_SEGMENTS = 192
+_Segments = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _lines(key: jax.Array, shape: tuple[int, int], *, steps: int = 8) -> _Segments:
+    """Draw scratches that bend a little."""
+    lines = _SEGMENTS // steps
+    start, width, length, heading, turn = _normals(
+        key, (lines, 2), (lines, 1), (lines, 1), (lines, 1), (lines, steps)
+    )
+    angle = jnp.pi * 2 * _uniform(heading) + jnp.cumsum(0.2 * turn, axis=1)
+    length = 0.08 * math.sqrt(shape[0] * shape[1]) * jnp.exp(0.5 * length)
+    moves = length[..., None] * jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    start = _uniform(start) * jnp.array(shape)
+    stops = start[:, None] + jnp.cumsum(moves, axis=1)
+    widths = jnp.broadcast_to(1 + 5 * _uniform(width) ** 2, (lines, steps))
+    order = jnp.broadcast_to(jnp.arange(lines)[:, None], (lines, steps))
+    parts = stops - moves, moves, widths, order
+    return _flat(*parts)
+
+
+def _text(key: jax.Array, shape: tuple[int, int], *, letters: int = 8) -> _Segments:
+    """Draw rows of letters."""
+    strokes = _GLYPHS.shape[1]
+    rows = _SEGMENTS // (letters * strokes)
+    start, height, width, angle, glyph = _normals(
+        key, (rows, 2), (rows, 1), (rows, 1), (rows, 1), (rows, letters)
+    )
+    height = jnp.broadcast_to(10 + 30 * _uniform(height) ** 2, (rows, letters))
+    size = height[..., None, None, None] / 4  # Of a square of the grid of the glyphs.
+    number = jnp.floor(_uniform(glyph) * len(_GLYPHS)).astype(jnp.int32)
+    points = jnp.asarray(_GLYPHS, jnp.float32)[jnp.clip(number, 0, len(_GLYPHS) - 1)]
+    # A letter is 2 squares wide, and the gap between two letters is 1.
+    place = 3 * jnp.arange(letters)[:, None, None] * jnp.array([0, 1])
+    points = size * (points + place[:, None])  # [row, letter, stroke, end, 2]
+    sin, cos = (f(0.1 * angle[..., None, None]) for f in (jnp.sin, jnp.cos))
+    y, x = points[..., 0], points[..., 1]
+    points = jnp.stack([y * cos + x * sin, x * cos - y * sin], axis=-1)
+    # Some rows begin left of the image.
+    start = (_uniform(start) - jnp.array([0, 0.3])) * jnp.array(shape)
+    points += start[:, None, None, None]
+    starts, moves = points[..., 0, :], points[..., 1, :] - points[..., 0, :]
+    widths = jnp.broadcast_to(2 + 2 * _uniform(width)[..., None], starts.shape[:-1])
+    order = jnp.arange(rows * letters).reshape(rows, letters, 1)
+    return _flat(starts, moves, widths, jnp.broadcast_to(order, starts.shape[:-1]))
+
+
+def _dots(key: jax.Array, shape: tuple[int, int]) -> _Segments:
+    """Draw discs, which are segments of no length."""
+    start, width = _normals(key, (_SEGMENTS, 2), (_SEGMENTS,))
+    start = _uniform(start) * jnp.array(shape)
+    return start, 0 * start, 2 + 6 * _uniform(width) ** 2, jnp.arange(_SEGMENTS)
+
+
+def _flat(
+    starts: jax.Array, moves: jax.Array, widths: jax.Array, order: jax.Array
+) -> _Segments:
+    return (
+        starts.reshape(-1, 2),
+        moves.reshape(-1, 2),
+        widths.reshape(-1),
+        order.reshape(-1),
+    )
+
+
+def _thin(key: jax.Array, shape: tuple[int, int]) -> _Segments:
+    """Draw the segments of one of the thin kinds."""
+    coin, key = jax.random.split(key)
+    kinds = [draw(key, shape) for draw in _THIN.values()]
+    number = jax.random.randint(coin, (), 0, len(kinds))
+    return jax.tree.map(lambda *x: jnp.stack(x)[number], *kinds)
+
+
+def _paint(segments: _Segments, shape: tuple[int, int]) -> jax.Array:
+    """Make the field of segments: first their order, then the distance to them."""
+    y = jnp.arange(shape[0])[:, None] + 0.5
+    x = jnp.arange(shape[1])[None, :] + 0.5
+
+    def add(field: jax.Array, segment: _Segments) -> tuple[jax.Array, None]:
+        start, move, width, order = segment
+        dy, dx = y - start[0], x - start[1]
+        along = (dy * move[0] + dx * move[1]) / jnp.maximum(move @ move, 1e-6)
+        along = jnp.clip(along, 0, 1)
+        distance = jnp.hypot(dy - along * move[0], dx - along * move[1])
+        inside = distance <= width / 2
+        # Within a shape, pixels are filled from its middle outward.
+        value = jnp.where(inside, order + 1 + distance / width, 1e4 + distance)
+        return jnp.minimum(field, value), None
+
+    field, _ = lax.scan(add, jnp.full(shape, jnp.inf), segments)
+    return field
+
+
+_THIN: dict[str, Callable[[jax.Array, tuple[int, int]], _Segments]] = {
+    "lines": _lines,
+    "text": _text,
+    "dots": _dots,
+}
+
+
+def _read_glyphs(text: str) -> np.ndarray:
+    """Read capitals, ``[letter, stroke, end, 2]``, rows and columns of a 5 x 3 grid.
+
+    The points of the grid are a to o, row by row. A word is a letter; two characters
+    are a stroke. Letters of fewer strokes repeat their first.
+    """
+    words = text.split()
+    strokes = max(map(len, words)) // 2
+    words = [word + word[:2] * (strokes - len(word) // 2) for word in words]
+    points = np.array([[ord(c) - ord("a") for c in word] for word in words])
+    return np.stack(divmod(points, 3), axis=-1).reshape(len(words), strokes, 2, 2)
+
+
+_GLYPHS = _read_glyphs(
+    # A, C, D, E, F, G, H, I, K, L, M, N
+    "mbbogi caammo abbffllnnmma amacghmo amacgh caammooihi amcogi bn amgcgo ammo "
+    "amahhcco amaoco "
+    # O, P, R, S, T, U, V, W, X, Y, Z
+    "accoomma amacciig amacciigho caaggiioom acbn ammooc annc ammhhooc aocm ahchhn "
+    "accmmo"
+)
+
+
+def _wide(
+    key: jax.Array, y: jax.Array, x: jax.Array, at_border: jax.Array
+) -> jax.Array:
+    """Draw one square, disc, corner or stripe."""
+    center_key, axis_key, kind_key = jax.random.split(key, 3)
+    center = jax.random.uniform(center_key, (2,))
+    axis = jnp.arange(2) == jax.random.randint(axis_key, (), 0, 2)
+    center = jnp.where(at_border & axis, jnp.round(center), center) * _extent(y, x)
+    dy, dx = jnp.abs(y - center[0]), jnp.abs(x - center[1])
+    # The corner that the center is nearest to.
+    bottom, right = center > _extent(y, x) / 2
+    row = jnp.where(bottom, y[-1, 0] - y, y)
+    column = jnp.where(right, x[0, -1] - x, x)
+    flat = jnp.zeros_like(y + x)
+    fields = [jnp.maximum(dy, dx), jnp.hypot(dy, dx), row + column, dx + flat]
+    return jnp.stack(fields)[jax.random.randint(kind_key, (), 0, len(fields))]
+
+
 def _fray(key: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     """Draw noise of four octaves, down to a pixel or two, with random strength."""
     grids = [_grid(y, x, 24 * 2**octave) for octave in range(4)]
@@ -343,7 +499,7 @@ _FIELDS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "rectangles": _rectangles,
 }
 
-KINDS: tuple[str, ...] = (*_FIELDS, "mixed", "ragged")
+KINDS: tuple[str, ...] = (*_FIELDS, "mixed", "ragged", *_THIN, "thin", "wide")
 """The kinds of hole that `random_mask` draws."""
 
 
@@ -381,12 +537,14 @@ def _enlarge(grid: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     return jax.image.resize(grid, (y.size, x.size), "cubic")
 
 
-def _pull_to_border(field: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+def _pull_to_border(
+    field: jax.Array, y: jax.Array, x: jax.Array, reach: float
+) -> jax.Array:
     """Lower the field around its smallest pixel on the border, which becomes zero."""
     least = jnp.argmin(jnp.where(_rim(field.shape, 1, 1), field, jnp.inf))
     row, column = jnp.unravel_index(least, field.shape)
     distance = jnp.hypot(y - y[row, 0], x - x[0, column])
-    return field * jnp.minimum(1, distance / 0.1)
+    return field * jnp.minimum(1, distance / reach)
 
 
 def _kth_smallest(field: jax.Array, k: ArrayLike) -> jax.Array:

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import cv2
 import hypothesis
@@ -72,6 +74,11 @@ CASES = [
     ("mixed", True, (48, 80)),
     ("mixed", None, (64, 64)),
     ("ragged", None, (64, 96)),
+    ("lines", None, (64, 96)),
+    ("text", False, (64, 96)),
+    ("dots", True, (33, 57)),
+    ("thin", True, (128, 128)),
+    ("wide", None, (64, 96)),
 ]
 
 
@@ -211,6 +218,46 @@ def test_ragged_holes_have_many_times_as_many_islands():
     mixed, ragged = islands("mixed"), islands("ragged")
     assert ragged.mean() > 5 * max(mixed.mean(), 1)
     assert (ragged < ragged.mean() / 4).any()  # Not all are ragged.
+
+
+@pytest.mark.parametrize("kind", ["lines", "text", "dots", "thin"])
+def test_thin_holes_are_a_few_pixels_wide(kind):
+    draw = functools.partial(
+        masks.random_mask, shape=(128, 128), hole_ratio=0.02, kind=kind
+    )
+    batch = np.asarray(jax.vmap(draw)(jax.random.split(KEY, 16)))
+    # No 10 x 10 square lies in a shape; few do where shapes cross.
+    assert np.equal([cv2.dilate(m, np.ones((10, 10))) for m in batch], 0).mean() < 1e-4
+    # Three quarters of the hole are within 2 pixels of valid ones.
+    near = [cv2.erode(mask, np.ones((5, 5))) == 0 for mask in batch]
+    deep = np.equal([cv2.dilate(m, np.ones((5, 5))) for m in batch], 0)
+    assert np.mean(near) > 0.04 and deep.sum() < 0.1 * np.equal(batch, 0).sum()
+
+
+def test_letters_are_as_high_as_promised():
+    """The first rows alone: 0.6 % of the pixels are less than eight letters."""
+    draw = functools.partial(
+        masks.random_mask, shape=(256, 256), kind="text", hole_ratio=0.006, border=False
+    )
+    heights = []
+    for mask in np.asarray(jax.vmap(draw)(jax.random.split(KEY, 16))):
+        hole = np.equal(mask, 0).astype(np.uint8)
+        count, _, stats, _ = cv2.connectedComponentsWithStats(hole, connectivity=8)
+        assert count > 1
+        heights.append(stats[1:, cv2.CC_STAT_HEIGHT].max())
+    # A row leans a little, strokes have ends, and letters may touch.
+    assert 10 <= np.median(heights) <= 44 and np.ptp(heights) > 10
+
+
+def test_a_wide_hole_is_one_piece_and_as_wide_as_can_be():
+    batch = draw_batch(32, (64, 96), kind="wide", hole_ratio=(0.1, 0.36))
+    for mask in batch:
+        hole = np.equal(mask[..., 0], 0).astype(np.uint8)
+        assert cv2.connectedComponents(hole, connectivity=4)[0] == 2
+        radius = cv2.distanceTransform(np.pad(hole, 1, "edge"), cv2.DIST_L2, 5).max()
+        # Of a corner, the inscribed circle has (2 - sqrt 2) / sqrt 2 = 0.41 of its
+        # area's root; of a stripe of the whole height, less.
+        assert radius > 0.12 * np.sqrt(hole.sum())
 
 
 def test_equal_keys_give_equal_masks_and_other_keys_others():

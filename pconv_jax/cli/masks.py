@@ -9,6 +9,7 @@ from pconv_jax.cli._options import Subparsers, add_force
 
 # As `pconv_jax.masks.KINDS`, whose module takes long to import. A test compares them.
 KINDS = ("strokes", "blobs", "rectangles", "mixed", "ragged")
+KINDS += ("lines", "text", "dots", "thin", "wide")
 
 
 def add(commands: Subparsers) -> None:

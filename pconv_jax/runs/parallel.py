@@ -122,7 +122,9 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, _replicated())
 
 
-def compile_train_step(step: Callable[..., Any]) -> Callable[..., Any]:
+def compile_train_step(
+    step: Callable[..., Any], *, batch_axis: int = 0
+) -> Callable[..., Any]:
     """Compile ``step(state, batch, extra, *, axis_name)`` for all devices.
 
     The state is donated: the one passed in is gone after the call.
@@ -130,6 +132,7 @@ def compile_train_step(step: Callable[..., Any]) -> Callable[..., Any]:
     Args:
       step: The function of one device. ``axis_name`` is the axis that divides the
         batch, or None on a single device.
+      batch_axis: The axis of a batch that is divided among devices. The default is 0.
 
     Returns:
       A function ``(state, batch, extra) -> (state, scalars)``. The batch is this
@@ -140,11 +143,11 @@ def compile_train_step(step: Callable[..., Any]) -> Callable[..., Any]:
     mapped = jax.pmap(
         functools.partial(step, axis_name=AXIS),
         axis_name=AXIS,
-        in_axes=(None, 0, None),
+        in_axes=(None, batch_axis, None),
         out_axes=(None, None),
         donate_argnums=0,
     )
-    return lambda state, batch, extra: mapped(state, _divide(batch), extra)
+    return lambda state, batch, extra: mapped(state, _divide(batch, batch_axis), extra)
 
 
 def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,9 +236,11 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
             signal.signal(number, handler)
 
 
-def _divide(batch: Any) -> Any:
+def _divide(batch: Any, axis: int = 0) -> Any:
     local = jax.local_device_count()
-    return jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch)
+    return jax.tree.map(
+        lambda x: x.reshape(*x.shape[:axis], local, -1, *x.shape[axis + 1 :]), batch
+    )
 
 
 def _replicated() -> NamedSharding:

@@ -109,8 +109,29 @@ class MaskSettings:
     hole_color: Literal["white", "black"] = setting(
         "white", "Color of the holes in mask images."
     )
-    kind: Literal["strokes", "blobs", "rectangles", "mixed", "ragged"] = setting(
-        "mixed", "Kind of hole that is drawn."
+    kind: Literal[
+        "strokes",
+        "blobs",
+        "rectangles",
+        "mixed",
+        "ragged",
+        "lines",
+        "text",
+        "dots",
+        "thin",
+        "wide",
+    ] = setting("mixed", "Kind of hole that is drawn.")
+    thin: float = setting(
+        0.0,
+        "Part of the drawn masks that are of kind thin instead, with 0.5 % to 10 % of "
+        "the pixels.",
+        within="[0, 1]",
+    )
+    wide: float = setting(
+        0.0,
+        "Part of the drawn masks that are of kind wide instead, with 6 % to 36 % of "
+        "the pixels.",
+        within="[0, 1]",
     )
     hole_ratio: tuple[float, float] = setting(
         (0.01, 0.6), "Range of the hole's share of the pixels.", within="(0, 1)"
@@ -145,6 +166,37 @@ class PhaseSettings:
     # paper's, has these numbers of steps.
     steps: int = setting(800_000, "Number of updates.", within="[0, inf)")
     learning_rate: float = setting(2e-4, "Learning rate of Adam.", within="[0, inf)")
+    schedule: Literal["constant", "cosine"] = setting(
+        "constant",
+        "Learning rate over the phase; cosine falls to zero at its end.",
+    )
+    warmup_steps: int = setting(
+        0,
+        "Updates at the start over which the learning rate rises linearly.",
+        within="[0, inf)",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixelSettings(PhaseSettings):
+    """An optional phase before the first: the loss without the terms of the VGG.
+
+    It takes a fraction of the time, and it is not in the paper.
+    """
+
+    steps: int = setting(0, "Number of updates.", within="[0, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MainSettings(PhaseSettings):
+    """The first phase of the paper, with the whole loss."""
+
+    ramp_steps: int = setting(
+        0,
+        "Updates at the start over which the weights of the perceptual and style "
+        "terms rise linearly.",
+        within="[0, inf)",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +204,11 @@ class FineTuningSettings(PhaseSettings):
     """The second phase: the encoder's batch normalization is frozen."""
 
     steps: int = setting(
-        500_000, "Number of updates.", within="[0, inf)", resumable=True
+        500_000,
+        "Number of updates. A run may be resumed with more, if the learning rate is "
+        "constant.",
+        within="[0, inf)",
+        resumable=True,
     )
     learning_rate: float = setting(5e-5, "Learning rate of Adam.", within="[0, inf)")
 
@@ -172,6 +228,12 @@ class Settings:
         "normalization sees one part at a time.",
         within="[1, inf)",
     )
+    steps_per_call: int = setting(
+        1,
+        "Updates of one call of the compiled program. More of them save the time "
+        "between calls, which matters where an update takes milliseconds.",
+        within="[1, inf)",
+    )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     masks: MaskSettings = MaskSettings()
@@ -182,13 +244,37 @@ class Settings:
         "auto (random weights and a warning where there are none), or none to leave "
         "these terms out.",
     )
+    feature_fraction: float = setting(
+        1.0,
+        "Part of a batch that the perceptual and style terms see.",
+        within="(0, 1]",
+    )
     average_decay: float = setting(
         0.0,
         "Decay of a moving average of the weights, which is then evaluated and saved; "
         "0 for none, as in the paper.",
         within="[0, 1)",
     )
-    phase1: PhaseSettings = PhaseSettings()
+    minutes: float = setting(
+        0.0,
+        "Minutes that the steps take: before the first, the pace is measured, and all "
+        "numbers of steps of the phases are scaled to fit. Validation, images and "
+        "checkpoints take time besides. 0 takes the steps as they are.",
+        within="[0, inf)",
+    )
+    clip_norm: float = setting(
+        0.0,
+        "Largest norm of the gradient, which is scaled down to it; 0 for no limit, as "
+        "in the paper.",
+        within="[0, inf)",
+    )
+    weight_decay: float = setting(
+        0.0,
+        "Decay of the kernels, as in AdamW; 0 for none, as in the paper.",
+        within="[0, inf)",
+    )
+    pixels: PixelSettings = PixelSettings()
+    phase1: MainSettings = MainSettings()
     phase2: FineTuningSettings = FineTuningSettings()
     init_from: str | None = setting(
         None, "Weights to start from: another run's workdir, or a weights file."
@@ -282,6 +368,17 @@ class Settings:
             raise UserError(
                 f"config: masks.hole_ratio reaches {largest}, but with masks.border = "
                 f"'never' there is room for {room:.3f} of the pixels."
+            )
+        if (sum_ := self.masks.thin + self.masks.wide) > 1:
+            raise UserError(
+                f"config: masks.thin + masks.wide must be 1 at most, got {sum_:g}."
+            )
+        steps = [name for name in FIELDS if name.endswith((".steps", "_every"))]
+        values, calls = _flatten(self.to_dict()), self.steps_per_call
+        if broken := [f"{n} = {values[n]}" for n in steps if values[n] % calls]:
+            raise UserError(
+                f"config: {', '.join(broken)} must be multiples of steps_per_call = "
+                f"{calls}: a call is never interrupted."
             )
         step = 2**self.model.depth
         if self.image_size % step:
@@ -438,10 +535,13 @@ def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
       The old and the new value of each setting that must not change on resume.
     """
     before, after = _flatten(old.to_dict()), _flatten(new.to_dict())
+    fixed = {name for name, field in FIELDS.items() if not field.resumable}
+    if old.phase2.schedule != "constant" or old.minutes:
+        fixed.add("phase2.steps")  # Every learning rate depends on it.
     return {
         name: (before[name], after[name])
-        for name, field in FIELDS.items()
-        if not field.resumable and before[name] != after[name]
+        for name in FIELDS
+        if name in fixed and before[name] != after[name]
     }
 
 

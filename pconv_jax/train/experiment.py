@@ -5,10 +5,11 @@ import functools
 import json
 import logging
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
@@ -19,14 +20,25 @@ from pconv_jax.data import pipeline
 from pconv_jax.data.base import ImageSource
 from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.runs import opening, parallel
-from pconv_jax.runs.settings import Settings
+from pconv_jax.runs.inference import DrawMask
+from pconv_jax.runs.settings import MaskSettings, PhaseSettings, Settings
 from pconv_jax.train import optim
-from pconv_jax.train.step import ApplyFeatures, TrainState, create_state, train_step
+from pconv_jax.train.step import (
+    ApplyFeatures,
+    Scales,
+    TrainState,
+    create_state,
+    scan_updates,
+    train_step,
+)
 from pconv_jax.unet import PConvUNet, model_config
 from pconv_jax.weights.formats.arrays import checksum
 from pconv_jax.weights.vgg import load_vgg_params
 
 _BORDERS = {"any": None, "always": True, "never": False}
+
+HOLE_RATIOS = {"thin": (0.005, 0.1), "wide": (0.06, 0.36)}
+"""The hole ratios of masks that `MaskSettings.thin` and `MaskSettings.wide` mix in."""
 
 _logger = logging.getLogger(__name__)
 
@@ -38,15 +50,41 @@ class Phase(NamedTuple):
       name: Name for people.
       start: Number of updates before the phase.
       stop: Number of updates after it.
-      learning_rate: Learning rate of Adam.
-      freeze_encoder_norm: Whether the encoder's batch normalization is frozen.
+      learning_rate: Largest learning rate of Adam.
+      schedule: Learning rate over the phase, see `optim.schedule_factor`. The default
+        is ``'constant'``.
+      warmup_steps: Updates over which the learning rate rises. The default is 0.
+      use_features: Whether the loss has the perceptual and style terms, where there is
+        a VGG. The default is True.
+      ramp_steps: Updates over which their weights rise. The default is 0.
+      freeze_encoder_norm: Whether the encoder's batch normalization is frozen. The
+        default is False.
     """
 
     name: str
     start: int
     stop: int
     learning_rate: float
-    freeze_encoder_norm: bool
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    use_features: bool = True
+    ramp_steps: int = 0
+    freeze_encoder_norm: bool = False
+
+    def scales(self, step: int) -> Scales:
+        """Compute the factors of the update after ``step`` updates of the run."""
+        done = step - self.start
+        factor = optim.schedule_factor(
+            done,
+            steps=self.stop - self.start,
+            warmup_steps=self.warmup_steps,
+            schedule=self.schedule,
+        )
+        # The same rise as the learning rate's.
+        features = optim.schedule_factor(
+            done, steps=self.stop - self.start, warmup_steps=self.ramp_steps
+        )
+        return Scales(np.asarray(factor, np.float32), np.asarray(features, np.float32))
 
 
 class Features(NamedTuple):
@@ -86,15 +124,15 @@ class Experiment:
     identity: dict[str, Any]
     warnings: list[str]
 
-    @property
-    def last_step(self) -> int:
-        """The number of updates of the whole run."""
-        return self.phases[-1].stop
-
     def optimizer(self, phase: Phase) -> optax.GradientTransformation:
         """Make the optimizer of a phase."""
         frozen = self.model.encoder_norms if phase.freeze_encoder_norm else ()
-        return optim.make_optimizer(phase.learning_rate, frozen=frozen)
+        return optim.make_optimizer(
+            phase.learning_rate,
+            frozen=frozen,
+            clip_norm=self.settings.clip_norm,
+            weight_decay=self.settings.weight_decay,
+        )
 
     def create_state(self) -> TrainState:
         """Make the state before the first step."""
@@ -107,33 +145,44 @@ class Experiment:
         )
 
     def compile_step(self, phase: Phase) -> Callable[..., Any]:
-        """Compile ``(state, batch) -> (state, scalars)`` for a phase, on all devices.
+        """Compile the call of a phase, which makes ``steps_per_call`` updates.
 
-        The state is donated: the one passed in is gone after the call.
+        Returns:
+          A function ``(state, batches, scales) -> (state, scalars)`` of lists with the
+          batch and the `Scales` of each update. It returns the scalars of each update.
+          The state is donated: the one passed in is gone after the call.
         """
         settings = self.settings
-        draw_mask = functools.partial(
-            masks.random_mask,
-            shape=(settings.image_size,) * 2,
-            hole_ratio=settings.masks.hole_ratio,
-            kind=settings.masks.kind,
-            border=_BORDERS[settings.masks.border],
+        features = self.features if phase.use_features else None
+        update = functools.partial(
+            train_step,
+            model=self.model,
+            optimizer=self.optimizer(phase),
+            apply_features=features and features.apply,
+            loss_weights=losses.LossWeights(**dataclasses.asdict(settings.loss)),
+            feature_fraction=settings.feature_fraction,
+            draw_mask=mask_sampler(settings.masks, settings.image_size),
+            freeze_encoder_norm=phase.freeze_encoder_norm,
+            accumulate=settings.accumulate,
+            average_decay=settings.average_decay,
         )
-        step = parallel.compile_train_step(
-            functools.partial(
-                train_step,
-                model=self.model,
-                optimizer=self.optimizer(phase),
-                apply_features=self.features and self.features.apply,
-                loss_weights=losses.LossWeights(**dataclasses.asdict(settings.loss)),
-                draw_mask=draw_mask,
-                freeze_encoder_norm=phase.freeze_encoder_norm,
-                accumulate=settings.accumulate,
-                average_decay=settings.average_decay,
-            )
-        )
-        params = self.features and self.features.params
-        return lambda state, batch: step(state, batch, params)
+
+        def updates(state, batches, extra, *, axis_name=None):
+            params, scales = extra
+
+            def one(state, inputs):
+                batch, scales = inputs
+                return update(state, batch, params, scales, axis_name=axis_name)
+
+            return scan_updates(one, state, (batches, scales))
+
+        compiled = parallel.compile_train_step(updates, batch_axis=1)
+        params = features and features.params
+
+        def call(state, batches, scales):
+            return compiled(state, _stack(batches), (params, _stack(scales)))
+
+        return call
 
     def open_batches(self, start_step: int) -> pipeline.TrainBatches:
         """Open this process's share of the batches from a step on."""
@@ -158,14 +207,54 @@ class Experiment:
         )
 
 
-def get_phases(settings: Settings) -> tuple[Phase, Phase]:
-    """Make the two phases of the paper, either of which may be empty."""
-    first, second = settings.phase1, settings.phase2
-    stop = first.steps + second.steps
+def mask_sampler(settings: MaskSettings, size: int) -> DrawMask:
+    """Make the function that draws a mask ``[size, size, 1]`` from a key."""
+
+    def draw(key: jax.Array, kind: str, hole_ratio: tuple[float, float]) -> jax.Array:
+        border = _BORDERS[settings.border]
+        return masks.random_mask(
+            key, (size, size), hole_ratio=hole_ratio, kind=kind, border=border
+        )
+
+    def draw_any(key: jax.Array) -> jax.Array:
+        mask = draw(key, settings.kind, settings.hole_ratio)
+        coin = jax.random.uniform(jax.random.fold_in(key, 1))
+        for kind, part in (("thin", settings.thin), ("wide", settings.wide)):
+            if part:
+                other = draw(key, kind, HOLE_RATIOS[kind])
+                mask = jnp.where((0 <= coin) & (coin < part), other, mask)
+                coin -= part
+        return mask
+
+    return draw_any
+
+
+def get_phases(settings: Settings) -> tuple[Phase, ...]:
+    """Make the phases of training, any of which may be empty."""
+    pixels, first, second = settings.pixels, settings.phase1, settings.phase2
+    middle = pixels.steps + first.steps
     return (
-        Phase("phase1", 0, first.steps, first.learning_rate, False),
-        Phase("phase2", first.steps, stop, second.learning_rate, True),
+        _phase("pixels", 0, pixels, use_features=False),
+        _phase("phase1", pixels.steps, first, ramp_steps=first.ramp_steps),
+        _phase("phase2", middle, second, freeze_encoder_norm=True),
     )
+
+
+def _phase(name: str, start: int, settings: PhaseSettings, **fields: Any) -> Phase:
+    return Phase(
+        name=name,
+        start=start,
+        stop=start + settings.steps,
+        learning_rate=settings.learning_rate,
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        **fields,
+    )
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    """Join trees of NumPy arrays along a new leading axis."""
+    return jax.tree.map(lambda *x: np.stack(x), *trees)
 
 
 def open_experiment(

@@ -70,11 +70,11 @@ class Log:
         """Exclude the next step from the pace, because it compiles."""
         self._started = None
 
-    def add(self, scalars: Metrics) -> None:
-        """Take the scalars of the next step."""
-        self._step += 1
-        self._scalars.append(scalars)
-        self._progress.update()
+    def add(self, *scalars: Metrics) -> None:
+        """Take the scalars of the next steps, which one call made."""
+        self._step += len(scalars)
+        self._scalars += scalars
+        self._progress.update(len(scalars))
         if self._started is None:
             jax.block_until_ready(scalars)
             self._start_clock()

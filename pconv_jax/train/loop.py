@@ -11,7 +11,7 @@ equal bit for bit. On GPUs they are if XLA computes deterministically, which
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -26,6 +26,7 @@ from pconv_jax.runs.settings import Settings
 from pconv_jax.train import hooks
 from pconv_jax.train.experiment import Experiment, Phase, open_experiment
 from pconv_jax.train.loggers import MetricWriter, Progress
+from pconv_jax.train.plan import plan_phases
 from pconv_jax.train.restore import check_workdir, lock_workdir, restore_or_create
 from pconv_jax.train.step import TrainState
 from pconv_jax.unet import PConvUNet
@@ -77,13 +78,19 @@ def train_and_evaluate(
             experiment, checkpoints, workdir, allow_other_images=allow_other_images
         )
         state = parallel.replicate(state)
-        step = int(state.step)
+        step, compiled = int(state.step), {}
+
+        def compile_step(phase: Phase) -> Callable[..., Any]:
+            if phase.name not in compiled:  # By the measurement of its pace.
+                compiled[phase.name] = experiment.compile_step(phase)
+            return compiled[phase.name]
+
         writer = stack.enter_context(
             MetricWriter(workdir, first_step=step + 1, enabled=primary)
         )
-        progress = stack.enter_context(
-            Progress(experiment.last_step, step, enabled=primary)
-        )
+        phases = plan_phases(experiment, state, compile_step, workdir)
+        last_step = phases[-1].stop
+        progress = stack.enter_context(Progress(last_step, step, enabled=primary))
         stop_requested = stack.enter_context(parallel.stop_requests())
         if primary:
             write_json(workdir / "config.json", settings.to_dict())
@@ -113,7 +120,7 @@ def train_and_evaluate(
             image_size=settings.image_size,
             examples=settings.validation_examples,
         )
-        phase_ends = {phase.stop for phase in experiment.phases}
+        phase_ends = {phase.stop for phase in phases}
 
         def is_due(every: int) -> bool:
             return step % every == 0 or step in phase_ends
@@ -126,22 +133,26 @@ def train_and_evaluate(
             evaluation = validate(state)
 
         stopped, unreadable = False, set()
-        for phase in experiment.phases:
+        for phase in phases:
             if stopped or step >= phase.stop:
                 continue
             progress.write(f"{phase.name}: to step {phase.stop}")
             if step == phase.start > 0:
                 state = _reset_optimizer(experiment, phase, state)
-            train_step = experiment.compile_step(phase)
+            train_step = compile_step(phase)
             log.start_phase()
             with contextlib.closing(experiment.open_batches(step)) as batches:
                 while step < phase.stop and not stopped:
-                    state, scalars = train_step(state, next(batches))
-                    step += 1
-                    log.add(scalars)
-                    stopped = stop_requested(step)
-                    if is_due(settings.log_every):
-                        log.write(learning_rate=phase.learning_rate)
+                    call = [next(batches) for _ in range(settings.steps_per_call)]
+                    scales = [phase.scales(step + i) for i in range(len(call))]
+                    state, scalars = train_step(state, call, scales)
+                    step += len(call)
+                    log.add(*scalars)
+                    # Processes agree on a call, not on a step within it.
+                    stopped = stop_requested(step // len(call))
+                    if stopped or is_due(settings.log_every):
+                        rate = float(scales[-1].learning_rate) * phase.learning_rate
+                        log.write(learning_rate=rate)
                     if stopped:  # A validation may take longer than a scheduler waits.
                         save(state, pending=log.pending)
                         break
@@ -159,7 +170,7 @@ def train_and_evaluate(
                 unreadable |= set(batches.unreadable)
 
         # A run that was stopped at its last step is validated when it is resumed.
-        finished = step >= experiment.last_step and not stopped
+        finished = step >= last_step and not stopped
         if finished and evaluation is None:
             evaluation = validate(state, write=False)
         if unreadable:

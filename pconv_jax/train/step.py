@@ -8,11 +8,12 @@ for an example depends neither on its place in the batch nor on its device.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -22,6 +23,22 @@ from pconv_jax.unet import PConvUNet
 
 # Maps parameters and images to feature maps, e.g. vgg.vgg16_features.
 ApplyFeatures = Callable[[Any, jax.Array], Any]
+
+
+class Scales(NamedTuple):
+    """Factors that change from one update to the next.
+
+    Attributes:
+      learning_rate: Factor of the optimizer's updates. The default is 1.
+      features: Factor of the weights of the perceptual and style terms. The default is
+        1.
+    """
+
+    learning_rate: jax.Array | np.ndarray | float = 1.0
+    features: jax.Array | np.ndarray | float = 1.0
+
+
+UNSCALED = Scales()
 
 
 @flax.struct.dataclass
@@ -89,11 +106,13 @@ def train_step(
     state: TrainState,
     batch: Batch,
     feature_params: Any,
+    scales: Scales = UNSCALED,
     *,
     model: PConvUNet,
     optimizer: optax.GradientTransformation,
     apply_features: ApplyFeatures | None,
     loss_weights: losses.LossWeights = losses.PAPER_WEIGHTS,
+    feature_fraction: float = 1.0,
     draw_mask: DrawMask | None = None,
     freeze_encoder_norm: bool = False,
     accumulate: int = 1,
@@ -106,11 +125,14 @@ def train_step(
       state: The state before the update.
       batch: The batch, see the module; under ``jax.pmap`` this device's part of it.
       feature_params: Parameters of ``apply_features``.
+      scales: Factors of this update. By default all are 1.
       model: The network.
       optimizer: The optimizer that made `TrainState.opt_state`.
       apply_features: The network of the perceptual and style terms. None leaves these
         terms out.
       loss_weights: Weights of the loss terms.
+      feature_fraction: Part of the images that the perceptual and style terms see, at
+        least one: the first of the batch. The default is 1.
       draw_mask: Draws the masks of a batch that has none.
       freeze_encoder_norm: Whether the encoder normalizes by its running statistics, see
         `PConvUNet`.
@@ -130,6 +152,7 @@ def train_step(
     """
     model = model.clone(axis_name=axis_name)
     features_fn = apply_features and functools.partial(apply_features, feature_params)
+    loss_weights = _scale_features(loss_weights, scales.features)
 
     def loss_fn(params, batch_stats, images, mask):
         (output, _), updates = model.apply(
@@ -140,10 +163,15 @@ def train_step(
             freeze_encoder_norm=freeze_encoder_norm,
             mutable=["batch_stats"],
         )
-        terms = losses.inpainting_loss(
-            output, images, mask, features_fn=features_fn, weights=loss_weights
+        terms = _mean_terms(
+            output,
+            images,
+            mask,
+            features_fn=features_fn,
+            weights=loss_weights,
+            count=max(1, round(feature_fraction * len(images))),
         )
-        scalars = jax.tree.map(jnp.mean, terms) | {"hole_ratio": 1 - mask.mean()}
+        scalars = terms | {"hole_ratio": 1 - mask.mean()}
         return scalars["total"], (scalars, updates.get("batch_stats", {}))
 
     def differentiate(batch_stats, batch):
@@ -163,6 +191,7 @@ def train_step(
             (grads, batch_stats, scalars), axis_name
         )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda u: u * scales.learning_rate, updates)
     params = optax.apply_updates(state.params, updates)
     average = state.average
     if average:
@@ -178,6 +207,64 @@ def train_step(
         average=average,
     )
     return state, scalars | {"gradient_norm": optax.tree.norm(grads)}
+
+
+def scan_updates(
+    update: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    state: TrainState,
+    inputs: Any,
+) -> tuple[TrainState, list[Metrics]]:
+    """Make several updates, one after the other, in one program.
+
+    Args:
+      update: One of them, ``(state, inputs) -> (state, scalars)``.
+      state: The state before the first.
+      inputs: Their inputs, along the leading axis of every array.
+
+    Returns:
+      The state after the last update, and the scalars of each.
+    """
+    count = len(jax.tree.leaves(inputs)[0])
+    if count == 1:  # A loop would only cost time.
+        state, scalars = update(state, jax.tree.map(lambda x: x[0], inputs))
+        return state, [scalars]
+    state, scalars = lax.scan(update, state, inputs)
+    return state, [jax.tree.map(lambda x, i=i: x[i], scalars) for i in range(count)]
+
+
+def _mean_terms(
+    output: jax.Array,
+    images: jax.Array,
+    mask: jax.Array,
+    *,
+    features_fn: losses.FeaturesFn | None,
+    weights: losses.LossWeights,
+    count: int,
+) -> Metrics:
+    """Average the terms of the loss; those of features, over ``count`` images."""
+    loss = functools.partial(losses.inpainting_loss, weights=weights)
+    if features_fn is None or count >= len(images):
+        return jax.tree.map(
+            jnp.mean, loss(output, images, mask, features_fn=features_fn)
+        )
+    terms = loss(output, images, mask, features_fn=None)
+    part = (x[:count] for x in (output, images, mask))
+    terms |= {
+        name: term
+        for name, term in loss(*part, features_fn=features_fn).items()
+        if name not in terms
+    }
+    means = jax.tree.map(jnp.mean, terms)
+    means["total"] = jnp.asarray(
+        sum(getattr(weights, n) * x for n, x in means.items() if n != "total")
+    )
+    return means
+
+
+def _scale_features(weights: losses.LossWeights, factor: Any) -> losses.LossWeights:
+    """Scale the weights of the perceptual and style terms."""
+    names = ("perceptual", "style_out", "style_comp")
+    return weights._replace(**{n: getattr(weights, n) * factor for n in names})
 
 
 def _over_parts(function, carry, batch, parts):

@@ -190,6 +190,25 @@ def test_differences_leave_out_what_may_change_on_the_way():
     assert changes == {"seed": (0, 3), "model.width": (64, 8)}
 
 
+def test_a_cosine_fixes_the_length_of_the_second_phase():
+    config = default_config()
+    config.phase2.schedule = "cosine"
+    old = read_settings(config)
+    config.phase2.steps = 7
+    assert differences(old, read_settings(config)) == {"phase2.steps": (500_000, 7)}
+
+
+def test_steps_that_are_not_whole_calls():
+    config = default_config()
+    config.steps_per_call, config.log_every, config.phase1.steps = 8, 20, 804
+    with pytest.raises(
+        UserError, match="phase1.steps = 804, log_every = 20 must be mu"
+    ):
+        read_settings(config)
+    config.log_every, config.phase1.steps = 16, 800
+    read_settings(config)
+
+
 def test_a_config_and_the_settings_say_the_same():
     assert read_settings(default_config()) == Settings()
     assert default_config().to_dict() == Settings().to_dict()

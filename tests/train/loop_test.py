@@ -159,6 +159,34 @@ def test_a_finished_run_is_only_validated_again(finished):
 
 
 @pytest.mark.slow
+def test_schedules_and_calls_of_several_updates_resume_bit_for_bit(
+    tmp_path, monkeypatch
+):
+    fields = dict.fromkeys(("log_every", "checkpoint_every", "validate_every"), 2)
+    fields |= {f"{phase}.steps": 4 for phase in ("pixels", "phase1", "phase2")}
+    fields |= {f"{phase}.schedule": "cosine" for phase in ("pixels", "phase1")}
+    fields |= {"phase1.ramp_steps": 3, "pixels.warmup_steps": 2, "clip_norm": 0.5}
+    fields |= {"picture_every": 12, "average_decay": 0.9, "steps_per_call": 2}
+    fields |= {"weight_decay": 0.01}
+    config = tiny(**fields)
+    loop.train_and_evaluate(config, tmp_path / "whole")
+    lines = [x for x in read_metrics(tmp_path / "whole") if "train/total" in x]
+    rates = {x["step"]: x["train/learning_rate"] for x in lines}
+    assert rates == pytest.approx(
+        {2: 2e-4, 4: 1e-4, 6: 1e-4 * (1 + 0.5**0.5), 8: 1e-4 * (1 - 0.5**0.5)}
+        | {10: 5e-5, 12: 5e-5}
+    )
+    for stop in (2, 6, 8):  # In the first phase, in the second, and at its end.
+        requests = contextlib.nullcontext(lambda call, stop=stop: call == stop // 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(parallel, "stop_requests", lambda r=requests: r)
+            stopped = loop.train_and_evaluate(config, tmp_path / "broken")
+        assert (stopped["step"], stopped["finished"]) == (stop, False)
+    loop.train_and_evaluate(config, tmp_path / "broken")
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
 def test_a_longer_second_phase_goes_on_bit_for_bit(finished, tmp_path):
     workdir = tmp_path / "run"
     loop.train_and_evaluate(tiny(**{"phase2.steps": 1}), workdir)

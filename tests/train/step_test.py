@@ -11,7 +11,7 @@ from pconv_jax import losses, masks, metrics, vgg
 from pconv_jax.runs import parallel
 from pconv_jax.runs.inference import fill_step, prepare_batch, score_step
 from pconv_jax.train import optim
-from pconv_jax.train.step import create_state, train_step
+from pconv_jax.train.step import Scales, create_state, scan_updates, train_step
 from pconv_jax.unet import PConvUNet
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -35,8 +35,8 @@ def features(params, images):
     return params["gain"] * images, params["gain"] * small
 
 
-def make_batch(size=8, *, with_mask=False):
-    rng = np.random.default_rng(0)
+def make_batch(size=8, *, with_mask=False, number=0):
+    rng = np.random.default_rng(number)
     batch = {
         "image": rng.integers(0, 256, (size, SIZE, SIZE, 3), np.uint8),
         "seed": rng.integers(2**32, size=size, dtype=np.uint32),
@@ -141,6 +141,68 @@ def test_the_average_forgets_the_first_weights_and_follows_the_others():
     chex.assert_trees_all_close(state.average, expected, rtol=1e-5, atol=1e-7)
     assert state.variables is state.average
     assert make_state().variables.keys() == {"params", "batch_stats"}
+
+
+def test_scales_scale_the_update_and_the_terms_of_the_features():
+    state, batch = make_state(), make_batch(4)
+    step = jax.jit(make_step(optimizer=optax.sgd(0.1)))
+    state = state.replace(opt_state=optax.sgd(0.1).init(state.params))
+    moves = {}
+    for rate in (1.0, 0.25):
+        new, _ = step(state, batch, EXTRA, Scales(learning_rate=rate))
+        moves[rate] = jax.tree.map(jnp.subtract, new.params, state.params)
+    quarter = jax.tree.map(lambda x: 0.25 * x, moves[1.0])
+    chex.assert_trees_all_close(moves[0.25], quarter, rtol=1e-2, atol=1e-6)
+
+    _, scalars = step(state, batch, EXTRA, Scales(features=0.5))
+    weights = losses.PAPER_WEIGHTS._asdict()
+    for name in ("perceptual", "style_out", "style_comp"):
+        weights[name] *= 0.5
+    total = sum(weights[n] * scalars[n] for n in weights if n in scalars)
+    np.testing.assert_allclose(scalars["total"], total, rtol=1e-5)
+
+
+def test_feature_terms_of_a_part_of_the_batch():
+    state, batch = make_state(), make_batch(4)
+    step = jax.jit(make_step(feature_fraction=0.5, optimizer=optax.sgd(0.0)))
+    state = state.replace(opt_state=optax.sgd(0.0).init(state.params))
+    _, scalars = step(state, batch, EXTRA)
+    images, mask = prepare_batch(batch, draw_mask=draw)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    (output, _), _ = MODEL.apply(
+        variables, images, mask, train=True, mutable=["batch_stats"]
+    )
+    terms = losses.inpainting_loss(
+        output, images, mask, features_fn=lambda x: features(EXTRA, x)
+    )
+    seen = {"perceptual": 2, "style_out": 2, "style_comp": 2}
+    for name in terms.keys() - {"total"}:
+        expected = terms[name][: seen.get(name, 4)].mean()
+        np.testing.assert_allclose(scalars[name], expected, rtol=1e-4, err_msg=name)
+    weights = losses.PAPER_WEIGHTS._asdict()
+    total = sum(weights[n] * scalars[n] for n in weights if n in scalars)
+    np.testing.assert_allclose(scalars["total"], total, rtol=1e-5)
+
+
+def test_several_updates_of_a_call_are_those_of_several_calls():
+    batches = [make_batch(4, number=n) for n in range(3)]
+    scales = [Scales(np.float32(rate), np.float32(0.5)) for rate in (1, 0.5, 0.1)]
+    step = make_step(optimizer=optax.sgd(0.01))
+    first = make_state().replace(opt_state=optax.sgd(0.01).init(make_state().params))
+    expected, terms = first, []
+    one = jax.jit(step)
+    for batch, scale in zip(batches, scales):
+        expected, scalars = one(expected, batch, EXTRA, scale)
+        terms.append(scalars)
+
+    def update(state, inputs):
+        return step(state, inputs[0], EXTRA, inputs[1])
+
+    stacked = jax.tree.map(lambda *x: np.stack(x), *zip(batches, scales))
+    state, scalars = jax.jit(lambda *x: scan_updates(update, *x))(first, stacked)
+    assert state.step == 3 and len(scalars) == 3
+    chex.assert_trees_all_close(scalars, terms, rtol=1e-4)
+    chex.assert_trees_all_close(state.params, expected.params, rtol=0, atol=1e-6)
 
 
 def test_order_in_the_batch_does_not_matter():

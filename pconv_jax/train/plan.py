@@ -1,0 +1,144 @@
+"""The phases of a run that has minutes instead of numbers of steps.
+
+The pace of every phase is measured before the first step, on throwaway states. The
+phases are then fixed and written into the workdir, since the learning rates depend on
+them: a run that is resumed reads them.
+"""
+
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pconv_jax._errors import UserError
+from pconv_jax.runs import parallel
+from pconv_jax.runs.output import write_json
+from pconv_jax.train.experiment import Experiment, Phase
+from pconv_jax.train.step import TrainState
+
+FILE = "phases.json"
+
+_SECONDS = 3.0  # Of measuring each phase, after it is compiled.
+
+
+def plan_phases(
+    experiment: Experiment,
+    state: TrainState,
+    compile_step: Callable[[Phase], Callable[..., Any]],
+    workdir: pathlib.Path,
+) -> tuple[Phase, ...]:
+    """Fix the phases of a run: those of its settings, or as many steps as fit.
+
+    Args:
+      experiment: The experiment.
+      state: The state that the run starts from, which stays as it is.
+      compile_step: Compiles the call of a phase; see `Experiment.compile_step`.
+      workdir: Directory of the run, which keeps the phases of a run with minutes.
+
+    Raises:
+      UserError: If the run has taken steps, but its phases are not in the workdir; or
+        if the minutes are over before the first step.
+    """
+    minutes, path = experiment.settings.minutes, workdir / FILE
+    if not minutes:
+        return experiment.phases
+    if int(state.step):
+        if path.exists():
+            return tuple(Phase(**fields) for fields in json.loads(path.read_text()))
+        raise UserError(
+            f"workdir: {path}, which the run wrote before its first step, is missing. "
+            "Put it back, or start another run from this one's weights with init_from."
+        )
+    started = time.monotonic()
+    paces = measure_paces(experiment, state, compile_step)
+    seconds = 60 * minutes - (time.monotonic() - started)
+    # The slowest process sets the pace, and all agree on the same numbers.
+    slowest = [parallel.gather(np.array([x])) for x in paces.values()]
+    paces = dict(zip(paces, (float(x.max()) for x in slowest)))
+    seconds = float(parallel.gather(np.array([seconds])).min())
+    phases = fit_phases(
+        experiment.phases,
+        paces,
+        seconds=seconds,
+        multiple=experiment.settings.steps_per_call,
+    )
+    if parallel.process_index() == 0:
+        write_json(path, [phase._asdict() for phase in phases])
+    return phases
+
+
+def measure_paces(
+    experiment: Experiment,
+    state: TrainState,
+    compile_step: Callable[[Phase], Callable[..., Any]],
+) -> dict[str, float]:
+    """Measure the seconds of a step of every phase that is not empty, by name."""
+    paces, count = {}, experiment.settings.steps_per_call
+    for phase in experiment.phases:
+        if phase.start == phase.stop:
+            continue
+        call, copy = compile_step(phase), parallel.replicate(state)
+        scales = [phase.scales(phase.start)] * count
+        with contextlib.closing(experiment.open_batches(0)) as batches:
+            started, number = 0.0, 0
+            while number <= 50 and (number < 3 or _since(started) < _SECONDS):
+                batch = [next(batches) for _ in range(count)]
+                copy, scalars = call(copy, batch, scales)
+                jax.block_until_ready(scalars)
+                number += 1
+                if number == 1:  # This one was compiled.
+                    started = time.monotonic()
+        paces[phase.name] = _since(started) / ((number - 1) * count)
+    return paces
+
+
+def _since(started: float) -> float:
+    return time.monotonic() - started
+
+
+def fit_phases(
+    phases: Sequence[Phase],
+    paces: Mapping[str, float],
+    *,
+    seconds: float,
+    multiple: int = 1,
+) -> tuple[Phase, ...]:
+    """Scale the steps of all phases, so that they take a given time.
+
+    Args:
+      phases: The phases.
+      paces: Seconds of a step of each phase that is not empty, by name.
+      seconds: The time.
+      multiple: Number that the steps of a phase are a multiple of. The default is 1.
+
+    Raises:
+      UserError: If there is no time for ``multiple`` steps of each phase.
+    """
+    wanted = sum(paces[p.name] * (p.stop - p.start) for p in phases if p.name in paces)
+    least = sum(multiple * pace for pace in paces.values())
+    if seconds < least:
+        raise UserError(
+            f"minutes: {max(0.0, seconds):.0f} s are left after compiling and "
+            f"measuring, and the shortest run takes {least:.1f} s: use more minutes."
+        )
+    factor, start, fitted = seconds / wanted, 0, []
+    for phase in phases:
+        steps = 0
+        if phase.name in paces:
+            steps = int(factor * (phase.stop - phase.start)) // multiple * multiple
+            steps = max(multiple, steps)
+        fitted.append(
+            phase._replace(
+                start=start,
+                stop=start + steps,
+                warmup_steps=round(factor * phase.warmup_steps),
+                ramp_steps=round(factor * phase.ramp_steps),
+            )
+        )
+        start += steps
+    return tuple(fitted)
