@@ -357,10 +357,10 @@ def _lines(key: jax.Array, shape: tuple[int, int], *, steps: int = 8) -> _Segmen
     angle = jnp.pi * 2 * _uniform(heading) + jnp.cumsum(0.2 * turn, axis=1)
     length = 0.08 * math.sqrt(shape[0] * shape[1]) * jnp.exp(0.5 * length)
     moves = length[..., None] * jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    start = _uniform(start) * jnp.array(shape)
+    start = _uniform(start) * jnp.array([shape], jnp.float32)
     stops = start[:, None] + jnp.cumsum(moves, axis=1)
     widths = jnp.broadcast_to(1 + 5 * _uniform(width) ** 2, (lines, steps))
-    order = jnp.broadcast_to(jnp.arange(lines)[:, None], (lines, steps))
+    order = jnp.broadcast_to(_numbers(lines)[:, None], (lines, steps))
     parts = stops - moves, moves, widths, order
     return _flat(*parts)
 
@@ -377,25 +377,28 @@ def _text(key: jax.Array, shape: tuple[int, int], *, letters: int = 8) -> _Segme
     number = jnp.floor(_uniform(glyph) * len(_GLYPHS)).astype(jnp.int32)
     points = jnp.asarray(_GLYPHS, jnp.float32)[jnp.clip(number, 0, len(_GLYPHS) - 1)]
     # A letter is 2 squares wide, and the gap between two letters is 1.
-    place = 3 * jnp.arange(letters)[:, None, None] * jnp.array([0, 1])
-    points = size * (points + place[:, None])  # [row, letter, stroke, end, 2]
+    place = 3 * _numbers(letters)[:, None] * jnp.array([[0, 1]], jnp.float32)
+    points = size * (
+        points + place[None, :, None, None]
+    )  # [row, letter, stroke, end, 2]
     sin, cos = (f(0.1 * angle[..., None, None]) for f in (jnp.sin, jnp.cos))
     y, x = points[..., 0], points[..., 1]
     points = jnp.stack([y * cos + x * sin, x * cos - y * sin], axis=-1)
     # Some rows begin left of the image.
-    start = (_uniform(start) - jnp.array([0, 0.3])) * jnp.array(shape)
+    start = _uniform(start) - jnp.array([[0, 0.3]], jnp.float32)
+    start *= jnp.array([shape], jnp.float32)
     points += start[:, None, None, None]
     starts, moves = points[..., 0, :], points[..., 1, :] - points[..., 0, :]
     widths = jnp.broadcast_to(2 + 2 * _uniform(width)[..., None], starts.shape[:-1])
-    order = jnp.arange(rows * letters).reshape(rows, letters, 1)
+    order = _numbers(rows * letters).reshape(rows, letters, 1)
     return _flat(starts, moves, widths, jnp.broadcast_to(order, starts.shape[:-1]))
 
 
 def _dots(key: jax.Array, shape: tuple[int, int]) -> _Segments:
     """Draw discs, which are segments of no length."""
     start, width = _normals(key, (_SEGMENTS, 2), (_SEGMENTS,))
-    start = _uniform(start) * jnp.array(shape)
-    return start, 0 * start, 2 + 6 * _uniform(width) ** 2, jnp.arange(_SEGMENTS)
+    start = _uniform(start) * jnp.array([shape], jnp.float32)
+    return start, 0 * start, 2 + 6 * _uniform(width) ** 2, _numbers(_SEGMENTS)
 
 
 def _flat(
@@ -413,14 +416,14 @@ def _thin(key: jax.Array, shape: tuple[int, int]) -> _Segments:
     """Draw the segments of one of the thin kinds."""
     coin, key = jax.random.split(key)
     kinds = [draw(key, shape) for draw in _THIN.values()]
-    number = jax.random.randint(coin, (), 0, len(kinds))
+    number = jax.random.randint(coin, (), 0, len(kinds), jnp.int32)
     return jax.tree.map(lambda *x: jnp.stack(x)[number], *kinds)
 
 
 def _paint(segments: _Segments, shape: tuple[int, int]) -> jax.Array:
     """Make the field of segments: first their order, then the distance to them."""
-    y = jnp.arange(shape[0])[:, None] + 0.5
-    x = jnp.arange(shape[1])[None, :] + 0.5
+    y = _numbers(shape[0])[:, None] + 0.5
+    x = _numbers(shape[1])[None, :] + 0.5
 
     def add(field: jax.Array, segment: _Segments) -> tuple[jax.Array, None]:
         start, move, width, order = segment
@@ -433,7 +436,7 @@ def _paint(segments: _Segments, shape: tuple[int, int]) -> jax.Array:
         value = jnp.where(inside, order + 1 + distance / width, 1e4 + distance)
         return jnp.minimum(field, value), None
 
-    field, _ = lax.scan(add, jnp.full(shape, jnp.inf), segments)
+    field, _ = lax.scan(add, jnp.full(shape, jnp.inf, jnp.float32), segments)
     return field
 
 
@@ -472,17 +475,20 @@ def _wide(
 ) -> jax.Array:
     """Draw one square, disc, corner or stripe."""
     center_key, axis_key, kind_key = jax.random.split(key, 3)
-    center = jax.random.uniform(center_key, (2,))
-    axis = jnp.arange(2) == jax.random.randint(axis_key, (), 0, 2)
-    center = jnp.where(at_border & axis, jnp.round(center), center) * _extent(y, x)
+    center = jax.random.uniform(center_key, (2,), jnp.float32)
+    extent = _extent(y, x)[0]
+    axis = jnp.arange(2, dtype=jnp.int32) == jax.random.randint(axis_key, (), 0, 2, jnp.int32)
+    center = jnp.where(at_border & axis, jnp.round(center), center) * extent
     dy, dx = jnp.abs(y - center[0]), jnp.abs(x - center[1])
     # The corner that the center is nearest to.
-    bottom, right = center > _extent(y, x) / 2
+    bottom, right = center > extent / 2
     row = jnp.where(bottom, y[-1, 0] - y, y)
     column = jnp.where(right, x[0, -1] - x, x)
     flat = jnp.zeros_like(y + x)
     fields = [jnp.maximum(dy, dx), jnp.hypot(dy, dx), row + column, dx + flat]
-    return jnp.stack(fields)[jax.random.randint(kind_key, (), 0, len(fields))]
+    return jnp.stack(fields)[
+        jax.random.randint(kind_key, (), 0, len(fields), jnp.int32)
+    ]
 
 
 def _fray(key: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
