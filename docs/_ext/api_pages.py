@@ -127,7 +127,12 @@ def _shorten_signature(
     if signature is None:
         return None
     signature = re.sub(r", parent=.*\)$", ")", signature)
-    return re.sub(r"<(?:function|class) '?([\w.]+)[^,]*?>", r"\1", signature), returns
+    signature = re.sub(
+        r"<(?:function|class) '?([\w.]+?)(?:\.<locals>.*?)?'?(?: at \w+)?>",
+        r"\1",
+        signature,
+    )
+    return signature, returns
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
