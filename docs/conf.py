@@ -37,13 +37,15 @@ root_doc = "index"
 # Docstrings are Google's, and name other objects in single backticks.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_typehints = "none"  # Docstrings name shapes and ranges.
+autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

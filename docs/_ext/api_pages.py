@@ -6,6 +6,7 @@ So a name that is added to the package gets its entry by itself.
 import importlib
 import inspect
 import pathlib
+import re
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
@@ -21,6 +22,7 @@ _OTHER_MODULES = (
     "data.tfds_source",
     "inpaint.detail",
     "metrics",
+    "nnx",
     "metrics.lpips",
     "metrics.inception",
 )
@@ -61,7 +63,7 @@ def _write_pages(app: Sphinx) -> None:
 def _module_page(module: str) -> str:
     return "\n".join(
         [
-            f"# `pconv_jax.{module}`",
+            "# Errors" if module == "_errors" else f"# `pconv_jax.{module}`",
             "",
             "```{eval-rst}",
             f".. automodule:: pconv_jax.{module}",
@@ -112,9 +114,31 @@ def _skip_member(
     return True if generated or name in ("parent", "scope") else None
 
 
+def _shorten_signature(
+    app: Sphinx,
+    kind: str,
+    name: str,
+    obj: object,
+    options: object,
+    signature: str | None,
+    returns: str | None,
+) -> tuple[str, str | None] | None:
+    """Leave out the fields that Flax adds to every module, and addresses."""
+    if signature is None:
+        return None
+    signature = re.sub(r", parent=.*\)$", ")", signature)
+    signature = re.sub(
+        r"<(?:function|class) '?([\w.]+?)(?:\.<locals>.*?)?'?(?: at \w+)?>",
+        r"\1",
+        signature,
+    )
+    return signature, returns
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
     app.connect("builder-inited", _write_pages)
     app.connect("missing-reference", _find_object)
     app.connect("autodoc-skip-member", _skip_member)
+    app.connect("autodoc-process-signature", _shorten_signature)
     return {"parallel_read_safe": True}
