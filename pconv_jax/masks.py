@@ -477,7 +477,7 @@ def _wide(
     center_key, axis_key, kind_key = jax.random.split(key, 3)
     center = jax.random.uniform(center_key, (2,), jnp.float32)
     extent = _extent(y, x)[0]
-    axis = jnp.arange(2, dtype=jnp.int32) == jax.random.randint(axis_key, (), 0, 2, jnp.int32)
+    axis = jax.random.permutation(axis_key, jnp.array([True, False]))
     center = jnp.where(at_border & axis, jnp.round(center), center) * extent
     dy, dx = jnp.abs(y - center[0]), jnp.abs(x - center[1])
     # The corner that the center is nearest to.

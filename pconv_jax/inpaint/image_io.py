@@ -302,7 +302,7 @@ def _read_image(data: bytes, max_pixels: int) -> ImageFile:
 def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
     tags = tags_lib.read(data)
     for sides in ((256, 257), (322, 323)):  # Of the image, and of its tiles.
-        width, height = (tags.numbers(code, (0,))[0] for code in sides)
+        width, height = (tags.numbers(code, default=(0,))[0] for code in sides)
         _check_size(width, height, max_pixels)
     samples, kind = _check_samples(tags)
     pages = tags_lib.count_pages(data)
@@ -319,7 +319,7 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
     try:
         image = _open(data)
     except Image.UnidentifiedImageError as error:
-        compression = tags.numbers(259, (1,))[0]
+        compression = tags.numbers(259, default=(1,))[0]
         raise ValueError(
             f"it is damaged, or its kind of TIFF is not known: {samples} band(s) of "
             f"{kind}, compression {compression}"
@@ -337,11 +337,11 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
 
 def _check_samples(tags: Tags) -> tuple[int, str]:
     """Check the bands and the type of a TIFF file, and return both."""
-    samples = tags.numbers(277, (1,))[0]
-    photometric = tags.numbers(262, (1,))[0]
+    samples = tags.numbers(277, default=(1,))[0]
+    photometric = tags.numbers(262, default=(1,))[0]
     colors = _TIFF_COLORS.get(photometric, samples)
     if photometric == 5:  # Not always CMYK.
-        colors = tags.numbers(334, (4,))[0]
+        colors = tags.numbers(334, default=(4,))[0]
     extra = samples - colors
     if extra > 1 or (extra == 1 and tags.numbers(338)[:1] == (0,)):
         raise ValueError(
@@ -349,7 +349,10 @@ def _check_samples(tags: Tags) -> tuple[int, str]:
             "and only an alpha band can be kept. Repair the colors alone, or the bands "
             "as .npy files, one by one"
         )
-    bits, formats = set(tags.numbers(258, (1,))), set(tags.numbers(339, (1,)))
+    bits, formats = (
+        set(tags.numbers(258, default=(1,))),
+        set(tags.numbers(339, default=(1,))),
+    )
     kinds = sorted(
         f"{_SAMPLE_FORMATS.get(form, 'uint')}{bit}" for form in formats for bit in bits
     )
@@ -367,11 +370,11 @@ def _decode_tiff(data: bytes, tags: Tags, kind: str) -> np.ndarray:
     """Decode a TIFF file that Pillow cannot, to ``[H, W]`` or ``[H, W, C]``."""
     if kind == "uint16" and tags.numbers(338) == (1,):
         raise ValueError("its 16-bit colors are multiplied by their alpha")
-    planes = tags.numbers(284, (1,))[0] == 2 and tags.numbers(277, (1,))[0] > 1
+    planes = tags.numbers(284, default=(1,))[0] == 2 and tags.numbers(277, (1,))[0] > 1
     # OpenCV would read a plane as pixels.
     if not planes and kind != "float16":
         return _decode_with_opencv(data)
-    compression = tags.numbers(259, (1,))[0]
+    compression = tags.numbers(259, default=(1,))[0]
     if compression in (8, 32946):
         _check_inflated(data, tags)
     elif compression != 1:
@@ -385,7 +388,7 @@ def _decode_tiff(data: bytes, tags: Tags, kind: str) -> np.ndarray:
 
 def _check_inflated(data: bytes, tags: Tags) -> None:
     """Check that no compressed part of a TIFF file is larger than the image."""
-    numbers = [tags.numbers(code, (1,)) for code in (256, 257, 277, 258)]
+    numbers = [tags.numbers(code, default=(1,)) for code in (256, 257, 277, 258)]
     limit = math.prod(values[0] for values in numbers) // 8 + 2**20
     offsets = tags.numbers(273) or tags.numbers(324)
     for start, size in zip(offsets, tags.numbers(279) or tags.numbers(325)):

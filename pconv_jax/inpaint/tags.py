@@ -85,7 +85,7 @@ class Tags(NamedTuple):
         tag = self.directory.get(code)
         return tag if isinstance(tag, Tag) else None
 
-    def numbers(self, code: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+    def numbers(self, code: int, *, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Get the values of a tag of whole numbers, or a default."""
         tag = self.get(code)
         letters = {1: "B", 3: "H", 4: "I"}
@@ -101,7 +101,7 @@ class Tags(NamedTuple):
 
     def dpi(self) -> tuple[float, float] | None:
         """Get the horizontal and the vertical resolution, or None."""
-        unit = {2: 1.0, 3: 2.54}.get(self.numbers(RESOLUTION_UNIT, (2,))[0])
+        unit = {2: 1.0, 3: 2.54}.get(self.numbers(RESOLUTION_UNIT, default=(2,))[0])
         values = []
         for code in (X_RESOLUTION, Y_RESOLUTION):
             tag = self.get(code)

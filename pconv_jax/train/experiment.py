@@ -172,7 +172,7 @@ class Experiment:
 
             def one(state, inputs):
                 batch, scales = inputs
-                return update(state, batch, params, scales, axis_name=axis_name)
+                return update(state, batch, params, scales=scales, axis_name=axis_name)
 
             return scan_updates(one, state, (batches, scales))
 

@@ -149,12 +149,12 @@ def test_scales_scale_the_update_and_the_terms_of_the_features():
     state = state.replace(opt_state=optax.sgd(0.1).init(state.params))
     moves = {}
     for rate in (1.0, 0.25):
-        new, _ = step(state, batch, EXTRA, Scales(learning_rate=rate))
+        new, _ = step(state, batch, EXTRA, scales=Scales(learning_rate=rate))
         moves[rate] = jax.tree.map(jnp.subtract, new.params, state.params)
     quarter = jax.tree.map(lambda x: 0.25 * x, moves[1.0])
     chex.assert_trees_all_close(moves[0.25], quarter, rtol=1e-2, atol=1e-6)
 
-    _, scalars = step(state, batch, EXTRA, Scales(features=0.5))
+    _, scalars = step(state, batch, EXTRA, scales=Scales(features=0.5))
     weights = losses.PAPER_WEIGHTS._asdict()
     for name in ("perceptual", "style_out", "style_comp"):
         weights[name] *= 0.5
@@ -192,11 +192,11 @@ def test_several_updates_of_a_call_are_those_of_several_calls():
     expected, terms = first, []
     one = jax.jit(step)
     for batch, scale in zip(batches, scales):
-        expected, scalars = one(expected, batch, EXTRA, scale)
+        expected, scalars = one(expected, batch, EXTRA, scales=scale)
         terms.append(scalars)
 
     def update(state, inputs):
-        return step(state, inputs[0], EXTRA, inputs[1])
+        return step(state, inputs[0], EXTRA, scales=inputs[1])
 
     stacked = jax.tree.map(lambda *x: np.stack(x), *zip(batches, scales))
     state, scalars = jax.jit(lambda *x: scan_updates(update, *x))(first, stacked)
