@@ -370,7 +370,8 @@ def _decode_tiff(data: bytes, tags: Tags, kind: str) -> np.ndarray:
     """Decode a TIFF file that Pillow cannot, to ``[H, W]`` or ``[H, W, C]``."""
     if kind == "uint16" and tags.numbers(338) == (1,):
         raise ValueError("its 16-bit colors are multiplied by their alpha")
-    planes = tags.numbers(284, default=(1,))[0] == 2 and tags.numbers(277, (1,))[0] > 1
+    samples = tags.numbers(277, default=(1,))[0]
+    planes = tags.numbers(284, default=(1,))[0] == 2 and samples > 1
     # OpenCV would read a plane as pixels.
     if not planes and kind != "float16":
         return _decode_with_opencv(data)
