@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from pconv_jax import cli
+from pconv_jax import __version__, cli
 from pconv_jax.runs.checkpoint import Checkpoints
 from pconv_jax.weights import pretrained
 from tests.helpers import torch_writer
@@ -57,7 +57,8 @@ def test_convert_a_run(tmp_path, capsys):
     results.write_text(json.dumps({"step": 2, "table": [row]}))
     cli.main(["convert", str(workdir), str(out)])
     printed = capsys.readouterr().out
-    assert "Recognized: pconv_jax 0.1.0, step 2." in printed and "Note: Oh!" in printed
+    recognized = f"Recognized: pconv_jax {__version__}, step 2."
+    assert recognized in printed and "Note: Oh!" in printed
     network = pretrained.from_pretrained(out)
     jax.tree.map(np.testing.assert_array_equal, network.variables, variables)
     assert network.info["training_data"]["source"] == "bundled"
