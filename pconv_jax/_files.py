@@ -62,13 +62,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     # The name is short, since the file's own may have the maximum length. `tempfile` is
     # not used because its files are readable by their owner only.
-    with _write_errors(path):
+    with write_errors(path):
         target = Path(os.path.realpath(path))
         partial = target.parent / f".{uuid.uuid4().hex}.partial"
         _make_folder(target.parent)
     try:
         yield partial
-        with _write_errors(path):
+        with write_errors(path):
             if target.exists():
                 partial.chmod(stat.S_IMODE(target.stat().st_mode))
             _sync(partial, os.O_RDWR)
@@ -86,12 +86,17 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
       RunError: If the file cannot be written.
     """
-    with _write_errors(path), atomic_path(path) as partial:
+    with write_errors(path), atomic_path(path) as partial:
         partial.write_bytes(data)
 
 
 @contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the system in the body into one that names the file.
+
+    Raises:
+      RunError: If the body raises an OSError.
+    """
     try:
         yield
     except OSError as error:

@@ -17,6 +17,17 @@ from jax.typing import ArrayLike
 from pconv_jax import _flax, ops
 
 
+def _parameters(
+    layer: "_PartialConvBase | PartialConvTranspose", kernel_shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array | None]:
+    """Get the kernel and the bias of a layer; the bias is None if it has none."""
+    dtype = layer.param_dtype
+    kernel = layer.param("kernel", layer.kernel_init, kernel_shape, dtype)
+    if not layer.use_bias:
+        return kernel, None
+    return kernel, layer.param("bias", layer.bias_init, (layer.features,), dtype)
+
+
 class _PartialConvBase(nn.Module):
     """The fields of both layers, and the convolution they share."""
 
@@ -46,11 +57,7 @@ class _PartialConvBase(nn.Module):
         groups = self.feature_group_count
         _flax.check_groups(groups, channels, self.features)
         kernel_shape = (*kernel_size, channels // groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, kernel_shape, self.param_dtype)
-        bias = None
-        if self.use_bias:
-            shape = (self.features,)
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        kernel, bias = _parameters(self, kernel_shape)
         return _flax.apply(
             ops.partial_conv,
             inputs,
@@ -152,8 +159,8 @@ class PartialConvTranspose(nn.Module):
 
     An output is valid if a valid input reaches it, and scaled by the number of inputs
     that reach it over that of the valid ones. Without holes, and unless the steps are
-    longer than the kernel, it equals
-    `flax.linen.ConvTranspose`, whose fields and parameters it has::
+    longer than the kernel, it equals `flax.linen.ConvTranspose`, whose fields and
+    parameters it has::
 
       >>> import jax, jax.numpy as jnp
       >>> from pconv_jax.layers import PartialConvTranspose
@@ -227,11 +234,7 @@ class PartialConvTranspose(nn.Module):
         kernel_size = _flax.kernel_size_of(self.kernel_size)
         ends = _flax.count_channels(inputs), self.features
         kernel_shape = (*kernel_size, *(ends[::-1] if self.transpose_kernel else ends))
-        kernel = self.param("kernel", self.kernel_init, kernel_shape, self.param_dtype)
-        bias = None
-        if self.use_bias:
-            shape = (self.features,)
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        kernel, bias = _parameters(self, kernel_shape)
         return _flax.apply(
             ops.partial_conv_transpose,
             inputs,

@@ -23,8 +23,44 @@ _BIAS_INIT = nnx.initializers.zeros_init()
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
-class _PartialConvBase(nnx.Module):
-    """The parameters and settings of both layers, and the convolution they share."""
+class _Layer(nnx.Module):
+    """The parameters of all layers.
+
+    Attributes:
+      out_features: Number of output channels.
+      kernel_shape: Shape of the kernel.
+      use_bias: Whether there is a bias.
+      param_dtype: Dtype of the parameters.
+      kernel: The kernel.
+      bias: The bias, or None.
+    """
+
+    out_features: int
+    kernel_shape: tuple[int, ...]
+    use_bias: bool
+    param_dtype: Dtype
+    kernel: nnx.Param[jax.Array]
+    bias: nnx.Param[jax.Array] | None
+
+    def _set_parameters(
+        self,
+        rngs: nnx.Rngs,
+        kernel_init: Initializer,
+        bias_init: Initializer,
+        kernel_metadata: Mapping[str, Any],
+        bias_metadata: Mapping[str, Any],
+    ) -> None:
+        # In the order of nnx.Conv, so that the same rngs give the same parameters.
+        kernel = kernel_init(rngs.params(), self.kernel_shape, self.param_dtype)
+        self.kernel = nnx.Param(kernel, **kernel_metadata)
+        self.bias = nnx.data(None)
+        if self.use_bias:
+            bias = bias_init(rngs.params(), (self.out_features,), self.param_dtype)
+            self.bias = nnx.Param(bias, **bias_metadata)
+
+
+class _PartialConvBase(_Layer):
+    """The settings of both layers, and the convolution they share."""
 
     def __init__(
         self,
@@ -65,16 +101,9 @@ class _PartialConvBase(nnx.Module):
             in_features // feature_group_count,
             out_features,
         )
-        # In the order of nnx.Conv, so that the same rngs give the same parameters.
-        self.kernel = nnx.Param(
-            kernel_init(rngs.params(), self.kernel_shape, param_dtype),
-            **kernel_metadata,
+        self._set_parameters(
+            rngs, kernel_init, bias_init, kernel_metadata, bias_metadata
         )
-        self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
-        if use_bias:
-            self.bias = nnx.Param(
-                bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata
-            )
 
     def _convolve(
         self,
@@ -185,13 +214,13 @@ class PartialPadConv(_PartialConvBase):
         return self._convolve(inputs, None)[0]
 
 
-class PartialConvTranspose(nnx.Module):
+class PartialConvTranspose(_Layer):
     """A transposed convolution of the valid inputs only.
 
     An output is valid if a valid input reaches it, and scaled by the number of inputs
     that reach it over that of the valid ones. Without holes, and unless the steps are
-    longer than the kernel, it equals
-    `flax.nnx.ConvTranspose`, whose arguments and parameters it has.
+    longer than the kernel, it equals `flax.nnx.ConvTranspose`, whose arguments and
+    parameters it has.
 
     Args:
       in_features: Number of input channels; of a sequence of inputs, their sum.
@@ -252,15 +281,9 @@ class PartialConvTranspose(nnx.Module):
             *self.kernel_size,
             *(ends[::-1] if transpose_kernel else ends),
         )
-        self.kernel = nnx.Param(
-            kernel_init(rngs.params(), self.kernel_shape, param_dtype),
-            **kernel_metadata,
+        self._set_parameters(
+            rngs, kernel_init, bias_init, kernel_metadata, bias_metadata
         )
-        self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
-        if use_bias:
-            self.bias = nnx.Param(
-                bias_init(rngs.params(), (out_features,), param_dtype), **bias_metadata
-            )
 
     def __call__(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pconv_jax import _files
-from pconv_jax._errors import RunError, UserError
+from pconv_jax._errors import UserError
 from pconv_jax.inpaint import image_io
 from pconv_jax.inpaint.formats import MAX_PIXELS, find_images
 from pconv_jax.inpaint.hole import hole_from_color, hole_from_label
@@ -121,16 +121,12 @@ class Journal:
         digest = hashlib.blake2b(run.encode("utf-8", "replace"), digest_size=8)
         self._path = folder / f".pconv-{digest.hexdigest()}.unfinished"
         self.done = 0
-        try:
+        with _files.write_errors(self._path):
             folder.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 _files.remove_partials(folder)
             self._path.touch()
-            lines = self._path.read_bytes().split()
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"cannot write {self._path}: {reason}.") from error
-        self._started = set(lines)
+            self._started = set(self._path.read_bytes().split())
 
     def is_done(self, output: Path) -> bool:
         """Return whether the run that was killed has written a file."""

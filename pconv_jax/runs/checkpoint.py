@@ -293,14 +293,13 @@ class Checkpoints:
         """Name the directory where the disk is full, or the like."""
         try:
             yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"cannot write to {self._directory}: {reason}.") from error
-        except ValueError as error:
-            code = _os_error(error)
-            if code is None:
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError):
+                reason = error.strerror or error
+            elif code := _os_error(error):
+                reason = os.strerror(code)
+            else:
                 raise
-            reason = os.strerror(code)
             raise RunError(f"cannot write to {self._directory}: {reason}.") from error
 
     def _put_aside_damaged_notes(self) -> None:

@@ -1,6 +1,5 @@
 """Logs of a training run: JSON lines, TensorBoard and a progress bar."""
 
-import contextlib
 import json
 import math
 import os
@@ -15,7 +14,6 @@ import numpy as np
 from tqdm import tqdm
 
 from pconv_jax import _files
-from pconv_jax._errors import RunError
 from pconv_jax.runs.output import write_png
 
 _LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -63,7 +61,7 @@ class MetricWriter:
         self._path = path = workdir / "metrics.jsonl"
         # Steps and names of the lines that are there.
         self._written: set[tuple[int, frozenset[str]]] = set()
-        with self._write_errors():
+        with _files.write_errors(self._path):
             if path.exists():
                 lines = list(_lines_before(path.read_bytes(), first_step))
                 _files.write_bytes(path, b"".join(lines))
@@ -80,7 +78,7 @@ class MetricWriter:
     def close(self) -> None:
         """Write pending events and close the files."""
         if self._tensorboard:
-            with self._write_errors():
+            with _files.write_errors(self._path):
                 self._file.close()
                 self._tensorboard.close()
 
@@ -91,18 +89,10 @@ class MetricWriter:
           RunError: If it cannot be written.
         """
         if self._tensorboard:
-            with self._write_errors():
+            with _files.write_errors(self._path):
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._tensorboard.flush()
-
-    @contextlib.contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"cannot write {self._path}: {reason}.") from error
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append one line.
@@ -123,10 +113,10 @@ class MetricWriter:
         line |= {name: finite.get(name) for name in scalars}
         if _identify(line) not in self._written:
             self._written.add(_identify(line))
-            with self._write_errors():
+            with _files.write_errors(self._path):
                 self._file.write(json.dumps(line, allow_nan=False) + "\n")
                 self._file.flush()
-        with self._write_errors():
+        with _files.write_errors(self._path):
             for name, value in finite.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
@@ -145,7 +135,7 @@ class MetricWriter:
         if not self._tensorboard:
             return
         write_png(self.image_path(step, name), image)
-        with self._write_errors():
+        with _files.write_errors(self._path):
             self._tensorboard.add_image(name, image, step)
             self._tensorboard.flush()
 
