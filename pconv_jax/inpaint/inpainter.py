@@ -244,8 +244,8 @@ class Inpainter:
             or ``[N, H, W, C]``, of uint8, uint16, bool, or floats in ``value_range``;
             the path of a file; or a sequence of these. One channel more than the
             network takes is alpha, but never for a network of one channel. A color
-            network takes gray images, too. Floats that are not finite are part of the
-            hole, and so is what is masked in a masked array.
+            network takes gray images, too. Floats that are not finite and the masked
+            values of a masked array are part of the hole.
           mask: Mask, **white, 255, 1 or True where to fill**, of any kind that
             ``image`` can be (see `hole_from_mask`); for batches also ``[N, H, W]``. One
             mask for all images, or one for each. None (the default) fills where the
@@ -448,7 +448,7 @@ class Inpainter:
         if isinstance(mask, str | os.PathLike):
             mask = image_io.read(mask, max_pixels=self._max_pixels).image
         if isinstance(mask, np.ma.MaskedArray):
-            mask = mask.filled(0)  # What is not known is not filled.
+            mask = mask.filled(0)  # Pixels that the mask leaves open are not filled.
         if not isinstance(mask, Image.Image):
             mask = np.asarray(mask)
             if values.is_float(mask):

@@ -132,7 +132,7 @@ def compile_train_step(
     Args:
       step: The function of one device. ``axis_name`` is the axis that divides the
         batch, or None on a single device.
-      batch_axis: The axis of a batch that is divided among devices. The default is 0.
+      batch_axis: Devices divide a batch along this axis. The default is 0.
 
     Returns:
       A function ``(state, batch, extra) -> (state, scalars)``. The batch is this

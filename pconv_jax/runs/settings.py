@@ -315,8 +315,8 @@ class Settings:
             where None is allowed, as on the command line.
 
         Raises:
-          UserError: If fields are unknown, missing or have a wrong type, naming all of
-            them; or naming the first whose value is out of range.
+          UserError: If fields are unknown, missing or have a wrong type; the message
+            names all of them. If a value is out of range; it names the first.
         """
         given = _flatten(values)
         problems = [f"{name} is unknown" for name in given if name not in FIELDS]
@@ -359,9 +359,8 @@ class Settings:
                 "config: vgg must be imagenet, auto, none or the path of a weights "
                 f"file, got {self.vgg!r}."
             )
-        rim = max(
-            1, self.image_size * 50 // 512
-        )  # Which masks without border leave out.
+        # Masks without holes at the border leave a rim free.
+        rim = max(1, self.image_size * 50 // 512)
         room = (1 - 2 * rim / self.image_size) ** 2
         largest = self.masks.hole_ratio[1]
         if self.masks.border == "never" and not self.masks.folder and largest > room:
