@@ -15,6 +15,9 @@ from jax.sharding import PartitionSpec as P
 from pconv_jax import ops
 from pconv_jax.layers import PartialConv, PartialConvTranspose
 
+# They compile much; the older Python leaves them out.
+pytestmark = pytest.mark.slow
+
 CHANNELS = 4
 
 
