@@ -12,7 +12,7 @@ from flax import nnx
 import pconv_jax.nnx
 from pconv_jax import PConvUNet, fill_depth, layers, losses, masks, ops, unet, vgg
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_compilation")]
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 8, 8, 4)).astype(np.float32)

@@ -392,6 +392,7 @@ def test_no_images(inpainter):
     assert inpainter([], np.zeros((20, 20)), return_depth=True) == ([], [])
 
 
+@pytest.mark.slow
 def test_fifty_sizes_compile_a_handful_of_times():
     compilations = []
     inpainter = Inpainter(*make_network(depth=1, width=2))

@@ -42,6 +42,7 @@ def test_minutes_that_are_over_before_the_first_step():
         plan.fit_phases(PHASES, {"phase1": 0.5, "phase2": 0.25}, seconds=-3)
 
 
+@pytest.mark.slow
 def test_a_run_of_minutes_resumes_with_the_steps_that_it_measured(
     tmp_path, monkeypatch
 ):
