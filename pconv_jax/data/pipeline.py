@@ -1,14 +1,16 @@
 """Batches of NumPy arrays for training and evaluation."""
 
+import collections
+import concurrent.futures
 import functools
 import multiprocessing
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import cv2
-import grain
 import numpy as np
 from absl import flags, logging
 
@@ -22,6 +24,9 @@ from pconv_jax.data.transforms import (
     too_many_unreadable,
 )
 
+if TYPE_CHECKING:
+    import grain
+
 
 class TrainBatches(Iterator[dict[str, np.ndarray]]):
     """Endless training batches, made by `train_batches`.
@@ -31,7 +36,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         once and replaced by another. On several hosts, each host lists its own share.
     """
 
-    def __init__(self, source: ImageSource, dataset: grain.IterDataset):
+    def __init__(self, source: ImageSource, dataset: "grain.IterDataset"):
         self.unreadable: list[str] = []
         self._source = source
         self._unreadable: set[int] = set()
@@ -166,6 +171,8 @@ def train_batches(
     if not 0 < low <= high <= 1:
         raise UserError(f"scale must be 0 < low <= high <= 1, got {scale}.")
 
+    import grain  # Evaluation and cached images do without it.
+
     _set_up_opencv()
     transform = TrainTransform(source, image_size, (low, high), flip, mask_folder)
     # Without an end, and Grain's numbers would not fit for batches of one.
@@ -176,7 +183,8 @@ def train_batches(
     records = records[start_step * batch_size + process_index :: process_count]
     batches = records.batch(batch_size // process_count)
     if not workers:
-        return TrainBatches(source, batches.to_iter_dataset(_READ_OPTIONS))
+        options = grain.ReadOptions(THREADS, prefetch_buffer_size=THREADS + 2)
+        return TrainBatches(source, batches.to_iter_dataset(options))
     # mp_prefetch reads absl flags of Grain's own, which is an error before flags are
     # parsed. Outside of absl.app.run, as in a notebook, nobody parses them; this gives
     # them their defaults.
@@ -227,19 +235,37 @@ def eval_batches(
     _set_up_opencv()
     example = functools.partial(eval_example, source, image_size, num_examples)
     padded = num_examples + -num_examples % batch_size
-    batches = grain.MapDataset.range(padded).map(example).batch(batch_size)
-    return iter(batches.to_iter_dataset(_READ_OPTIONS))
+    examples = read_ahead(example, range(padded))
+    return map(_stack, zip(*[examples] * batch_size))
+
+
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+
+
+def read_ahead(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
+    """Apply a function to numbers in threads, a little ahead of what is taken."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        pending: collections.deque[concurrent.futures.Future] = collections.deque()
+        try:
+            for number in numbers:
+                pending.append(pool.submit(function, number))
+                if len(pending) > 4 * THREADS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 # Decoding releases the GIL, so as many threads as cores are fastest: on two cores, 1560
 # crops of 256 pixels per second, against 840 with one thread and 1080 with two worker
 # processes. The buffer counts whole batches; grain's default of 500 would fill the
 # memory.
-_THREADS = min(os.cpu_count() or 1, 8)
-_READ_OPTIONS = grain.ReadOptions(_THREADS, prefetch_buffer_size=_THREADS + 2)
+THREADS = min(os.cpu_count() or 1, 8)
 
 
-def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+def _close_all(iterators: "list[grain.DatasetIterator]") -> None:
     while iterators:
         iterators.pop().close()
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import cv2
-import grain
 import numpy as np
 from absl import logging
 
@@ -19,8 +18,8 @@ _MAX_UNREADABLE = 0.05  # As a fraction of a source.
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainTransform(grain.transforms.RandomMap):
-    """Turn the index of an image into a training record.
+class TrainTransform:
+    """Turns the index of an image into a training record.
 
     Attributes:
       source: The images.
@@ -36,11 +35,8 @@ class TrainTransform(grain.transforms.RandomMap):
     flip: bool
     mask_folder: MaskFolder | None
 
-    # Grain declares no return type, and pyright infers None.
-    def random_map(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, element: int, rng: np.random.Generator
-    ) -> dict[str, Any]:
-        """See base class."""
+    def __call__(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Make the record of an element, with random numbers of its own."""
         seed = rng.integers(2**32, dtype=np.uint32)
         used, image = _readable(self.source, element)
         square = _random_square(image, rng, self.scale)

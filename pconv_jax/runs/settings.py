@@ -92,6 +92,21 @@ class DataSettings:
         within="[0, inf)",
         resumable=True,
     )
+    cache: Literal["none", "device"] = setting(
+        "none",
+        "Where decoded images are kept: nowhere, or all of them in the memory of every "
+        "device, which crops them within the step.",
+    )
+    cache_side: int = setting(
+        320,
+        "Shorter side of images in the cache, in pixels; larger ones are shrunk.",
+        within="[1, inf)",
+    )
+    color_jitter: float = setting(
+        0.0,
+        "Largest relative change of brightness, contrast and saturation of a crop.",
+        within="[0, 1)",
+    )
     scale: tuple[float, float] = setting(
         (0.5, 1.0),
         "Range of the side of a random square crop over the image's shorter side.",
@@ -367,6 +382,11 @@ class Settings:
             raise UserError(
                 f"config: masks.hole_ratio reaches {largest}, but with masks.border = "
                 f"'never' there is room for {room:.3f} of the pixels."
+            )
+        if self.data.cache == "device" and self.masks.folder:
+            raise UserError(
+                "config: masks.folder is read by the host, and data.cache = 'device' "
+                "draws masks on the device: leave one of them out."
             )
         if (sum_ := self.masks.thin + self.masks.wide) > 1:
             raise UserError(

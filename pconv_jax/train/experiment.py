@@ -16,11 +16,12 @@ from flax import traverse_util
 
 from pconv_jax import losses, masks, vgg
 from pconv_jax._errors import UserError
-from pconv_jax.data import pipeline
+from pconv_jax.data import device_cache, pipeline
 from pconv_jax.data.base import ImageSource
+from pconv_jax.data.device_cache import DeviceCache
 from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.runs import opening, parallel
-from pconv_jax.runs.inference import DrawMask
+from pconv_jax.runs.inference import Batch, DrawMask
 from pconv_jax.runs.settings import MaskSettings, PhaseSettings, Settings
 from pconv_jax.train import optim
 from pconv_jax.train.step import (
@@ -110,6 +111,7 @@ class Experiment:
       validation_source: The images to validate on.
       features: The network of the perceptual and style terms, or None to leave these
         terms out.
+      cache: The images to train on, on every device, or None to read them from files.
       phases: The phases of training, in order. Some may be empty.
       identity: What a checkpoint must agree with to be resumed, JSON-able.
       warnings: Warnings for the log and the summary.
@@ -120,6 +122,7 @@ class Experiment:
     train_source: ImageSource
     validation_source: ImageSource
     features: Features | None
+    cache: DeviceCache | None
     phases: tuple[Phase, ...]
     identity: dict[str, Any]
     warnings: list[str]
@@ -160,6 +163,7 @@ class Experiment:
             optimizer=self.optimizer(phase),
             apply_features=features and features.apply,
             loss_weights=losses.LossWeights(**dataclasses.asdict(settings.loss)),
+            color_jitter=settings.data.color_jitter,
             feature_fraction=settings.feature_fraction,
             draw_mask=mask_sampler(settings.masks, settings.image_size),
             freeze_encoder_norm=phase.freeze_encoder_norm,
@@ -168,10 +172,12 @@ class Experiment:
         )
 
         def updates(state, batches, extra, *, axis_name=None):
-            params, scales = extra
+            params, cache, scales = extra
 
             def one(state, inputs):
                 batch, scales = inputs
+                if cache is not None:
+                    batch = self._crop(cache, batch)
                 return update(state, batch, params, scales=scales, axis_name=axis_name)
 
             return scan_updates(one, state, (batches, scales))
@@ -180,13 +186,38 @@ class Experiment:
         params = features and features.params
 
         def call(state, batches, scales):
-            return compiled(state, _stack(batches), (params, _stack(scales)))
+            extra = params, self.cache, _stack(scales)
+            return compiled(state, _stack(batches), extra)
 
         return call
 
-    def open_batches(self, start_step: int) -> pipeline.TrainBatches:
+    def _crop(self, cache: DeviceCache, batch: Batch) -> Batch:
+        """Make a batch of images from one of indices."""
+        crop = functools.partial(
+            device_cache.random_crop,
+            cache,
+            size=self.settings.image_size,
+            scale=self.settings.data.scale,
+        )
+        # Masks are drawn from the same seeds.
+        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 2))
+        seeds = batch["seed"]
+        return {"image": jax.vmap(crop)(batch["index"], keys(seeds)), "seed": seeds}
+
+    def open_batches(
+        self, start_step: int
+    ) -> pipeline.TrainBatches | device_cache.IndexBatches:
         """Open this process's share of the batches from a step on."""
         settings, mask_folder = self.settings, None
+        if self.cache is not None:
+            return device_cache.IndexBatches(
+                len(self.cache.sizes),
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+                start_step=start_step,
+                process_index=parallel.process_index(),
+                process_count=parallel.process_count(),
+            )
         if settings.masks.folder:
             mask_folder = MaskFolder(
                 settings.masks.folder,
@@ -281,12 +312,22 @@ def open_experiment(
         features = Features(parallel.replicate(params), apply)
     train_source = opening.get_source(settings.data, "train")
     validation_source = opening.get_source(settings.data, "validation")
+    cache = None
+    if settings.data.cache == "device":
+        images, unreadable = device_cache.read_cache(
+            train_source, side=settings.data.cache_side
+        )
+        cache = parallel.replicate(images)
+        if unreadable:
+            names = ", ".join(unreadable)
+            warnings.append(f"{len(unreadable)} unreadable image(s): {names}")
     experiment = Experiment(
         settings=settings,
         model=model,
         train_source=train_source,
         validation_source=validation_source,
         features=features,
+        cache=cache,
         phases=get_phases(settings),
         identity={
             "network": type(model).__name__,

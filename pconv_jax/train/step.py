@@ -114,6 +114,7 @@ def train_step(
     loss_weights: losses.LossWeights = losses.PAPER_WEIGHTS,
     feature_fraction: float = 1.0,
     draw_mask: DrawMask | None = None,
+    color_jitter: float = 0.0,
     freeze_encoder_norm: bool = False,
     accumulate: int = 1,
     average_decay: float = 0.0,
@@ -134,6 +135,8 @@ def train_step(
       feature_fraction: Part of the images that the perceptual and style terms see, at
         least one: the first of the batch. The default is 1.
       draw_mask: Draws the masks of a batch that has none.
+      color_jitter: Largest relative change of brightness, contrast and saturation, see
+        `jitter_colors`. The default is 0.
       freeze_encoder_norm: Whether the encoder normalizes by its running statistics, see
         `PConvUNet`.
       accumulate: Number of parts in which the batch is computed, one after the other,
@@ -176,6 +179,10 @@ def train_step(
 
     def differentiate(batch_stats, batch):
         images, mask = prepare_batch(batch, draw_mask=draw_mask)
+        if color_jitter:
+            # Masks are drawn from the same seeds.
+            keys = jax.vmap(lambda seed: jax.random.key(~seed))(batch["seed"])
+            images = jitter_colors(keys, images, amount=color_jitter)
         grads, (scalars, batch_stats) = jax.grad(loss_fn, has_aux=True)(
             state.params, batch_stats, images, mask
         )
@@ -207,6 +214,27 @@ def train_step(
         average=average,
     )
     return state, scalars | {"gradient_norm": optax.tree.norm(grads)}
+
+
+def jitter_colors(keys: jax.Array, images: jax.Array, *, amount: float) -> jax.Array:
+    """Change brightness, contrast and saturation of each image by random factors.
+
+    Args:
+      keys: PRNG keys ``[N]``.
+      images: ``[N, H, W, 3]`` in [-1, 1].
+      amount: Factors are uniform in [1 - amount, 1 + amount].
+
+    Returns:
+      ``[N, H, W, 3]`` in [-1, 1].
+    """
+    numbers = jax.vmap(lambda key: jax.random.uniform(key, (3,), minval=-1))(keys)
+    brightness, contrast, saturation = (1 + amount * numbers).T[..., None, None, None]
+    images = (images + 1) / 2 * brightness
+    # The luma of ITU-R BT.601.
+    gray = (images @ jnp.array([0.299, 0.587, 0.114]))[..., None]
+    mean = gray.mean(axis=(1, 2), keepdims=True)
+    images = mean + contrast * (gray + saturation * (images - gray) - mean)
+    return 2 * jnp.clip(images, 0, 1) - 1
 
 
 def scan_updates(

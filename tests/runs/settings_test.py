@@ -198,6 +198,19 @@ def test_a_cosine_fixes_the_length_of_the_second_phase():
     assert differences(old, read_settings(config)) == {"phase2.steps": (500_000, 7)}
 
 
+def test_settings_that_exclude_each_other():
+    config = default_config()
+    config.masks.thin = config.masks.wide = 0.6
+    with pytest.raises(
+        UserError, match=r"thin \+ masks.wide must be 1 at most, got 1.2"
+    ):
+        read_settings(config)
+    config.masks.wide = 0.4
+    config.data.cache, config.masks.folder = "device", "masks"
+    with pytest.raises(UserError, match="masks.folder is read by the host, and data.c"):
+        read_settings(config)
+
+
 def test_steps_that_are_not_whole_calls():
     config = default_config()
     config.steps_per_call, config.log_every, config.phase1.steps = 8, 20, 804

@@ -186,6 +186,38 @@ def test_schedules_and_calls_of_several_updates_resume_bit_for_bit(
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "broken")
 
 
+CACHED = {
+    "data.cache": "device",
+    "data.cache_side": 24,
+    "data.color_jitter": 0.2,
+    "masks.wide": 0.25,
+}
+
+
+@pytest.mark.slow
+def test_a_run_on_cached_images_needs_no_grain_and_resumes_bit_for_bit(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    summary = loop.train_and_evaluate(tiny(**CACHED), whole)
+    assert summary["finished"]
+    fields = CACHED | {"phase2.steps": 1}
+    program = (
+        "import sys\n"
+        "for name in ('grain', 'tensorflow_datasets'): sys.modules[name] = None\n"
+        "import jax\n"
+        "jax.config.update('jax_num_cpu_devices', 4)\n"
+        "jax.config.update('jax_disable_most_optimizations', True)\n"
+        "from pconv_jax import cli\n"
+        "cli.main(['train', *sys.argv[1:]], program='train.py')\n"
+    )
+    flags = [f"--config.{name}={value}" for name, value in (TINY | fields).items()]
+    config = [f"--config={ROOT}/configs/pconv.py", f"--workdir={broken}"]
+    result = run([sys.executable, "-c", program, *config, *flags])
+    assert result.returncode == 0, result.stderr
+    assert "Finished at step 5" in result.stdout
+    assert loop.train_and_evaluate(tiny(**CACHED), broken) == summary
+    assert_same_checkpoint(whole, broken)
+
+
 @pytest.mark.slow
 def test_a_longer_second_phase_goes_on_bit_for_bit(finished, tmp_path):
     workdir = tmp_path / "run"

@@ -11,7 +11,13 @@ from pconv_jax import losses, masks, metrics, vgg
 from pconv_jax.runs import parallel
 from pconv_jax.runs.inference import fill_step, prepare_batch, score_step
 from pconv_jax.train import optim
-from pconv_jax.train.step import Scales, create_state, scan_updates, train_step
+from pconv_jax.train.step import (
+    Scales,
+    create_state,
+    jitter_colors,
+    scan_updates,
+    train_step,
+)
 from pconv_jax.unet import PConvUNet
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -160,6 +166,26 @@ def test_scales_scale_the_update_and_the_terms_of_the_features():
         weights[name] *= 0.5
     total = sum(weights[n] * scalars[n] for n in weights if n in scalars)
     np.testing.assert_allclose(scalars["total"], total, rtol=1e-5)
+
+
+def test_colors_change_by_the_three_factors_alone():
+    keys = jax.random.split(jax.random.key(1), 200)
+    # Gray stays gray, and the pixels are dark enough not to be clipped.
+    gray, red = np.full(3, 0.5), np.array([0.6, 0.4, 0.4])
+    images = jnp.asarray(np.stack([gray, red]).reshape(1, 1, 2, 3) * 2 - 1)
+    images = jnp.broadcast_to(images, (200, 1, 2, 3))
+    changed = (np.asarray(jitter_colors(keys, images, amount=0.2)) + 1) / 2
+    gray, red = changed[:, 0, 0], changed[:, 0, 1]
+    np.testing.assert_allclose(gray, gray[:, :1].repeat(3, 1), atol=1e-6)
+    spread = red[:, 0] - red[:, 1]  # 0.2 times all three factors.
+    assert 0.2 * 0.8**3 <= spread.min() and spread.max() <= 0.2 * 1.2**3
+    np.testing.assert_allclose(red[:, 1], red[:, 2], atol=1e-6)
+    luma = np.array([0.299, 0.587, 0.114])
+    mean = (gray @ luma + red @ luma) / 2  # Contrast and saturation keep it.
+    brightness = mean / ((0.5 + np.array([0.6, 0.4, 0.4]) @ luma) / 2)
+    assert 0.8 <= brightness.min() < 0.83 and 1.17 < brightness.max() <= 1.2001
+    same = jitter_colors(keys, images, amount=0.0)
+    np.testing.assert_allclose(same, images, atol=1e-6)
 
 
 def test_feature_terms_of_a_part_of_the_batch():
