@@ -229,6 +229,28 @@ class FineTuningSettings(PhaseSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """The weights file that a run writes as it goes, with kernels in float16."""
+
+    minutes: float = setting(
+        0.0,
+        "Minutes between two writes, besides those at the ends of phases; 0 writes "
+        "none.",
+        within="[0, inf)",
+        resumable=True,
+    )
+    folder: str | None = setting(
+        None, "Folder of a copy, or of the parts. None is the workdir.", resumable=True
+    )
+    part_mib: float = setting(
+        0.0,
+        "Size in MiB of parts that are written besides; 0 for none.",
+        within="[0, inf)",
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """All settings of an experiment."""
 
@@ -294,6 +316,7 @@ class Settings:
     init_from: str | None = setting(
         None, "Weights to start from: another run's workdir, or a weights file."
     )
+    export: ExportSettings = ExportSettings()
     log_every: int = setting(
         100, "Steps between two lines of the log.", within="[1, inf)", resumable=True
     )

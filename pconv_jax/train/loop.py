@@ -25,6 +25,7 @@ from pconv_jax.runs.output import format_table, write_json
 from pconv_jax.runs.settings import Settings
 from pconv_jax.train import hooks
 from pconv_jax.train.experiment import Experiment, Phase, open_experiment
+from pconv_jax.train.export import Export
 from pconv_jax.train.loggers import MetricWriter, Progress
 from pconv_jax.train.plan import plan_phases
 from pconv_jax.train.restore import check_workdir, lock_workdir, restore_or_create
@@ -120,6 +121,13 @@ def train_and_evaluate(
             image_size=settings.image_size,
             examples=settings.validation_examples,
         )
+        export = Export(
+            workdir,
+            settings.export,
+            model=experiment.model,
+            info=meta | {"experiment": settings.to_dict()},
+            enabled=primary,
+        )
         phase_ends = {phase.stop for phase in phases}
 
         def is_due(every: int) -> bool:
@@ -153,6 +161,11 @@ def train_and_evaluate(
                     if stopped or is_due(settings.log_every):
                         rate = float(scales[-1].learning_rate) * phase.learning_rate
                         log.write(learning_rate=rate)
+                    if stopped or step == phase.stop or export.is_due():
+                        with log.paused():
+                            export(
+                                state, phase=phase.name if step == phase.stop else None
+                            )
                     if stopped:  # A validation may take longer than a scheduler waits.
                         save(state, pending=log.pending)
                         break
