@@ -161,11 +161,10 @@ def train_and_evaluate(
                     if stopped or is_due(settings.log_every):
                         rate = float(scales[-1].learning_rate) * phase.learning_rate
                         log.write(learning_rate=rate)
-                    if stopped or step == phase.stop or export.is_due():
+                    ended = phase.name if step == phase.stop else None
+                    if stopped or ended or export.is_due():
                         with log.paused():
-                            export(
-                                state, phase=phase.name if step == phase.stop else None
-                            )
+                            export(state, phase=ended)
                     if stopped:  # A validation may take longer than a scheduler waits.
                         save(state, pending=log.pending)
                         break
