@@ -147,13 +147,20 @@ def test_time_for_one_candidate_only(tmp_path, monkeypatch):
     settings, path = make_settings(), tmp_path / "release.json"
     chosen = release.choose(settings, release.Report(path), until=0.0)
     assert chosen == settings
-    events = json.loads(path.read_text())["events"]
-    assert [event["event"] for event in events][1] == "no time for another candidate"
+    events = [event["event"] for event in json.loads(path.read_text())["events"]]
+    assert "no time for another candidate" in events and "chosen" in events
 
 
 @pytest.mark.slow
 def test_a_release_of_seconds(tmp_path, monkeypatch, start):
     monkeypatch.setattr(plan, "_SECONDS", 0.0)
+    fit_phases = plan.fit_phases
+
+    def fit(phases, paces, *, seconds, multiple):
+        assert seconds > 1 and multiple == 1
+        return fit_phases(phases, paces, seconds=5 * sum(paces.values()))
+
+    monkeypatch.setattr(plan, "fit_phases", fit)
     settings = make_settings(
         init_from=start,
         average_decay=0.9,
@@ -165,7 +172,7 @@ def test_a_release_of_seconds(tmp_path, monkeypatch, start):
         settings,
         out=tmp_path / "out",
         work=tmp_path / "work",
-        deadline=time.monotonic() + 30,
+        deadline=time.monotonic() + 300,
         part_mib=0.002,
     )
     assert summary["step"] > 0
