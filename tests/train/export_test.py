@@ -29,7 +29,7 @@ def state():
 
 def make_export(workdir, *, enabled=True, **settings):
     settings = ExportSettings(**{"minutes": 1.0} | settings)
-    info = {"notes": "test"}
+    info = {"notes": ["test"]}
     return Export(workdir, settings, model=MODEL, info=info, enabled=enabled)
 
 
@@ -47,7 +47,7 @@ def test_the_average_is_written_in_parts_that_make_the_whole(tmp_path, state):
     assert (tmp_path / "out" / export.NAME).read_bytes() == whole
     assert b"".join(part.read_bytes() for part in parts) == whole
     weights = from_pretrained(tmp_path / "out" / export.NAME)
-    assert weights.info == {"notes": "test", "step": 7}
+    assert weights.info == {"notes": ["test"], "step": 7}
     for a, b in zip(jax.tree.leaves(weights.variables), jax.tree.leaves(ones)):
         np.testing.assert_allclose(a, b, rtol=2**-11)
 
