@@ -87,9 +87,9 @@ def _shrink(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def random_crop(
+    key: jax.Array,
     cache: DeviceCache,
     index: jax.Array,
-    key: jax.Array,
     *,
     size: int,
     scale: tuple[float, float],
@@ -97,9 +97,9 @@ def random_crop(
     """Crop a random square of an image, resize it, and mirror half of the squares.
 
     Args:
+      key: PRNG key.
       cache: The images.
       index: Index of one of them.
-      key: PRNG key.
       size: Side S of the result.
       scale: Range of the side of the square over the image's shorter side.
 

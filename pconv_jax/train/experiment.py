@@ -195,14 +195,15 @@ class Experiment:
         """Make a batch of images from one of indices."""
         crop = functools.partial(
             device_cache.random_crop,
-            cache,
+            cache=cache,
             size=self.settings.image_size,
             scale=self.settings.data.scale,
         )
         # Masks are drawn from the same seeds.
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 2))
         seeds = batch["seed"]
-        return {"image": jax.vmap(crop)(batch["index"], keys(seeds)), "seed": seeds}
+        images = jax.vmap(crop)(keys(seeds), index=batch["index"])
+        return {"image": images, "seed": seeds}
 
     def open_batches(
         self, start_step: int

@@ -68,9 +68,9 @@ def ramps():
 def test_crops_are_squares_of_the_asked_size_anywhere_in_the_image(size, scale, rim):
     cache, keys = ramps(), jax.random.split(jax.random.key(0), 400)
     crop = functools.partial(device_cache.random_crop, size=size, scale=scale)
-    crops = jax.vmap(crop, (None, None, 0))
+    crops = jax.vmap(crop, (0, None, None))
     for index, (height, width) in enumerate(np.array(cache.sizes)):
-        result = np.asarray(crops(cache, index, keys))
+        result = np.asarray(crops(keys, cache, index))
         assert result.shape == (400, size, size, 3) and result.dtype == np.uint8
         # A ramp stays a ramp, whose slope tells the side. Kernels may leave the image
         # at the rim.
@@ -104,7 +104,7 @@ def test_a_crop_of_the_whole_image_is_the_image():
     cache = DeviceCache(image[None], np.array([[32, 32]], np.int32))
     crop = functools.partial(device_cache.random_crop, size=32, scale=(1.0, 1.0))
     keys = jax.random.split(jax.random.key(0), 8)
-    for result in np.asarray(jax.vmap(crop, (None, None, 0))(cache, 0, keys)):
+    for result in np.asarray(jax.vmap(crop, (0, None, None))(keys, cache, 0)):
         same, mirrored = (np.array_equal(result, x) for x in (image, image[:, ::-1]))
         assert same != mirrored
 
@@ -114,7 +114,7 @@ def test_shrinking_averages():
     board = np.indices((64, 64)).sum(0) % 2 * np.uint8(255)
     cache = DeviceCache(np.stack([board] * 3, -1)[None], np.array([[64, 64]]))
     crop = device_cache.random_crop(
-        cache, 0, jax.random.key(0), size=16, scale=(1.0, 1.0)
+        jax.random.key(0), cache, 0, size=16, scale=(1.0, 1.0)
     )
     assert np.abs(np.asarray(crop[2:-2, 2:-2], float) - 127.5).max() < 4
 
