@@ -117,7 +117,7 @@ def test_gradients_of_mapped_convolutions():
 
     def gradients(convolve, x, kernel):
         _, pull_back = jax.vjp(functools.partial(convolve, window=window), x, kernel)
-        return pull_back(jnp.ones((len(x), 5, 4, 6)))
+        return pull_back(jnp.ones((len(x), 5, 4, 6), x.dtype))
 
     actual, expected = (
         jax.vmap(functools.partial(gradients, f), (None, 0))(x, kernels)

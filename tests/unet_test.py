@@ -60,7 +60,7 @@ def make_model(**fields):
 
 def shapes_of(size, **fields):
     """Compute the shapes of outputs and variables of a network."""
-    arguments = jnp.zeros((1, *size, 3)), jnp.ones((1, *size, 1))
+    arguments = np.zeros((1, *size, 3), np.float32), np.ones((1, *size, 1), np.float32)
     return jax.eval_shape(
         PConvUNet(**fields).init_with_output, jax.random.key(0), *arguments
     )

@@ -91,7 +91,7 @@ def test_convolutions_pad_by_zeros_after_the_normalization():
 
 def test_bfloat16():
     params = identity_params(vgg.VGG16Features())
-    images = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3))
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
     half = vgg.vgg16_features(params, images, dtype=jnp.bfloat16)
     full = vgg.vgg16_features(params, images)
     for a, b in zip(half, full, strict=True):

@@ -497,7 +497,7 @@ def test_every_bit_flipped(form, tmp_path):
 
 
 @hypothesis.given(data=st.data(), form=st.sampled_from(sorted(DUMPS)))
-@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=300, deadline=None)
 def test_damaged_in_several_places(data, form, tmp_path_factory):
     content = bytearray(DUMPS[form](SMALL))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -509,7 +509,7 @@ def test_damaged_in_several_places(data, form, tmp_path_factory):
 
 
 @hypothesis.given(operations=st.lists(st.integers(0, 255), max_size=60))
-@hypothesis.settings(max_examples=500, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=500, deadline=None)
 def test_random_pickles(operations, tmp_path_factory):
     pickle = b"\x80\x04" + bytes(operations) + b"."
     path = tmp_path_factory.getbasetemp() / "random.pth"
@@ -535,7 +535,7 @@ PIECES = st.sampled_from(
 
 
 @hypothesis.given(pieces=st.lists(PIECES, max_size=40))
-@hypothesis.settings(max_examples=500, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=500, deadline=None)
 def test_operations_in_any_order(pieces, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "pieces.pth"
     data = writer.zip_bytes(hostile(*pieces), {"0": ARRAY.tobytes()})
