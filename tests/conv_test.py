@@ -72,7 +72,7 @@ def test_maps_smaller_than_the_kernel_are_a_matrix_product(spatial, size, option
     assert "stablehlo.convolution" not in lowered
 
 
-@pytest.mark.parametrize(
+GEOMETRIES = pytest.mark.parametrize(
     ("spatial", "size", "options"),
     [
         ((9, 8), (3, 3), dict()),
@@ -87,6 +87,9 @@ def test_maps_smaller_than_the_kernel_are_a_matrix_product(spatial, size, option
     ],
     ids=str,
 )
+
+
+@GEOMETRIES
 @pytest.mark.parametrize("most_copied", [1, 2**21])
 def test_gradients(monkeypatch, spatial, size, options, most_copied):
     monkeypatch.setattr(_conv, "_MOST_COPIED", most_copied)
@@ -108,6 +111,24 @@ def test_gradients(monkeypatch, spatial, size, options, most_copied):
         derivatives(convolve, primals, tangents),
         derivatives(reference, primals, tangents),
     )
+
+
+@GEOMETRIES
+def test_gradients_in_float64(monkeypatch, spatial, size, options):
+    monkeypatch.setattr(_conv, "_MOST_COPIED", 1)
+    window = make_window(spatial, size, **options)
+    with jax.enable_x64(True):
+        primals = [np.float64(a) for a in make_case(spatial, size)]
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def gradients(convolve, x, kernel):
+            apply = functools.partial(convolve, window=window)
+            y, pull_back = jax.vjp(apply, x, kernel)
+            return pull_back(jnp.sin(y))
+
+        actual, expected = (gradients(f, *primals) for f in (convolve, reference))
+    chex.assert_trees_all_equal_dtypes(actual, tuple(primals))
+    assert_close(actual, expected, 1e-14)
 
 
 def test_gradients_of_mapped_convolutions():

@@ -297,7 +297,7 @@ def geometries(draw):
     )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=40)
 @given(geometries())
 def test_equals_reference_for_any_geometry(geometry):
     check_reference(**geometry)
