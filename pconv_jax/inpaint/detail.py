@@ -10,8 +10,8 @@ images decide which patches are similar:
 * the current estimate, with all its detail.
 
 The guide's weight falls with the distance from the rim of the hole. So narrow holes
-follow the guide. In wide holes, where a network only knows a color, the guide counts
-near the rim alone, and the middle continues the image from coarse to fine.
+follow the guide. In the middle of wide holes, where a network only knows a color, the
+guide counts little, and the image is continued from coarse to fine.
 
 Images are float32 ``[H, W, C]`` in [0, 255]; a *hole* is bool ``[H, W]``, True where to
 fill.
@@ -50,6 +50,9 @@ _ESTIMATE_WEIGHT = 0.6  # Of differences from the estimate, beside those from th
 # depth, in narrow and in wide holes; but at most _RIM pixels of the scale at hand.
 _TRUSTED = (16.0, 4.0)
 _RIM = 6.0
+# The guide's weight in the middle of wide holes. With none, grass may fill a sky. With
+# more, smooth patches fit best, and texture is lost.
+_LEAST_WEIGHT = 0.1
 _WIDE = 32.0  # Depth, in pixels of the image, from which on a hole is wide.
 _RIM_DECAY = 1.3  # A vote loses this factor for each pixel of depth: rims are surer.
 # Standard deviations of low-passes, in pixels. The guide is compared at finer
@@ -563,7 +566,8 @@ def _guide_weight(hole: np.ndarray, zoom: int) -> np.ndarray:
     if wide.any():  # Around these pixels, up to the rim, the hole is wide.
         wide = _depth(~wide) * zoom < _WIDE
     trusted = np.minimum(np.where(wide, *_TRUSTED[::-1]) / zoom, _RIM)
-    return np.exp(-np.maximum(depth / trusted - 1, 0)).astype(np.float32)
+    weight = np.exp(-np.maximum(depth / trusted - 1, 0))
+    return np.maximum(weight, _LEAST_WEIGHT).astype(np.float32)
 
 
 def _depth(hole: np.ndarray) -> np.ndarray:
