@@ -30,6 +30,12 @@ HOLE_BINS: tuple[tuple[float, float], ...] = (
 )
 """The hole ratios, each ``(low, high]``, by which Liu et al. group masks."""
 
+HOLE_RATIOS: dict[str, tuple[float, float]] = {
+    "thin": (0.005, 0.1),
+    "wide": (0.06, 0.36),
+}
+"""The usual hole ratios of the kinds thin and wide of `random_mask`."""
+
 
 def hole_ratio(mask: ArrayLike) -> jax.Array:
     """Compute the fraction of the pixels that are in the hole.

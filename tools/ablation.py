@@ -31,12 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pconv_jax import _files, masks
+from pconv_jax import _files
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.cli import config_options
 from pconv_jax.evaluate import methods, results, runner
 from pconv_jax.evaluate.bootstrap import Interval, cluster_bootstrap
-from pconv_jax.evaluate.eval_set import EvalSet, bin_name
+from pconv_jax.evaluate.eval_set import BINS, EvalSet
 from pconv_jax.evaluate.store import Key, key_of
 from pconv_jax.runs import opening
 from pconv_jax.runs.checkpoint import restore_network
@@ -211,14 +211,14 @@ def summarize(
     every = (e for of_seeds in found.values() for x in of_seeds for e in x.values())
     image = {key_of(e): e["picture"] for e in every}
     for variant in evaluations:
-        for hole_bin in (None, *range(len(masks.HOLE_BINS))):
-            keys = [key for key in sorted(image) if hole_bin in (None, key[0])]
+        for hole in (None, *BINS):
+            keys = [key for key in sorted(image) if hole in (None, key[0])]
             images = [image[key] for key in keys]
             for metric in evaluations[first][0].metrics:
                 values = _values(found[variant], metric, keys)
                 if not np.isfinite(values).any():
                     continue
-                row = {"variant": variant, "metric": metric, "hole_bin": hole_bin}
+                row = {"variant": variant, "metric": metric, "hole": hole}
                 row |= _interval(values, images)
                 difference = values - _values(found[first], metric, keys)
                 if variant != first and np.isfinite(difference).any(axis=1).all():
@@ -245,7 +245,7 @@ def describe(found: Mapping[str, Any], *, markdown: bool = False) -> str:
         f"{config['evaluation_examples']} examples of each of 12 classes of masks, "
         f"from {images} images. Intervals: {found['intervals']}."
     ]
-    everything = [row for row in rows if row["hole_bin"] is None]
+    everything = [row for row in rows if row["hole"] is None]
     for metric in dict.fromkeys(row["metric"] for row in rows):
         about = results.METRICS[metric]
         table = [
@@ -261,9 +261,9 @@ def describe(found: Mapping[str, Any], *, markdown: bool = False) -> str:
     table = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         bins = [r for r in rows if r["variant"] == variant and r["metric"] == "psnr"]
-        bins = [r for r in bins if r["hole_bin"] is not None and r.get("difference")]
+        bins = [r for r in bins if r["hole"] is not None and r.get("difference")]
         if bins:
-            cells = {bin_name(r["hole_bin"]): _format(r["difference"]) for r in bins}
+            cells = {r["hole"]: _format(r["difference"]) for r in bins}
             table.append({"variant": variant} | cells)
     if table:
         title = "psnr dB, difference by hole ratio"

@@ -6,7 +6,8 @@ from pconv_jax.cli import config_options
 from pconv_jax.cli._options import Subparsers, expand
 
 _DESCRIPTION = """\
-Evaluates a trained network by hole bin, beside the methods that need no network.
+Evaluates a trained network by hole bin, and on thin and wide holes, beside the methods
+that need no network.
 
 All methods get the same images and masks. The results go to evaluation/ in the workdir,
 or to --out: report.html, a page with tables, plots and images; results.json, results.md
@@ -55,6 +56,13 @@ def add(commands: Subparsers) -> None:
     )
     command.add_argument("--masks", type=expand, help="folder of mask images")
     command.add_argument(
+        "--classes",
+        type=lambda text: text.split(","),
+        metavar="NAME,...",
+        help="classes of the drawn masks: bins, the twelve of the paper; thin; wide "
+        "(default: bins,thin,wide)",
+    )
+    command.add_argument(
         "--hole_color",
         choices=("white", "black"),
         default="white",
@@ -75,13 +83,14 @@ def add(commands: Subparsers) -> None:
         "--learned",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compute LPIPS, FID and Inception Score, if their weights can be found",
+        help="compute LPIPS, FID, Inception Score and a distance by VGG16, if their "
+        "weights can be found",
     )
     command.add_argument(
         "--nolearned", dest="learned", action="store_false", help=argparse.SUPPRESS
     )
     command.add_argument(
-        "--vgg", type=expand, help="weights file of a VGG, for a perceptual distance"
+        "--vgg", type=expand, help="weights file of another VGG for the distance"
     )
     command.add_argument("--out", type=expand, help="directory of the results")
     config_options.add_config_options(command, required=False)
@@ -113,6 +122,7 @@ def _run(arguments: argparse.Namespace) -> None:
             image_size=arguments.image_size,
             examples=arguments.examples,
             seed=arguments.seed,
+            classes=arguments.classes,
         ),
         time_budget=arguments.time_budget,
         learned=arguments.learned,

@@ -2,16 +2,17 @@
 
 It follows section 4.2 of the paper: six ranges of hole ratio, each with and without
 holes at the image border, and equally many examples of each of these twelve mask
-classes. Example i of every class shows the same image. The pairs depend only on the
-images, the masks and the seed, not on the methods or the devices.
+classes. Two classes more show what the twelve do not: thin holes, such as scratches,
+and wide ones. Example i of every class shows the same image. The pairs depend only on
+the images, the masks and the seed, not on the methods or the devices.
 """
 
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import cv2
 import jax
@@ -25,15 +26,38 @@ from pconv_jax.data import pipeline
 from pconv_jax.data.base import ImageSource
 from pconv_jax.data.mask_folder import MaskFolder
 
-MaskClass = tuple[int, bool]
-"""A hole bin (an index into `masks.HOLE_BINS`), and whether holes touch the border."""
 
-MASK_CLASSES: tuple[MaskClass, ...] = tuple(
-    (hole_bin, border)
-    for border in (False, True)
-    for hole_bin in range(len(masks.HOLE_BINS))
-)
-"""The hole bins without holes at the border, then those with."""
+class MaskClass(NamedTuple):
+    """A class of masks.
+
+    Attributes:
+      hole: One of `HOLES`.
+      border: Whether holes touch the border. None if that does not matter.
+    """
+
+    hole: str
+    border: bool | None
+
+    def __str__(self) -> str:
+        if self.border is None:
+            return self.hole
+        return f"{self.hole}, {'with' if self.border else 'without'} border"
+
+
+BINS = tuple(f"{low:.0%}-{high:.0%}" for low, high in masks.HOLE_BINS)
+"""Names of the hole bins: ``'1%-10%'`` and so on."""
+
+SHAPES = tuple(masks.HOLE_RATIOS)
+"""Names of the other holes, kinds of `masks.random_mask`: ``'thin'`` and ``'wide'``."""
+
+HOLES = BINS + SHAPES
+"""Names of all holes."""
+
+BIN_CLASSES = tuple(MaskClass(b, border) for border in (False, True) for b in BINS)
+"""The classes of the paper: hole bins without holes at the border, then those with."""
+
+SHAPE_CLASSES = tuple(MaskClass(shape, None) for shape in SHAPES)
+"""The classes of thin and of wide holes."""
 
 _MASKS_PER_CALL = 4
 _SMALLEST_IMAGE = 11  # Pixels; the side of SSIM's window.
@@ -47,7 +71,7 @@ class EvalSet:
       image_size: Side of the square images and masks, in pixels.
       examples: Number of examples of each class.
       seed: Seed of the drawn masks.
-      classes: The `MASK_CLASSES` that have masks.
+      classes: The classes that have masks.
       left_out: Sentences about the classes that have none.
     """
 
@@ -58,6 +82,7 @@ class EvalSet:
         image_size: int,
         examples: int,
         seed: int = 0,
+        classes: Sequence[MaskClass] = BIN_CLASSES,
         mask_folder: MaskFolder | None = None,
     ):
         """Sort the masks of the folder into classes, if there is one.
@@ -68,10 +93,12 @@ class EvalSet:
           image_size: Side of the squares after resizing, in pixels; at least 11.
           examples: Number of examples of each class.
           seed: Seed of the drawn masks. The default is 0.
-          mask_folder: Mask images, such as NVIDIA's test set. The class of a mask
-            follows from its hole ratio and from whether it has a hole within 50/512 of
-            the border, as NVIDIA's are numbered. A class with fewer masks than examples
-            reuses them cyclically. Masks are drawn by default (None).
+          classes: The classes of the drawn masks. `BIN_CLASSES` by default.
+          mask_folder: Mask images, such as NVIDIA's test set. The class of a mask, one
+            of `BIN_CLASSES`, follows from its hole ratio and from whether it has a hole
+            within 50/512 of the border, as NVIDIA's are numbered. A class with fewer
+            masks than examples reuses them cyclically. Masks are drawn by default
+            (None).
 
         Raises:
           UserError: If an argument is out of range, or no mask of the folder belongs to
@@ -91,14 +118,14 @@ class EvalSet:
         self.image_size = image_size
         self.examples = examples
         self.seed = seed
-        self.classes = MASK_CLASSES
+        self.classes = tuple(classes)
         self.left_out: list[str] = []
         self._folder = mask_folder
         self._files: dict[MaskClass, list[int]] = {}
         self._mask_digest: str | None = None
         if mask_folder is not None:
             self._files, self._mask_digest = _classify(mask_folder)
-            self.classes = tuple(c for c in MASK_CLASSES if self._files[c])
+            self.classes = tuple(c for c in BIN_CLASSES if self._files[c])
             self._report_empty_classes(mask_folder)
 
     def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -119,20 +146,20 @@ class EvalSet:
             count = int(batch["weight"].sum())  # The rest is padding.
             yield batch["index"][:count], batch["image"][:count]
 
-    def masks(self, index: np.ndarray, hole_bin: int, border: bool) -> np.ndarray:
+    def masks(self, index: np.ndarray, hole: str, border: bool | None) -> np.ndarray:
         """Get the masks of examples of one class.
 
         Args:
           index: Example numbers ``[N]``.
-          hole_bin: Index into `masks.HOLE_BINS`.
-          border: Whether holes touch the border.
+          hole: See `MaskClass`.
+          border: See `MaskClass`.
 
         Returns:
           uint8 ``[N, S, S, 1]``, 1 = valid and 0 = hole.
         """
         if self._folder is None:
-            return draw_masks(index, hole_bin, border, self.image_size, seed=self.seed)
-        files = self._files[hole_bin, border]
+            return draw_masks(index, hole, border, self.image_size, seed=self.seed)
+        files = self._files[MaskClass(hole, border)]
         return np.stack(
             [self._read_mask(self._folder, files[i % len(files)]) for i in index]
         )
@@ -154,7 +181,7 @@ class EvalSet:
             kind = {
                 "kind": "mask images, reused cyclically, resized by nearest neighbor",
                 "hole": self._folder.hole_color,
-                "files": {class_name(*c): len(f) for c, f in self._files.items()},
+                "files": {str(c): len(f) for c, f in self._files.items()},
             }
         return {
             "pictures": {
@@ -164,7 +191,7 @@ class EvalSet:
                 "names": names,
             },
             "masks": kind,
-            "classes": [class_name(*c) for c in self.classes],
+            "classes": [str(c) for c in self.classes],
             "examples_per_class": self.examples,
             "comparison": "8 bits per channel, as images are saved; sRGB values / 255",
         }
@@ -174,9 +201,11 @@ class EvalSet:
         """A digest of all that determines the pairs: images, masks, sizes and seed."""
         digest = hashlib.blake2b(digest_size=16)
         about = [self.image_size, self.examples, self.seed, self._mask_digest]
+        about += [self.classes]
         digest.update(json.dumps(about).encode())
         if self._folder is None:  # The code that draws them may change.
-            digest.update(self.masks(np.array([0]), 3, True).tobytes())
+            for mask_class in self.classes:
+                digest.update(self.masks(np.array([0]), *mask_class).tobytes())
         for number in range(min(len(self.source), self.examples)):
             try:
                 digest.update(hashlib.blake2b(self.source.read(number)).digest())
@@ -197,7 +226,7 @@ class EvalSet:
                 "above 1 % and up to 60 %; are their holes really "
                 f"{folder.hole_color}?"
             )
-        empty = [class_name(*c) for c in MASK_CLASSES if not self._files[c]]
+        empty = [str(c) for c in BIN_CLASSES if not self._files[c]]
         if empty:
             self.left_out.append(
                 f"{len(empty)} of 12 classes of masks are left out, because the folder "
@@ -205,21 +234,10 @@ class EvalSet:
             )
 
 
-def class_name(hole_bin: int, border: bool) -> str:
-    """Name a mask class, e.g. ``'10%-20%, with border'``."""
-    return f"{bin_name(hole_bin)}, {'with' if border else 'without'} border"
-
-
-def bin_name(hole_bin: int) -> str:
-    """Name a hole bin, e.g. ``'10%-20%'``."""
-    low, high = masks.HOLE_BINS[hole_bin]
-    return f"{low:.0%}-{high:.0%}"
-
-
 def draw_masks(
     index: np.ndarray,
-    hole_bin: int | np.ndarray,
-    border: bool,
+    hole: str | Sequence[str],
+    border: bool | None,
     image_size: int,
     *,
     seed: int = 0,
@@ -228,56 +246,61 @@ def draw_masks(
 
     Args:
       index: Example numbers ``[N]``.
-      hole_bin: Index into `masks.HOLE_BINS`, one for all examples or ``[N]``.
-      border: Whether holes touch the border.
+      hole: One of `HOLES` for all examples, or one of `BINS` for each.
+      border: Whether holes touch the border. None if that does not matter.
       image_size: Side of the masks, in pixels.
       seed: Seed of the evaluation. The default is 0.
 
     Returns:
       uint8 ``[N, H, W, 1]``, 1 = valid and 0 = hole.
     """
-    bins = np.broadcast_to(hole_bin, index.shape)
-    low, high = np.asarray(masks.HOLE_BINS, np.float32)[bins].T
+    kind = hole if isinstance(hole, str) and hole in SHAPES else "mixed"
+    holes = np.broadcast_to([HOLES.index(h) for h in np.ravel(hole)], index.shape)
+    ratios = (*masks.HOLE_BINS, *masks.HOLE_RATIOS.values())
+    low, high = np.asarray(ratios, np.float32)[holes].T
     key = jax.random.key(seed)
     # Every call draws equally many: it compiles once, and the bits do not depend on N.
     count = len(index)
     places = np.minimum(np.arange(count + -count % _MASKS_PER_CALL), count - 1)
     drawn = []
     for i in places.reshape(-1, _MASKS_PER_CALL):
-        examples = (jnp.asarray(x[i]) for x in (index, bins, low, high))
-        drawn.append(_draw(key, *examples, size=image_size, border=border))
+        examples = (jnp.asarray(x[i]) for x in (index, holes, low, high))
+        drawn.append(_draw(key, *examples, size=image_size, kind=kind, border=border))
     return np.concatenate(drawn)[:count]
 
 
-@functools.partial(jax.jit, static_argnames=("size", "border"))
+@functools.partial(jax.jit, static_argnames=("size", "kind", "border"))
 def _draw(
     key: jax.Array,
     index: jax.Array,
-    hole_bin: jax.Array,
+    hole: jax.Array,
     low: jax.Array,
     high: jax.Array,
     size: int,
-    border: bool,
+    kind: str,
+    border: bool | None,
 ) -> jax.Array:
-    def draw(i: jax.Array, b: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        example = jax.random.fold_in(jax.random.fold_in(key, i), 2 * b + border)
+    def draw(i: jax.Array, h: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        class_number = 2 * h + bool(border)
+        example = jax.random.fold_in(jax.random.fold_in(key, i), class_number)
         # random_mask also accepts traced ratios.
         hole_ratio = cast(tuple[float, float], (low, high))
         return masks.random_mask(
-            example, (size, size), hole_ratio=hole_ratio, border=border
+            example, (size, size), hole_ratio=hole_ratio, kind=kind, border=border
         )
 
-    return jax.vmap(draw)(index, hole_bin, low, high).astype(jnp.uint8)
+    return jax.vmap(draw)(index, hole, low, high).astype(jnp.uint8)
 
 
 def _classify(folder: MaskFolder) -> tuple[dict[MaskClass, list[int]], str]:
     """Sort masks into classes; return their numbers and a digest of all masks."""
-    files: dict[MaskClass, list[int]] = {c: [] for c in MASK_CLASSES}
+    files: dict[MaskClass, list[int]] = {c: [] for c in BIN_CLASSES}
     digest = hashlib.blake2b(folder.hole_color.encode(), digest_size=16)
     for number in range(len(folder)):
         mask = central_square(folder[number])
         digest.update(hashlib.blake2b(np.packbits(mask).tobytes()).digest())
         hole_bin = int(masks.hole_bin(1 - mask.mean()))
         if hole_bin >= 0:
-            files[hole_bin, bool(masks.near_border(mask))].append(number)
+            border = bool(masks.near_border(mask))
+            files[MaskClass(BINS[hole_bin], border)].append(number)
     return files, digest.hexdigest()

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pconv_jax import masks
 from pconv_jax.data import pipeline
 from pconv_jax.data.base import ImageSource
-from pconv_jax.evaluate.eval_set import EvalSet, draw_masks
+from pconv_jax.evaluate.eval_set import BINS, HOLES, EvalSet, draw_masks
 from pconv_jax.evaluate.methods import Method, compile_fill_step
 from pconv_jax.evaluate.results import Evaluation
 from pconv_jax.evaluate.store import Record, key_of
@@ -37,16 +36,15 @@ class ChosenExample(NamedTuple):
 
 
 def choose_examples(evaluation: Evaluation) -> list[ChosenExample]:
-    """Choose the best, the median and the worst example of each hole bin.
+    """Choose the best, the median and the worst example of each of `HOLES`.
 
     They are ranked by the PSNR of the first method. If it failed on all examples of a
-    bin, the next method ranks them.
+    hole, the next method ranks them.
     """
     chosen = []
-    for hole_bin in range(len(masks.HOLE_BINS)):
+    for hole in HOLES:
         by_method = (
-            evaluation.select(method=method, hole_bin=hole_bin)
-            for method in evaluation.methods
+            evaluation.select(method=method, hole=hole) for method in evaluation.methods
         )
         examples = next(filter(None, by_method), None)
         if examples is None:
@@ -120,9 +118,9 @@ def draw_examples(
         source, batch_size=count, image_size=image_size, num_examples=count
     )
     index, truth = batch["index"], batch["image"]
-    hole_bin = index % len(masks.HOLE_BINS)
+    holes = [BINS[i % len(BINS)] for i in index]
     inside, at_border = (
-        draw_masks(index, hole_bin, border, image_size, seed=seed)
+        draw_masks(index, holes, border, image_size, seed=seed)
         for border in (False, True)
     )
     mask = np.where(index[:, None, None, None] % 2, at_border, inside)

@@ -46,6 +46,7 @@ def plot_intervals(
     styles: Mapping[str, LineStyle],
     *,
     ticks: Sequence[str],
+    joined: int,
     xlabel: str,
 ) -> bytes | None:
     """Plot means with their intervals as error bars, one line for each method.
@@ -54,6 +55,7 @@ def plot_intervals(
       lines: The intervals of each method, one for each tick; None where there is none.
       styles: The style of each method.
       ticks: Labels of the horizontal axis.
+      joined: Number of the first ticks whose values a line joins.
       xlabel: Title of the horizontal axis.
 
     Returns:
@@ -71,9 +73,11 @@ def plot_intervals(
             for x, interval in enumerate(line)
             if interval and math.isfinite(interval.mean)
         ]
-        if points:
-            is_empty = False
-            _draw_line(axes, points, styles[method])
+        first = [point for point in points if point[0] < joined - 0.5]
+        for part in (first, *([point] for point in points[len(first) :])):
+            if part:
+                is_empty = False
+                _draw_line(axes, part, styles[method])
     if is_empty:
         return None
     axes.set_xticks(range(len(ticks)), ticks)

@@ -14,13 +14,12 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from pconv_jax import masks
 from pconv_jax.evaluate import plots
 from pconv_jax.evaluate.bootstrap import Interval
-from pconv_jax.evaluate.eval_set import bin_name
+from pconv_jax.evaluate.eval_set import BINS
 from pconv_jax.evaluate.examples import ChosenExample, Columns, shrink
 from pconv_jax.evaluate.plots import LineStyle
-from pconv_jax.evaluate.results import ALL_METRICS, Evaluation
+from pconv_jax.evaluate.results import ALL_METRICS, SHAPE_TITLES, Evaluation
 from pconv_jax.evaluate.store import Key, Record, key_of
 
 _TEMPLATE = "report.html.jinja"
@@ -46,7 +45,7 @@ def make_page(
       eval_set: `EvalSet.describe`.
       descriptions: A sentence about each method, by name.
       timing: The content of ``timing.json``.
-      shown: Examples to show, sorted by hole bin.
+      shown: Examples to show, sorted by hole.
       title: Title of the page.
     """
     environment = jinja2.Environment(
@@ -64,13 +63,13 @@ def make_page(
         metrics=[{"name": m, **ALL_METRICS[m]._asdict()} for m in evaluation.metrics],
         colors={name: style.color for name, style in styles.items()},
         keys={name: _svg_url(plots.draw_key(style)) for name, style in styles.items()},
-        overview=list(_overview(evaluation)),
+        overviews=_overviews(evaluation),
         timing=timing,
         plots={m: _plot(evaluation, m, styles) for m in evaluation.metrics},
-        holes=[bin_name(b) for b in range(len(masks.HOLE_BINS))],
+        holes=BINS,
         tables={m: list(_table(evaluation, m)) for m in evaluation.metrics},
         reference=(evaluation.methods or [""])[0],
-        example_bins=_example_bins(evaluation, shown),
+        example_holes=_example_holes(evaluation, shown),
         descriptions=descriptions,
     )
 
@@ -86,9 +85,17 @@ def _lead(eval_set: Mapping[str, Any]) -> str:
     )
 
 
-def _overview(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+def _overviews(evaluation: Evaluation) -> dict[str, list[dict[str, Any]]]:
+    """Make the tables of all hole bins, of thin and of wide holes, by title."""
+    tables = {"All hole ratios": list(_overview(evaluation))}
+    for shape in evaluation.shapes:
+        tables[SHAPE_TITLES[shape]] = list(_overview(evaluation, hole=shape))
+    return tables
+
+
+def _overview(evaluation: Evaluation, **where: Any) -> Iterator[dict[str, Any]]:
     """Make a row of cells for each method: means with intervals, and the time."""
-    intervals = {m: evaluation.intervals(method=m) for m in evaluation.methods}
+    intervals = {m: evaluation.intervals(method=m, **where) for m in evaluation.methods}
     best = {
         metric: _best(metric, (row[metric].mean for row in intervals.values()))
         for metric in evaluation.metrics
@@ -106,11 +113,10 @@ def _overview(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
 def _table(evaluation: Evaluation, metric: str) -> Iterator[dict[str, Any]]:
     """Make a row of cells for each method and border: means by hole bin."""
     rows = evaluation.by_hole(metric)
-    holes = [bin_name(b) for b in range(len(masks.HOLE_BINS))]
     for row in rows:
         rivals = [r for r in rows if r["border"] == row["border"]]
         cells = [
-            _cell(row[hole], _best(metric, (r[hole] for r in rivals))) for hole in holes
+            _cell(row[hole], _best(metric, (r[hole] for r in rivals))) for hole in BINS
         ]
         yield {"method": row["method"], "border": row["border"], "cells": cells}
 
@@ -118,35 +124,38 @@ def _table(evaluation: Evaluation, metric: str) -> Iterator[dict[str, Any]]:
 def _plot(
     evaluation: Evaluation, metric: str, styles: Mapping[str, LineStyle]
 ) -> str | None:
-    """Plot a metric over the hole bins; return the image's URL, None if it is empty."""
-    bins = range(len(masks.HOLE_BINS))
+    """Plot a metric over the holes; return the image's URL, None if it is empty."""
+    holes = [*BINS, *evaluation.shapes]
     lines = {
-        method: [
-            evaluation.intervals(method=method, hole_bin=b).get(metric) for b in bins
-        ]
+        method: [evaluation.intervals(method=method, hole=h).get(metric) for h in holes]
         for method in evaluation.methods
     }
     svg = plots.plot_intervals(
         lines,
         styles,
-        ticks=[bin_name(b).replace("%-", "–").rstrip("%") for b in bins],
+        ticks=[hole.replace("%-", "–").rstrip("%") for hole in holes],
+        joined=len(BINS),
         xlabel="hole, % of the image",
     )
     return None if svg is None else _svg_url(svg)
 
 
-def _example_bins(
+def _example_holes(
     evaluation: Evaluation, shown: Sequence[Shown]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Describe the shown examples, by the name of their hole bin."""
+    """Describe the shown examples, by the title of their hole."""
     scores = {(e["method"], key_of(e)): e for e in evaluation.examples}
-    bins: dict[str, list[dict[str, Any]]] = {}
+    holes: dict[str, list[dict[str, Any]]] = {}
     for (rank, record), columns in shown:
         key = key_of(record)
         entry = {
             "rank": rank,
             "number": record["index"],
-            "border": "with" if record["border"] else "without",
+            "border": {
+                True: "with hole at the border",
+                False: "without hole at the border",
+                None: "",
+            }[record["border"]],
             "hole": f"{record['hole_ratio']:.1%}",
             "figures": [
                 {
@@ -157,8 +166,10 @@ def _example_bins(
                 for caption, image in columns.items()
             ],
         }
-        bins.setdefault(bin_name(record["hole_bin"]), []).append(entry)
-    return bins
+        hole = record["hole"]
+        title = SHAPE_TITLES.get(hole, f"Holes of {hole} of the image")
+        holes.setdefault(title, []).append(entry)
+    return holes
 
 
 def _score(

@@ -9,9 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pconv_jax import masks
 from pconv_jax.evaluate.bootstrap import Interval, cluster_bootstrap
-from pconv_jax.evaluate.eval_set import MASK_CLASSES, bin_name
+from pconv_jax.evaluate.eval_set import BIN_CLASSES, BINS, SHAPES
 from pconv_jax.evaluate.store import Record, key_of
 from pconv_jax.runs.output import format_table
 
@@ -66,7 +65,8 @@ METRICS: Mapping[str, Metric] = {
     ),
     "vgg_distance": Metric(
         "perceptual distance without learned channel weights: the formula of LPIPS on "
-        "pool1, pool2 and pool3 of the given VGG, all channels weighted equally; "
+        "pool1, pool2 and pool3 of ImageNet's VGG16, or of the VGG that was given, all "
+        "channels weighted equally; "
         f"{_COMP}",
         "",
         "lower",
@@ -97,6 +97,12 @@ SET_METRICS: Mapping[str, Metric] = {
 
 ALL_METRICS: Mapping[str, Metric] = {**METRICS, **SET_METRICS}
 
+SHAPE_TITLES = {
+    "thin": "Thin holes: scratches, text and dots",
+    "wide": "Wide holes: one square, disc, corner or stripe",
+}
+"""Titles of the tables of `SHAPES`."""
+
 INTERVALS = (
     f"95 % percentile bootstrap, {_RESAMPLES} resamples of images: all examples of an "
     "image are drawn together"
@@ -109,15 +115,15 @@ class Evaluation:
     """The results of an evaluation.
 
     Attributes:
-      examples: One record for each example and method: ``method``, ``hole_bin``,
-        ``border``, ``index``, ``picture`` (the image's index), ``hole_ratio`` and
-        `METRICS`. Only networks have the metrics of the raw output.
+      examples: One record for each example and method: ``method``, ``hole`` and
+        ``border`` (see `MaskClass`), ``index``, ``picture`` (the image's index),
+        ``hole_ratio`` and `METRICS`. Only networks have the metrics of the raw output.
       failures: Records of failed examples, with ``error`` instead of metrics.
       seconds: Wall time of every image, by method.
       left_out: Sentences about everything that could not be evaluated.
       seed: Seed of the resampling for intervals.
-      sets: `SET_METRICS`, by method, hole bin and border; None stands for all hole bins
-        or for both kinds of border. Empty if there are none.
+      sets: `SET_METRICS`, by method, hole and border; None stands for all hole bins or
+        for both kinds of border. Empty if there are none.
     """
 
     examples: list[Record]
@@ -125,7 +131,7 @@ class Evaluation:
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     left_out: list[str] = dataclasses.field(default_factory=list)
     seed: int = 0
-    sets: dict[tuple[str, int | None, bool | None], dict[str, float]] = (
+    sets: dict[tuple[str, str | None, bool | None], dict[str, float]] = (
         dataclasses.field(default_factory=dict)
     )
 
@@ -143,18 +149,29 @@ class Evaluation:
         found |= {name for scores in self.sets.values() for name in scores}
         return [name for name in ALL_METRICS if name in found]
 
+    @property
+    def shapes(self) -> list[str]:
+        """Which of `SHAPES` were evaluated."""
+        found = {record["hole"] for record in [*self.examples, *self.failures]}
+        return [shape for shape in SHAPES if shape in found]
+
     def select(self, **where: Any) -> list[Record]:
-        """Select examples, e.g. ``select(method='telea', hole_bin=3)``."""
-        return [e for e in self.examples if where.items() <= e.items()]
+        """Select examples, e.g. ``select(method='telea', hole='10%-20%')``.
+
+        Args:
+          **where: Fields of the examples. Without ``hole``, those of all hole bins are
+            selected, as in the paper; thin and wide holes are not.
+        """
+        return _select(self.examples, where)
 
     def mean(self, **where: Any) -> dict[str, float]:
-        """Compute mean metrics, e.g. ``mean(hole_bin=3, border=True)``.
+        """Compute mean metrics, e.g. ``mean(hole='10%-20%', border=True)``.
 
         The PSNR of a perfect composite is infinite, so the mean leaves it out. The mean
         of no value is NaN.
 
         Args:
-          **where: Fields of the examples, as for `select`. All examples by default.
+          **where: Fields of the examples, as for `select`. All hole bins by default.
         """
         return {name: i.mean for name, i in self.intervals(**where).items()}
 
@@ -162,13 +179,13 @@ class Evaluation:
         """Compute mean metrics with 95 % intervals; see `INTERVALS`.
 
         Args:
-          **where: Fields of the examples, as for `select`. All examples by default.
+          **where: Fields of the examples, as for `select`. All hole bins by default.
         """
         chosen = self.select(**where)
         intervals = {m: self._interval(*_values(chosen, m)) for m in self.metrics}
-        if set(where) <= {"method", "hole_bin", "border"} and self.sets:
+        if set(where) <= {"method", "hole", "border"} and self.sets:
             method = where.get("method", self.methods[0])
-            scores = self.sets.get((method, where.get("hole_bin"), where.get("border")))
+            scores = self.sets.get((method, where.get("hole"), where.get("border")))
             for name, score in (scores or {}).items():
                 intervals[name] = Interval(score, math.nan, math.nan)
         return intervals
@@ -184,7 +201,7 @@ class Evaluation:
         Args:
           method: Name of the method.
           reference: Name of the method that is subtracted.
-          **where: Fields of the examples, as for `select`. All examples by default.
+          **where: Fields of the examples, as for `select`. All hole bins by default.
         """
         others = {key_of(e): e for e in self.select(method=reference, **where)}
         pairs = [
@@ -204,32 +221,37 @@ class Evaluation:
         return result
 
     def table(self) -> list[dict[str, Any]]:
-        """Tabulate means: for each method, a row per mask class and one for all."""
+        """Tabulate means: for each method, a row per hole bin and border.
+
+        A row for all of them follows, and one each for thin and wide holes.
+        """
         rows = []
         for method in self.methods:
             first = {"method": method} if len(self.methods) > 1 else {}
-            for hole_bin, border in MASK_CLASSES:
-                where = {"method": method, "hole_bin": hole_bin, "border": border}
+            for hole, border in BIN_CLASSES:
+                where = {"method": method, "hole": hole, "border": border}
                 if self.select(**where):
-                    hole = bin_name(hole_bin)
                     row = {"hole": hole, "border": "yes" if border else "no"}
                     rows.append(first | row | self.mean(**where))
             rows.append(first | {"hole": "all", "border": ""})
             rows[-1] |= self.mean(method=method)
+            for shape in self.shapes:
+                rows.append(first | {"hole": shape, "border": ""})
+                rows[-1] |= self.mean(method=method, hole=shape)
         return [{heading(n): _finite(cell) for n, cell in row.items()} for row in rows]
 
     def summary(self) -> list[dict[str, Any]]:
         """Summarize means with intervals of all methods, as JSON-able rows.
 
-        There is a row for each method, hole bin and kind of border, and for all of
-        them. If there are several methods, the rows of the others also have the paired
-        differences from the first one.
+        There is a row for each method, hole bin and kind of border, for all of them,
+        and for thin and wide holes. If there are several methods, the rows of the
+        others also have the paired differences from the first one.
         """
         rows = []
         for method in self.methods:
             for place, where in groups():
                 where = {"method": method} | where
-                failed = [f for f in self.failures if where.items() <= f.items()]
+                failed = _select(self.failures, where)
                 chosen = self.select(**where)
                 if not chosen and not failed:
                     continue
@@ -257,7 +279,7 @@ class Evaluation:
 
     def csv(self) -> str:
         """Format all examples and failures as comma-separated values."""
-        columns = ["method", "hole_bin", "border", "index", "picture", "hole_ratio"]
+        columns = ["method", "hole", "border", "index", "picture", "hole_ratio"]
         columns += [*self.metrics, "error"]
         file = io.StringIO()
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -273,42 +295,37 @@ class Evaluation:
         if len(self.methods) == 1 and not markdown:
             parts = [format_table(self.table(), decimals=3)]
         else:
-            raw = [m for m in self.metrics if m.startswith("output_")]
-            comp = [m for m in self.metrics if m not in raw]
-            parts = [format_table(self.overview(comp), markdown=markdown)]
-            if raw:
-                table = format_table(self.overview(raw), markdown=markdown)
-                parts.append(f"Raw output of the networks:\n\n{table}")
-            for name in comp:
-                metric = ALL_METRICS[name]
-                title = f"{heading(name)} ({metric.better} is better)"
-                title = f"## {title}\n" if markdown else title
-                table = format_table(self.by_hole(name), decimals=3, markdown=markdown)
-                parts.append(f"{title}\n{table}")
+            comp = [m for m in self.metrics if not m.startswith("output_")]
+            parts = self._format_bins(comp, markdown) if self.select() else []
+            for shape in self.shapes:
+                table = format_table(self.overview(comp, hole=shape), markdown=markdown)
+                parts.append(_section(SHAPE_TITLES[shape], table, markdown))
         notes = [*self.left_out, *self.failure_notes()]
         if notes:
             bullet = "* " if markdown else ""
             parts.append("\n".join(f"{bullet}{note}" for note in notes))
         return "\n\n".join(parts)
 
-    def overview(self, metrics: Sequence[str]) -> list[dict[str, Any]]:
-        """Tabulate means over all examples as text, with a row for each method.
+    def overview(self, metrics: Sequence[str], **where: Any) -> list[dict[str, Any]]:
+        """Tabulate means of examples as text, with a row for each method.
 
         Args:
           metrics: Names of the metrics. Methods that have none of them get no row.
+          **where: Fields of the examples, as for `select`. All hole bins by default.
         """
         timing, rows = self.timing(), []
         for method in self.methods:
-            intervals = self.intervals(method=method)
+            intervals = self.intervals(method=method, **where)
             if all(math.isnan(intervals[name].mean) for name in metrics):
                 continue
             row: dict[str, Any] = {"method": method}
             for name in metrics:
                 row[heading(name)] = format_interval(intervals[name])
-            if method in timing:
+            if method in timing and not where:
                 row["s/image"] = f"{timing[method]['median_seconds']:.3g}"
             if self.failures:
-                row["failed"] = sum(f["method"] == method for f in self.failures)
+                failed = _select(self.failures, {"method": method} | where)
+                row["failed"] = len(failed)
             rows.append(row)
         return rows
 
@@ -319,10 +336,9 @@ class Evaluation:
             for method in self.methods:
                 row: dict[str, Any] = {"method": method}
                 row["border"] = "yes" if border else "no"
-                for hole_bin in range(len(masks.HOLE_BINS)):
-                    where = {"method": method, "hole_bin": hole_bin, "border": border}
-                    mean = self.mean(**where).get(metric, math.nan)
-                    row[bin_name(hole_bin)] = _finite(mean)
+                for hole in BINS:
+                    mean = self.mean(method=method, hole=hole, border=border)
+                    row[hole] = _finite(mean.get(metric, math.nan))
                 rows.append(row)
         return rows
 
@@ -332,7 +348,7 @@ class Evaluation:
         for method in self.methods:
             errors = [f["error"] for f in self.failures if f["method"] == method]
             if errors:
-                count = len(errors) + len(self.select(method=method))
+                count = len(errors) + sum(e["method"] == method for e in self.examples)
                 reasons = "; ".join(dict.fromkeys(errors))
                 reasons = reasons if len(reasons) < 300 else reasons[:300] + "..."
                 notes.append(
@@ -340,6 +356,19 @@ class Evaluation:
                     f"means leave out: {reasons}"
                 )
         return notes
+
+    def _format_bins(self, metrics: Sequence[str], markdown: bool) -> list[str]:
+        """Format the tables of the hole bins."""
+        parts = [format_table(self.overview(metrics), markdown=markdown)]
+        raw = [m for m in self.metrics if m not in metrics]
+        if raw:
+            table = format_table(self.overview(raw), markdown=markdown)
+            parts.append(f"Raw output of the networks:\n\n{table}")
+        for name in metrics:
+            title = f"{heading(name)} ({ALL_METRICS[name].better} is better)"
+            table = format_table(self.by_hole(name), decimals=3, markdown=markdown)
+            parts.append(_section(title, table, markdown))
+        return parts
 
     def _interval(self, values: np.ndarray, images: np.ndarray) -> Interval:
         return cluster_bootstrap(values, images, seed=self.seed, resamples=_RESAMPLES)
@@ -359,21 +388,32 @@ def groups() -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
     Yields:
       The group's names for people, and its fields for `Evaluation.select`.
     """
-    holes = [*range(len(masks.HOLE_BINS)), None]
     for border in (False, True, None):
-        for hole_bin in holes:
+        for hole in (*BINS, None):
             place = {
-                "hole": "all" if hole_bin is None else bin_name(hole_bin),
+                "hole": hole or "all",
                 "border": {False: "no", True: "yes", None: "both"}[border],
             }
-            where = {"hole_bin": hole_bin, "border": border}
+            where = {"hole": hole, "border": border}
             yield place, {k: v for k, v in where.items() if v is not None}
+    for shape in SHAPES:
+        yield {"hole": shape, "border": "both"}, {"hole": shape}
 
 
 def heading(name: str) -> str:
     """Format the heading of a column: a metric's name and unit, or just the name."""
     unit = ALL_METRICS[name].unit if name in ALL_METRICS else ""
     return f"{name} {unit}" if unit else name
+
+
+def _select(records: Sequence[Record], where: Mapping[str, Any]) -> list[Record]:
+    """Select records by fields; without ``hole``, those of the hole bins."""
+    holes = (where["hole"],) if "hole" in where else BINS
+    return [r for r in records if r["hole"] in holes and where.items() <= r.items()]
+
+
+def _section(title: str, table: str, markdown: bool) -> str:
+    return f"## {title}\n\n{table}" if markdown else f"{title}\n{table}"
 
 
 def _values(examples: Sequence[Record], metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,12 @@ from pconv_jax.data.base import ImageSource
 from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.evaluate import methods as methods_lib
 from pconv_jax.evaluate import results
-from pconv_jax.evaluate.eval_set import EvalSet
+from pconv_jax.evaluate.eval_set import (
+    BIN_CLASSES,
+    SHAPE_CLASSES,
+    EvalSet,
+    MaskClass,
+)
 from pconv_jax.evaluate.learned import LearnedMetrics, set_metrics
 from pconv_jax.evaluate.methods import Method, Network, network_name
 from pconv_jax.evaluate.results import METRICS, Evaluation
@@ -50,9 +56,12 @@ class EvalData:
       hole_color: Color of the holes in ``masks``. The default is ``'white'``.
       image_size: Side of the square images, in pixels. None (the default) takes the
         run's.
-      examples: Number of examples of each of `MASK_CLASSES`. None (the default) takes
-        the run's.
+      examples: Number of examples of each class of masks. None (the default) takes the
+        run's.
       seed: Seed of the drawn masks and of the intervals. The default is 0.
+      classes: The classes of the drawn masks: ``'bins'`` for the twelve of the paper,
+        ``'thin'`` and ``'wide'``. None (the default) is all of them. A folder of masks
+        has its own.
     """
 
     images: str | None = None
@@ -61,6 +70,7 @@ class EvalData:
     image_size: int | None = None
     examples: int | None = None
     seed: int = 0
+    classes: Sequence[str] | None = None
 
 
 def compare(
@@ -118,14 +128,14 @@ def evaluate_network(
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """Evaluate one network on drawn masks.
+    """Evaluate one network on drawn masks of the paper's twelve classes.
 
     Args:
       model: The network.
       variables: Its ``params`` and ``batch_stats``.
       source: The images; see `EvalSet`.
       image_size: Side of the squares after resizing, in pixels.
-      examples: Number of examples of each of `MASK_CLASSES`.
+      examples: Number of examples of each of `BIN_CLASSES`.
       seed: Seed of the masks and of the intervals. The default is 0.
       progress: Whether to show a progress bar (the default).
 
@@ -161,7 +171,7 @@ def evaluate_run(
       of devices, unless a baseline exceeds its time budget;
     * ``timing.json``, ``results.md`` and ``examples.csv``;
     * ``pictures.png`` and ``worst.png``: the median and the worst example of each hole
-      bin;
+      bin, and of thin and wide holes;
     * ``records/``: the records, from which the same call resumes after an interruption.
 
     Args:
@@ -174,10 +184,11 @@ def evaluate_run(
       methods: Methods to compare; see `methods.get_methods`; ``'network'`` stands for
         the evaluated network. `DEFAULT_METHODS` by default.
       time_budget: Seconds that a baseline may take for an image. The default is 60.
-      learned: Whether to compute LPIPS, FID and Inception Score (the default), if the
-        weights of their networks are available or can be downloaded.
-      vgg: Weights of a VGG, see `load_vgg_params`, for a perceptual distance that needs
-        no other weights. None (the default) leaves it out.
+      learned: Whether to compute LPIPS, FID, Inception Score and the perceptual
+        distance by ImageNet's VGG16 (the default), if the weights of their networks are
+        available or can be downloaded.
+      vgg: Weights of another VGG for the perceptual distance, see `load_vgg_params`.
+        They do not depend on ``learned``. There are none by default.
       out: Output directory. By default ``evaluation`` in the workdir, or for weights
         ``runs/NAME-evaluation``.
       progress: Whether to show a progress bar (the default).
@@ -243,6 +254,7 @@ def _load(
 
 def _open_eval_set(settings: Settings, data: EvalData, *, bundled: bool) -> EvalSet:
     """Open the evaluation data: what ``data`` says, else what the settings say."""
+    classes = _read_classes(data)
     if data.images:
         source = sources.open_images(data.images)
     elif bundled:
@@ -258,8 +270,26 @@ def _open_eval_set(settings: Settings, data: EvalData, *, bundled: bool) -> Eval
         image_size=size if data.image_size is None else data.image_size,
         examples=examples if data.examples is None else data.examples,
         seed=data.seed,
+        classes=classes,
         mask_folder=mask_folder,
     )
+
+
+def _read_classes(data: EvalData) -> tuple[MaskClass, ...]:
+    """Find the classes of the drawn masks by their names."""
+    groups = {"bins": BIN_CLASSES} | {c.hole: (c,) for c in SHAPE_CLASSES}
+    if data.classes is None:
+        return BIN_CLASSES + SHAPE_CLASSES
+    if data.masks:
+        raise UserError("classes are of drawn masks, but masks names a folder.")
+    unknown = [name for name in data.classes if name not in groups]
+    if unknown or not data.classes:
+        raise UserError(
+            f"classes must be some of {', '.join(groups)}, got "
+            f"{', '.join(unknown) or 'none'}."
+        )
+    chosen = (group for name, group in groups.items() if name in data.classes)
+    return tuple(itertools.chain(*chosen))
 
 
 def _check_size(method: Method, image_size: int) -> None:
@@ -303,7 +333,8 @@ def _evaluate_all(
     with tqdm(total=total, desc="evaluate", leave=False, disable=disable) as bar:
         for index, images in eval_set.batches(size):
             for mask_class in eval_set.classes:
-                keys = [(*mask_class, int(i)) for i in index]
+                hole, border = mask_class
+                keys = [(hole, border, int(i)) for i in index]
                 todo = [m for m in methods if not store.has(m.name, keys)]
                 bar.update(len(index) * (len(methods) - len(todo)))
                 if not todo:
@@ -366,10 +397,10 @@ def _add_batch(
 def _make_record(
     method: Method, eval_set: EvalSet, key: Key, numbers: Mapping[str, Any]
 ) -> Record:
-    hole_bin, border, index = key
+    hole, border, index = key
     record = {
         "method": method.name,
-        "hole_bin": hole_bin,
+        "hole": hole,
         "border": border,
         "index": index,
         "picture": eval_set.image_index(index),
@@ -390,11 +421,13 @@ def _make_record(
 def _rows(eval_set: EvalSet, keys: Sequence[Key]) -> np.ndarray:
     """Number the rows in which the features of examples are kept."""
     places = {c: i * eval_set.examples for i, c in enumerate(eval_set.classes)}
-    return np.array([places[b, border] + i for b, border, i in keys], np.int64)
+    rows = [places[MaskClass(hole, border)] + i for hole, border, i in keys]
+    return np.array(rows, np.int64)
 
 
 def _all_keys(eval_set: EvalSet) -> list[Key]:
-    return [(*c, i) for c in eval_set.classes for i in range(eval_set.examples)]
+    numbers = range(eval_set.examples)
+    return [(hole, border, i) for hole, border in eval_set.classes for i in numbers]
 
 
 def _collect(methods: Sequence[Method], eval_set: EvalSet, store: Store) -> Evaluation:
@@ -417,7 +450,7 @@ def _collect(methods: Sequence[Method], eval_set: EvalSet, store: Store) -> Eval
 
 def _score_sets(
     evaluation: Evaluation, eval_set: EvalSet, store: Store, learned: LearnedMetrics
-) -> dict[tuple[str, int | None, bool | None], dict[str, float]]:
+) -> dict[tuple[str, str | None, bool | None], dict[str, float]]:
     """Compute the metrics of sets of examples; {} if there are no features."""
     first = _rows(eval_set, _all_keys(eval_set)[:1])
     if store.get_features(evaluation.methods[0], first) is None:
@@ -431,7 +464,7 @@ def _score_sets(
             keys = [key_of(example) for example in chosen]
             features = store.get_features(method, _rows(eval_set, keys))
             if chosen and features is not None:
-                place = method, where.get("hole_bin"), where.get("border")
+                place = method, where.get("hole"), where.get("border")
                 sets[place] = set_metrics(features, truth)
     return sets
 

@@ -1,7 +1,7 @@
 """Records of examples, kept in files so that an evaluation can be resumed.
 
-A record is a dict with ``method``, ``hole_bin``, ``border``, ``index``, ``picture``
-(the image's index) and ``seconds``. It also has the metrics or, if the method failed,
+A record is a dict with ``method``, ``hole``, ``border``, ``index``, ``picture`` (the
+image's index) and ``seconds``. It also has the metrics or, if the method failed,
 ``error``. Each example may also have a row of features.
 """
 
@@ -23,8 +23,8 @@ Record = dict[str, Any]
 
 _logger = logging.getLogger(__name__)
 
-Key = tuple[int, bool, int]
-"""The hole bin, the border and the number of an example."""
+Key = tuple[str, bool | None, int]
+"""The hole and the border of a `MaskClass`, and the number of an example."""
 
 
 class Store:
@@ -224,7 +224,7 @@ def _damaged(path: Path | None) -> RunError:
 
 def key_of(record: Record) -> Key:
     """Get the key of an example's record."""
-    return record["hole_bin"], record["border"], record["index"]
+    return record["hole"], record["border"], record["index"]
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:

@@ -38,9 +38,6 @@ from pconv_jax.weights.vgg import load_vgg_params
 
 _BORDERS = {"any": None, "always": True, "never": False}
 
-HOLE_RATIOS = {"thin": (0.005, 0.1), "wide": (0.06, 0.36)}
-"""The hole ratios of masks that `MaskSettings.thin` and `MaskSettings.wide` mix in."""
-
 _logger = logging.getLogger(__name__)
 
 
@@ -253,7 +250,7 @@ def mask_sampler(settings: MaskSettings, size: int) -> DrawMask:
         coin = jax.random.uniform(jax.random.fold_in(key, 1))
         for kind, part in (("thin", settings.thin), ("wide", settings.wide)):
             if part:
-                other = draw(key, kind, HOLE_RATIOS[kind])
+                other = draw(key, kind, masks.HOLE_RATIOS[kind])
                 mask = jnp.where((0 <= coin) & (coin < part), other, mask)
                 coin -= part
         return mask

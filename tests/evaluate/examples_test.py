@@ -3,6 +3,7 @@ import pytest
 
 from pconv_jax import masks
 from pconv_jax.evaluate import examples, runner
+from pconv_jax.evaluate.eval_set import BINS
 from pconv_jax.unet import PConvUNet
 from tests.helpers.evaluation import SIZE, FakeMethod, bundled, make_eval_set
 
@@ -33,7 +34,7 @@ def test_best_median_and_worst_examples_match_their_scores():
     shown = examples.choose_examples(evaluation)
     assert [rank for rank, _ in shown] == ["best", "median", "worst"] * 6
     for b in range(6):
-        psnr = sorted(e["psnr"] for e in evaluation.select(hole_bin=b))
+        psnr = sorted(e["psnr"] for e in evaluation.select(hole=BINS[b]))
         chosen = [e["psnr"] for _, e in shown[3 * b : 3 * b + 3]]
         assert chosen == [psnr[-1], psnr[-len(psnr) // 2 - 1], psnr[0]]
     filled = examples.fill_examples([half], pairs, [e for _, e in shown])
@@ -50,7 +51,7 @@ def test_few_examples_are_shown_once_and_failures_are_not_tried_again():
     evaluation = runner.compare([first, flaky], pairs, progress=False)
     shown = examples.choose_examples(evaluation)
     # There are two in a bin, of which the worse one is the median, too.
-    assert len({(e["hole_bin"], e["border"]) for _, e in shown}) == 12 == len(shown)
+    assert len({(e["hole"], e["border"]) for _, e in shown}) == 12 == len(shown)
     filled = examples.fill_examples(
         [first, flaky],
         pairs,
@@ -58,8 +59,8 @@ def test_few_examples_are_shown_once_and_failures_are_not_tried_again():
         failures=evaluation.failures,
     )
     blank = [
-        (e["hole_bin"], e["border"])
+        (e["hole"], e["border"])
         for (_, e), p in zip(shown, filled)
         if p["flaky"] is None
     ]
-    assert blank == [(0, False)] and len(flaky.given) == 12 + 11
+    assert blank == [("1%-10%", False)] and len(flaky.given) == 12 + 11

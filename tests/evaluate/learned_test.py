@@ -79,7 +79,7 @@ def test_learned_metrics_compare_the_composites(stand_ins, tmp_path):
         progress=False,
     )
     evaluation = evaluate([half])
-    place = {"method": "half", "hole_bin": 3, "border": True}
+    place = {"method": "half", "hole": "30%-40%", "border": True}
     given = [
         (image, mask)
         for image, mask in half.given

@@ -9,7 +9,7 @@ NAN = math.nan
 
 def plot(lines):
     styles = {name: plots.line_style(i) for i, name in enumerate(lines)}
-    return plots.plot_intervals(lines, styles, ticks=["a", "b"], xlabel="x")
+    return plots.plot_intervals(lines, styles, ticks=["a", "b"], joined=2, xlabel="x")
 
 
 def test_equal_plots_are_equal_files():

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 def make_evaluation(values, images, method="a", **more):
     return results.Evaluation(
         [
-            {"method": method, "hole_bin": 0, "border": False, "index": i}
+            {"method": method, "hole": "1%-10%", "border": False, "index": i}
             | {"picture": p, "l1": v}
             for i, (v, p) in enumerate(zip(values, images))
         ],
@@ -23,7 +23,7 @@ def test_table_and_means(evaluation):
         "1%-10%", "10%-20%", "20%-30%", "30%-40%", "40%-50%", "50%-60%",
     ]  # fmt: skip
     assert [row["border"] for row in table] == ["no"] * 6 + ["yes"] * 6 + [""]
-    chosen = [e["l1"] for e in evaluation.select(hole_bin=5, border=True)]
+    chosen = [e["l1"] for e in evaluation.select(hole="50%-60%", border=True)]
     assert table[11]["l1 %"] == pytest.approx(np.mean(chosen))
     assert table[-1]["ssim"] == evaluation.mean()["ssim"]
     assert str(evaluation).splitlines()[0].split()[:9] == [

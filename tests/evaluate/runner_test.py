@@ -19,7 +19,13 @@ from pconv_jax import masks, vgg
 from pconv_jax.data import pipeline
 from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.evaluate import methods, output, runner
-from pconv_jax.evaluate.eval_set import MASK_CLASSES, EvalSet, draw_masks
+from pconv_jax.evaluate.eval_set import (
+    BIN_CLASSES,
+    BINS,
+    SHAPE_CLASSES,
+    EvalSet,
+    draw_masks,
+)
 from pconv_jax.evaluate.runner import EvalData
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.metrics import lpips
@@ -46,10 +52,10 @@ MODEL = PConvUNet(depth=2, width=4)
 
 
 def test_every_class_of_masks_has_its_examples(evaluation):
-    classes = [(e["hole_bin"], e["border"], e["index"]) for e in evaluation.examples]
-    assert classes == [(b, border, i) for b, border in MASK_CLASSES for i in range(5)]
+    classes = [(e["hole"], e["border"], e["index"]) for e in evaluation.examples]
+    assert classes == [(b, border, i) for b, border in BIN_CLASSES for i in range(5)]
     for example in evaluation.examples:
-        low, high = masks.HOLE_BINS[example["hole_bin"]]
+        low, high = masks.HOLE_BINS[BINS.index(example["hole"])]
         assert low - 0.002 < example["hole_ratio"] <= high + 1e-6
         assert example["picture"] == example["index"] % 2  # There are two.
 
@@ -64,7 +70,7 @@ def test_all_methods_get_the_same_pairs():
 
 
 def test_mask_classes_without_files_are_left_out_and_reported(tmp_path):
-    write_mask_folder(tmp_path / "m", [(0, False), (5, True)], per_class=1)
+    write_mask_folder(tmp_path / "m", [(BINS[0], False), (BINS[5], True)], per_class=1)
     pairs = make_eval_set(mask_folder=MaskFolder(tmp_path / "m"))
     evaluation = runner.compare([FakeMethod("a")], pairs, progress=False)
     assert len(evaluation.examples) == 10
@@ -74,14 +80,61 @@ def test_mask_classes_without_files_are_left_out_and_reported(tmp_path):
     assert note in str(evaluation)
 
 
+def test_thin_and_wide_holes_are_classes_of_their_own(tmp_path):
+    pairs = make_eval_set(examples=2, classes=BIN_CLASSES + SHAPE_CLASSES)
+    bins = make_eval_set(examples=2)
+    half = FakeMethod("half", lambda image, mask: image // 2)
+    both = [half, FakeMethod("flaky", fails=lambda i: "no" if i == 27 else "")]
+    evaluation = runner.compare(both, pairs, progress=False)
+    twelve = runner.compare([half], bins, progress=False)
+    # Means and intervals of the paper's bins do not know about the other classes.
+    assert evaluation.intervals(method="half") == twelve.intervals()
+    assert len(evaluation.examples) + 1 == 2 * 28 and evaluation.shapes == [
+        "thin",
+        "wide",
+    ]
+    wide = evaluation.select(method="half", hole="wide")
+    assert [e["index"] for e in wide] == [0, 1] and wide[0]["border"] is None
+    mask = draw_masks(np.array([1]), "wide", None, SIZE)
+    assert wide[1]["hole_ratio"] == pytest.approx(1 - mask.mean(), abs=1e-6)
+    table = [row for row in evaluation.table() if row["method"] == "half"]
+    assert [row["hole"] for row in table[12:]] == ["all", "thin", "wide"]
+    assert table[14]["l1 %"] == pytest.approx(np.mean([e["l1"] for e in wide]))
+    assert table[12]["l1 %"] == twelve.table()[-1]["l1 %"]
+    rows = evaluation.summary()
+    assert [r["hole"] for r in rows if r["failed"]] == ["wide"]
+    assert rows[-1]["hole"] == "wide" and rows[-1]["difference"]["l1"] is not None
+    assert "flaky failed on 1 of 28 examples" in str(evaluation)
+    output.write_results(tmp_path, evaluation, pairs, both, about={})
+    for name in ("report.html", "results.md"):
+        page = (tmp_path / name).read_text()
+        assert "Thin holes: scratches" in page and "Wide holes: one square" in page
+    again = runner.compare(both, pairs, directory=tmp_path, progress=False)
+    resumed = runner.compare(both, pairs, directory=tmp_path, progress=False)
+    assert resumed.csv() == again.csv()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": ["bins", "narrow"]}, "some of bins, thin, wide, got narrow"),
+        ({"classes": []}, "some of bins, thin, wide, got none"),
+        ({"classes": ["thin"], "masks": "m"}, "masks names a folder"),
+    ],
+)
+def test_mistakes_in_classes(run, options, message):
+    with pytest.raises(ValueError, match=message):
+        runner.evaluate_run(run, data=EvalData(**options), learned=False)
+
+
 def test_metrics_equal_those_computed_by_hand(evaluation, variables):
     """One example, done again by hand."""
-    (example,) = evaluation.select(hole_bin=3, border=True, index=1)
+    (example,) = evaluation.select(hole=BINS[3], border=True, index=1)
     image = next(pipeline.eval_batches(bundled(), batch_size=2, image_size=SIZE))[
         "image"
     ]
     image = image[1:]
-    mask = draw_masks(np.array([1]), 3, True, SIZE)
+    mask = draw_masks(np.array([1]), BINS[3], True, SIZE)
     truth = (image / 127.5 - 1).astype(np.float32)
     output, _ = jax.jit(MODEL.apply)(variables, truth, mask)
     output = np.rint((np.clip(output, -1, 1) + 1) * 127.5) / 255
@@ -204,13 +257,13 @@ def test_a_run_is_evaluated_as_it_was_trained(run):
     assert results["step"] == 7 and results["warnings"] == ["a warning"]
     assert results["table"] == evaluation.table()
     assert evaluation.methods == ["pconv", "mean", "telea", "navier_stokes"]
-    assert len(results["examples"]) == 4 * 24
+    assert len(results["examples"]) == 4 * 28
     assert set(results["metrics"]["l1"]) == {"definition", "unit", "better"}
     assert "difference" in results["summary"][-1]
     page = (out / "report.html").read_text()
     assert "<td>–</td>" in page and '<td class="best">–' not in page
     timing = json.loads((out / "timing.json").read_text())
-    assert timing["methods"]["telea"]["pictures"] == 24
+    assert timing["methods"]["telea"]["pictures"] == 28
     assert "seconds" not in (out / "results.json").read_text()
     files = {path.name for path in out.iterdir()}
     assert files == {
@@ -228,10 +281,11 @@ def test_equal_networks_from_a_run_and_from_weights_agree(run, variables, tmp_pa
         weights=str(weights),
         config=tiny_config(),
         methods=["pconv", f"again={run}", f"third={weights}"],
-        data=EvalData(examples=1),
+        data=EvalData(examples=1, classes=["thin", "bins"]),
         learned=False,
         out=tmp_path / "out",
     )
+    assert len(evaluation.examples) == 3 * 13 and evaluation.shapes == ["thin"]
     assert evaluation.methods == ["pconv", "again", "third"]
     numbers = [evaluation.mean(method=m) for m in evaluation.methods]
     assert numbers[0] == numbers[1] == numbers[2]
@@ -271,14 +325,14 @@ def test_vgg_distance_uses_the_given_weights(run, tmp_path):
     source = opening.get_source(read_settings(tiny_config()).data, "validation")
     protocol = EvalSet(source, image_size=SIZE, examples=1)
     ((index, truth),) = protocol.batches(1)
-    mask = protocol.masks(index, 4, True)
+    mask = protocol.masks(index, BINS[4], True)
     (fill,) = methods.get_methods(["mean"], None, time_budget=9.0)
     with contextlib.closing(fill):
         comp = np.where(mask == 0, fill.fill(truth, mask).images, truth)
     expected = lpips.vgg_distance(
         params, comp / np.float32(255), truth / np.float32(255)
     )
-    (found,) = evaluation.select(method="mean", hole_bin=4, border=True)
+    (found,) = evaluation.select(method="mean", hole=BINS[4], border=True)
     assert found["vgg_distance"] == pytest.approx(float(expected[0]), rel=1e-4)
     with pytest.raises(ValueError, match="none.npz"):
         runner.evaluate_run(run, learned=False, vgg="none.npz")
@@ -390,7 +444,7 @@ def finish(process):
 def test_devices_and_kills_do_not_change_results_and_opencv_agrees(run, tmp_path):
     """On one device, on four, and on four after a kill; and on other people's code."""
     write_images(tmp_path / "photos")
-    written = write_mask_folder(tmp_path / "masks", MASK_CLASSES, size=48, per_class=2)
+    written = write_mask_folder(tmp_path / "masks", BIN_CLASSES, size=48, per_class=2)
     arguments = [f"--workdir={run}", "--image_size=48", "--examples=3"]
     arguments += [f"--images={tmp_path / 'photos'}", f"--masks={tmp_path / 'masks'}"]
     arguments += ["--nolearned", "--methods=pconv,telea,navier_stokes"]
@@ -426,7 +480,7 @@ def test_devices_and_kills_do_not_change_results_and_opencv_agrees(run, tmp_path
         if e["method"] not in opencv:
             continue
         photo = cv2.imread(str(tmp_path / "photos" / f"{e['index']}.png"))
-        hole = 1 - written[e["hole_bin"], e["border"], e["index"] % 2]
+        hole = 1 - written[e["hole"], e["border"], e["index"] % 2]
         filled = cv2.inpaint(photo * (1 - hole), hole, 3, opencv[e["method"]])
         a, b = photo / 255, filled / 255
         assert e["l1"] == pytest.approx(100 * np.abs(a - b).mean(), rel=1e-4)

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def test_a_store_resumes_after_a_kill(tmp_path):
-    place = {"method": "a", "hole_bin": 0, "border": True}
+    place = {"method": "a", "hole": "1%-10%", "border": True}
     store = Store(tmp_path)
     store.open("a", "x")
     store.add("a", [place | {"index": 0, "l1": 0.1}, place | {"index": 1, "l1": 0.2}])
@@ -16,11 +16,13 @@ def test_a_store_resumes_after_a_kill(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     again = Store(tmp_path)
     again.open("a", "x")
-    assert again.has("a", [(0, True, 0)]) and not again.has("a", [(0, True, 1)])
+    assert again.has("a", [("1%-10%", True, 0)]) and not again.has(
+        "a", [("1%-10%", True, 1)]
+    )
     again.add("a", [place | {"index": 1, "l1": 0.3}])
     third = Store(tmp_path)
     third.open("a", "x")
-    keys = [(0, True, 0), (0, True, 1)]
+    keys = [("1%-10%", True, 0), ("1%-10%", True, 1)]
     assert [r["l1"] for r in third.get("a", keys)] == [0.1, 0.3]
     third.open("a", "other images")
     assert not third.has("a", keys[:1])
@@ -36,7 +38,7 @@ def test_two_evaluations_cannot_share_a_directory(tmp_path):
 
 
 def test_a_changed_record_is_made_again(tmp_path, caplog):
-    place = {"method": "a", "hole_bin": 0, "border": True}
+    place = {"method": "a", "hole": "1%-10%", "border": True}
     store = Store(tmp_path)
     store.open("a", "x")
     store.add("a", [place | {"index": i, "psnr": 25.5} for i in range(4)])
@@ -47,7 +49,7 @@ def test_a_changed_record_is_made_again(tmp_path, caplog):
     path.write_bytes(b"".join(lines))
     again = Store(tmp_path)
     again.open("a", "x")
-    assert [again.has("a", [(0, True, i)]) for i in range(4)] == [
+    assert [again.has("a", [("1%-10%", True, i)]) for i in range(4)] == [
         True,
         False,
         False,

@@ -5,7 +5,7 @@ import numpy as np
 
 from pconv_jax.data import sources
 from pconv_jax.evaluate import methods
-from pconv_jax.evaluate.eval_set import EvalSet
+from pconv_jax.evaluate.eval_set import BINS, EvalSet
 
 SIZE = 32
 
@@ -43,14 +43,15 @@ def write_mask_folder(folder, classes, size=128, per_class=2):
     """Mask images, white = hole, numbered like NVIDIA's; returned as masks."""
     folder.mkdir()
     written = {}
-    for hole_bin, border in classes:
+    for hole, border in classes:
+        number = BINS.index(hole)
         for i in range(per_class):
             mask = np.ones((size, size, 1), np.uint8)
             # A square in the middle or in a corner.
-            side = round(size * (0.1 * hole_bin + 0.06 + 0.02 * i) ** 0.5)
+            side = round(size * (0.1 * number + 0.06 + 0.02 * i) ** 0.5)
             top = 0 if border else (size - side) // 2
             mask[top : top + side, top : top + side] = 0
-            number = 2000 * hole_bin + 1000 * border + i
-            cv2.imwrite(str(folder / f"{number:05d}.png"), 255 * (1 - mask))
-            written[hole_bin, border, i] = mask
+            name = f"{2000 * number + 1000 * border + i:05d}.png"
+            cv2.imwrite(str(folder / name), 255 * (1 - mask))
+            written[hole, border, i] = mask
     return written

@@ -165,7 +165,7 @@ def _records():
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
         store.open("a", "x")
-        place = {"method": "a", "hole_bin": 0, "border": True, "psnr": 25.0}
+        place = {"method": "a", "hole": "1%-10%", "border": True, "psnr": 25.0}
         store.add("a", [place | {"index": i} for i in range(5)])
         return store._paths["a"].read_bytes()
 

@@ -65,7 +65,7 @@ def test_mean_filled_network_sees_no_more_of_a_hole_than_the_mean():
 
 
 def make_evaluation(values, name="a"):
-    place = {"method": name, "hole_bin": 0, "border": False}
+    place = {"method": name, "hole": "1%-10%", "border": False}
     return results.Evaluation(
         [place | {"index": i, "picture": i, "psnr": v} for i, v in enumerate(values)]
     )
@@ -80,7 +80,7 @@ def test_differences_are_of_the_same_seed_and_image():
         "b": [make_evaluation(v) for v in seeds + shift],
     }
     rows = ablation.summarize(records)
-    (row,) = [r for r in rows if r["variant"] == "b" and r["hole_bin"] is None]
+    (row,) = [r for r in rows if r["variant"] == "b" and r["hole"] is None]
     assert row["mean"] == pytest.approx((seeds + shift).mean())
     assert row["difference"]["mean"] == pytest.approx(1)
     np.testing.assert_allclose(row["difference"]["seeds"], shift[:, 0])
@@ -120,7 +120,7 @@ def test_runs_go_on_and_end_in_a_table(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "ablation.json").read_text()) == json.loads(
         json.dumps(found)
     )
-    rows = [r for r in found["results"] if r["hole_bin"] is None]
+    rows = [r for r in found["results"] if r["hole"] is None]
     assert [r["variant"] for r in rows if r["metric"] == "l1"] == variants
     text = (tmp_path / "ablation.md").read_text()
     assert text.startswith("# Ablation") and "| pconv_v1 |" in text

@@ -16,7 +16,7 @@ def marked_masks(monkeypatch):
     kinds = ("mixed", "thin", "wide")
 
     def draw(key, shape, *, hole_ratio, kind, border):
-        assert hole_ratio == experiment.HOLE_RATIOS.get(kind, (0.01, 0.6))
+        assert hole_ratio == masks.HOLE_RATIOS.get(kind, (0.01, 0.6))
         return jnp.full((*shape, 1), kinds.index(kind))
 
     monkeypatch.setattr(masks, "random_mask", draw)
