@@ -1,4 +1,7 @@
-"""Metrics that need a network with trained weights: LPIPS, FID, Inception Score."""
+"""Metrics that need a network with trained weights.
+
+LPIPS, FID, Inception Score, and a perceptual distance by VGG16.
+"""
 
 import contextlib
 import functools
@@ -41,9 +44,10 @@ class LearnedMetrics:
 
         Args:
           image_size: Side of the images, in pixels.
-          published: Whether to compute LPIPS, FID and Inception Score (the default).
-          vgg_weights: Weights for `lpips.vgg_distance`, see `load_vgg_params`. None
-            (the default) leaves this metric out.
+          published: Whether to compute all metrics whose published weights are
+            available (the default).
+          vgg_weights: Other weights than ImageNet's for `lpips.vgg_distance`, see
+            `load_vgg_params`. None by default.
 
         Raises:
           UserError: If ``vgg_weights`` cannot be read.
@@ -100,6 +104,8 @@ class LearnedMetrics:
         else:
             self._lpips = self._load("lpips", load_lpips_params)
         self._inception = self._load("fid, inception_score", load_inception_params)
+        if self._vgg is None:
+            self._vgg = self._load("vgg_distance", load_vgg_params)
 
     def _load(
         self, name: str, load: Callable[[], Mapping[str, Any]]

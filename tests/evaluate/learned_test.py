@@ -20,16 +20,17 @@ def test_learned_metrics_without_weights_are_left_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setenv("PCONV_CACHE", str(tmp_path))
-    for name in ("ALEXNET", "LPIPS_ALEX", "INCEPTION"):
+    for name in ("ALEXNET", "LPIPS_ALEX", "INCEPTION", "VGG16"):
         monkeypatch.delenv(f"PCONV_{name}", raising=False)
     learned = LearnedMetrics(image_size=SIZE)
     evaluation = runner.compare(
         [FakeMethod("a")], make_eval_set(examples=1), learned=learned, progress=False
     )
     assert evaluation.metrics == ["l1", "l1_hole", "psnr", "ssim"]
-    first, second = evaluation.left_out
+    first, second, third = evaluation.left_out
     assert first.startswith("lpips: There is no ") and "PCONV_ALEXNET" in first
     assert second.startswith("fid, inception_score: There is no ")
+    assert third.startswith("vgg_distance: There are no VGG16 weights")
     assert first in str(evaluation)
     small = LearnedMetrics(image_size=16)
     assert "lpips: it needs images of at least 31 pixels" in small.left_out[0]
@@ -48,6 +49,9 @@ def stand_ins(monkeypatch):
     def distance(params, a, b):
         return params["gain"] * jnp.abs(a - b).max(axis=(1, 2, 3))
 
+    def load_vgg():
+        return {"gain": np.float32(3)}
+
     def features_and_logits(params, images):
         blocks = images.reshape(len(images), 4, SIZE // 4, 4, SIZE // 4, 3) / 255.0
         means = blocks.mean((2, 4)).reshape(len(images), -1)
@@ -56,6 +60,8 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(learned_lib, "_FEATURES", 48)
     monkeypatch.setattr(learned_lib, "load_lpips_params", load_lpips)
     monkeypatch.setattr(learned_lib.lpips, "distance", distance)
+    monkeypatch.setattr(learned_lib.lpips, "vgg_distance", distance)
+    monkeypatch.setattr(learned_lib, "load_vgg_params", load_vgg)
     monkeypatch.setattr(learned_lib, "load_inception_params", load_inception)
     monkeypatch.setattr(
         learned_lib.inception, "features_and_logits", features_and_logits
@@ -98,6 +104,8 @@ def test_learned_metrics_compare_the_composites(stand_ins, tmp_path):
     expected = distance({"gain": 2}, comp / 255, truth / 255)
     found = [e["lpips"] for e in evaluation.select(**place)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+    found = [e["vgg_distance"] for e in evaluation.select(**place)]
+    np.testing.assert_allclose(found, 1.5 * expected, rtol=1e-5)
     assert evaluation.summary()[0]["fid"]["low"] is None
     assert "fid (lower is better)" in str(evaluation.format(markdown=True))
     # One example is no set.
@@ -110,4 +118,4 @@ def test_learned_metrics_compare_the_composites(stand_ins, tmp_path):
     assert again.sets == evaluation.sets
     output.write_results(tmp_path, again, pairs, [half], about={})
     page = (tmp_path / "report.html").read_text()
-    assert page.count('<figure class="plot">') == 7
+    assert page.count('<figure class="plot">') == 8
