@@ -216,11 +216,11 @@ def _repair(
     journal: "Journal | None",
 ) -> "Repaired":
     """Repair an image, once for each variant."""
-    from pconv_jax.inpaint.files import Repaired, repair_file
+    from pconv_jax.inpaint.files import Repaired, repair_file, variant_path
 
     filled, messages = False, []
     for number in range(arguments.variants):
-        path = _variant(output, number)
+        path = variant_path(output, number)
         if journal:
             if journal.is_done(path):
                 filled = True
@@ -295,10 +295,6 @@ def _report_skipped(paths: list[Path]) -> None:
             f"{names}.",
             file=sys.stderr,
         )
-
-
-def _variant(output: Path, number: int) -> Path:
-    return output.with_stem(f"{output.stem}-{number + 1}") if number else output
 
 
 def _repair_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -98,6 +98,11 @@ def repair_file(
     return Repaired(bool(depth.any()), messages)
 
 
+def variant_path(path: Path, number: int) -> Path:
+    """Name the file of a variant: a.png, a-2.png, a-3.png, ... from number 0 on."""
+    return path.with_stem(f"{path.stem}-{number + 1}") if number else path
+
+
 class Journal:
     """The files that a run over a folder has written, for when it is killed.
 

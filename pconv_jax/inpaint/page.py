@@ -27,6 +27,7 @@ from PIL import Image
 from pconv_jax import masks
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.inpaint import image_io
+from pconv_jax.inpaint.files import variant_path
 from pconv_jax.inpaint.formats import SUFFIXES
 from pconv_jax.inpaint.hole import hole_from_mask, resize_hole
 from pconv_jax.inpaint.image_io import ImageFile
@@ -53,6 +54,7 @@ _SUFFIXES = [suffix for suffix in SUFFIXES if suffix != ".npy"]
 _MAX_UPLOAD = "200mb"
 _MAX_PIXELS = 40_000_000
 _MAX_WAITING = 30
+_MAX_VARIANTS = 4
 
 # What takes memory happens one at a time; Gradio shows the others their place.
 _QUEUED: dict[str, Any] = {"concurrency_id": "images", "concurrency_limit": 1}
@@ -72,7 +74,15 @@ This page answers only to localhost, and to no other site. Use --host to open it
 """
 
 # Values of the result's components before there is a result.
-_NOTHING = (None, None, None, "", "", gr.DownloadButton(value=None, interactive=False))
+_NOTHING = (
+    None,
+    None,
+    None,
+    "",
+    gr.update(value=None, visible=False),
+    "",
+    gr.DownloadButton(value=None, interactive=False),
+)
 
 _CSS = """
 .legend span {
@@ -88,6 +98,7 @@ class _Inputs(NamedTuple):
     editor: gr.ImageEditor
     dilate: gr.Slider
     invert: gr.Checkbox
+    variants: gr.Number
     run: gr.Button
 
 
@@ -96,6 +107,7 @@ class _Results(NamedTuple):
     slider: gr.ImageSlider
     overlay: gr.Image
     legend: gr.HTML
+    gallery: gr.Gallery
     report: gr.Markdown
     download: gr.DownloadButton
 
@@ -155,8 +167,14 @@ def build(inpainter: Inpainter) -> gr.Blocks:
         )
         inputs.run.click(
             functools.partial(repair, inpainter),
-            [*opened, inputs.dilate, inputs.invert, result_path],
+            [*opened, inputs.dilate, inputs.invert, result_path, inputs.variants],
             [*results, result_path],
+            **_QUEUED,
+        )
+        results.gallery.select(
+            choose,
+            [image_path, result_path],
+            [results.repaired, results.slider, results.download],
             **_QUEUED,
         )
     return page
@@ -181,8 +199,16 @@ def _build_inputs() -> _Inputs:
     with gr.Row():
         dilate = gr.Slider(0, 32, step=1, label="Grow the hole by (pixels)")
         invert = gr.Checkbox(label="In the mask, black is filled")
+        variants = gr.Number(
+            1,
+            minimum=1,
+            maximum=_MAX_VARIANTS,
+            precision=0,
+            label=f"Variants (1 to {_MAX_VARIANTS})",
+            elem_id="variants",
+        )
     run = gr.Button("Repair", variant="primary", elem_id="run")
-    return _Inputs(image, mask, editor, dilate, invert, run)
+    return _Inputs(image, mask, editor, dilate, invert, variants, run)
 
 
 def _build_results() -> _Results:
@@ -205,11 +231,21 @@ def _build_results() -> _Results:
                 elem_id="depth",
             )
             legend = gr.HTML()
+    gallery = gr.Gallery(
+        label="Choose a variant",
+        visible=False,
+        columns=_MAX_VARIANTS,
+        height=180,
+        format="png",
+        allow_preview=False,
+        buttons=[],
+        elem_id="gallery",
+    )
     report = gr.Markdown()
     download = gr.DownloadButton(
         "Download at full size", interactive=False, elem_id="download"
     )
-    return _Results(repaired, slider, overlay, legend, report, download)
+    return _Results(repaired, slider, overlay, legend, gallery, report, download)
 
 
 def open_image(
@@ -274,6 +310,7 @@ def repair(
     dilate: int,
     invert: bool,
     previous: str | None,
+    variants: int = 1,
 ) -> tuple[Any, ...]:
     """Repair an image, and write it to a file to download.
 
@@ -285,12 +322,15 @@ def repair(
       dilate: Number of pixels by which to enlarge the hole.
       invert: Whether the mask is black where to fill.
       previous: Path of an earlier result, which is deleted, or None.
+      variants: Number of results, with the seeds 0, 1, ...; the default is 1. Each is
+        written to a file, and the first is shown.
 
     Returns:
-      The values of the result's components, and the path of the file.
+      The values of the result's components, and the path of the first file.
     """
     if image is None:
         raise _error("Open an image first.")
+    variants = int(np.clip(variants or 1, 1, _MAX_VARIANTS))
     start = time.monotonic()
     with _CATCHING, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -298,26 +338,51 @@ def repair(
             file = _read(image)
             before = _shown(file.image)
             hole = _find_hole(file.image, mask, drawing, invert)
-            result, depth = inpainter(
-                file.image, hole, dilate=int(dilate), return_depth=True
-            )
             path = _new_file(f"{Path(image).stem}-repaired{_suffix(image)}")
-            image_io.write(path, ImageFile(result, file.info))
+            shown, depth = [], np.zeros(hole.shape, np.uint8)
+            for seed in range(variants):
+                result, depth = inpainter(
+                    file.image, hole, dilate=int(dilate), seed=seed, return_depth=True
+                )
+                shown.append(_shown(result))
+                result_file = ImageFile(result, file.info)
+                image_io.write(variant_path(path, seed), result_file)
         except (RunError, UserError) as error:
             raise _error(str(error)) from error
     _delete(previous)
     for warning in caught:
         gr.Warning(str(warning.message))
-    after = _shown(result)
+    after = shown[0]
     height, width = depth.shape
     report = (
         f"{width} x {height} pixels, {np.mean(depth > 0):.1%} filled, in "
         f"{time.monotonic() - start:.1f} s."
     )
+    gallery = gr.update(value=shown, visible=variants > 1, selected_index=0)
     download = gr.DownloadButton(value=str(path), interactive=True)
     overlay = _overlay(after, depth)
     slider, legend = (before, after), _legend(depth)
-    return after, slider, overlay, legend, report, download, str(path)
+    return after, slider, overlay, legend, gallery, report, download, str(path)
+
+
+def choose(
+    image: str, result: str, event: gr.SelectData
+) -> tuple[Image.Image, tuple[Image.Image, Image.Image], gr.DownloadButton]:
+    """Show the variant that was chosen, and let it be downloaded.
+
+    Args:
+      image: Path of the image.
+      result: Path of the first variant.
+      event: What was chosen in the gallery.
+
+    Returns:
+      The values of the components of the image, of its comparison with the image
+      before, and of the download.
+    """
+    path = str(variant_path(Path(result), event.index))
+    after = _shown(_read(path).image)
+    before = _shown(_read(image).image)
+    return after, (before, after), gr.DownloadButton(value=path, interactive=True)
 
 
 def launch(

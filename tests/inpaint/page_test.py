@@ -69,9 +69,13 @@ def test_the_painted_area_is_filled(inpainter, tmp_path):
     opened = np.roll(hole, 15, axis=1)
     Image.fromarray(~opened).save(tmp_path / "mask.png")
     expected, depth = inpainter(image, hole | opened, dilate=2, return_depth=True)
-    after, (before, _), overlay, legend, report, download, result = page.repair(
-        inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole), 2, True, None
+    after, (before, _), overlay, legend, gallery, report, download, result = (
+        page.repair(
+            *(inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole)),
+            *(2, True, None),
+        )
     )
+    assert not gallery["visible"]
     np.testing.assert_array_equal(after, expected)
     np.testing.assert_array_equal(before, image)
     assert download.value["path"] == result
@@ -85,6 +89,36 @@ def test_the_painted_area_is_filled(inpainter, tmp_path):
     assert [f">{d}</span>" in legend for d in (1, 2, 3)] == [
         *(bool(np.any(depth == d)) for d in (1, 2, 3))
     ]
+
+
+def test_a_variant_is_chosen(inpainter, tmp_path):
+    image = photo()
+    path = tmp_path / "a.png"
+    Image.fromarray(image).save(path)
+    hole = np.zeros(image.shape[:2], bool)
+    hole[10:50, 20:60] = True
+    before = set(tmp_path.iterdir())
+    arguments = inpainter, str(path), None, drawing(hole), 0, False
+    after, *_, gallery, _, _, result = page.repair(*arguments, None, 3)
+    assert gallery["visible"] and len(gallery["value"]) == 3
+    expected = [inpainter(image, hole, seed=seed) for seed in range(3)]
+    assert not np.array_equal(expected[0], expected[1])
+    np.testing.assert_array_equal(after, expected[0])
+    names = ("a-repaired.png", "a-repaired-2.png", "a-repaired-3.png")
+    for index, name in enumerate(names):
+        event = gr.SelectData(None, {"index": index, "value": None})
+        after, (first, second), download = page.choose(str(path), result, event)
+        np.testing.assert_array_equal(after, expected[index])
+        np.testing.assert_array_equal(first, image)
+        np.testing.assert_array_equal(second, expected[index])
+        assert pathlib.Path(download.value["path"]).name == name
+        np.testing.assert_array_equal(
+            Image.open(download.value["path"]), expected[index]
+        )
+    # The next result replaces all of them, and there are four at most.
+    *_, gallery, _, _, second = page.repair(*arguments, result, 99)
+    assert len(gallery["value"]) == 4
+    assert set(tmp_path.iterdir()) - before == {pathlib.Path(second).parent}
 
 
 def test_large_images_are_shown_small_and_repaired_whole(inpainter, tmp_path):
