@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import typing as flax_typing
 from flax.typing import Dtype, PrecisionLike
 from jax.typing import ArrayLike
@@ -20,6 +21,8 @@ from jax.typing import ArrayLike
 from pconv_jax import layers, ops
 from pconv_jax._errors import UserError
 from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
+
+_BATCH_NORM_EPSILON = 1e-5
 
 
 class Stage(NamedTuple):
@@ -297,7 +300,7 @@ class PConvUNet(nn.Module):
             h = nn.BatchNorm(
                 use_running_average=use_running_average,
                 momentum=0.9,
-                epsilon=1e-5,
+                epsilon=_BATCH_NORM_EPSILON,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 axis_name=self.axis_name,
@@ -397,6 +400,41 @@ def fill_depth(model: PConvUNet, mask: ArrayLike) -> jax.Array:
             valid = jnp.repeat(valid, 2**level, axis=axis)
         depth = jnp.where(valid, jnp.minimum(depth, level), depth)
     return depth[..., 0].astype(jnp.uint8)
+
+
+def fold_batch_norm(
+    model: PConvUNet, variables: Mapping[str, Any]
+) -> tuple[PConvUNet, dict[str, Any]]:
+    """Fold batch normalization into kernels and biases, for inference.
+
+    Running statistics are constants, so a convolution and its normalization are one
+    convolution with a bias. Outputs stay the same up to rounding, except in a hole that
+    the last stage leaves open, if that stage is normalized: there they are 0.
+
+    Args:
+      model: The network.
+      variables: Its ``params`` and ``batch_stats``.
+
+    Returns:
+      The same network without batch normalization, and its ``params`` as NumPy arrays.
+    """
+    params, statistics = dict(variables["params"]), variables.get("batch_stats", {})
+    for i, stage in enumerate((*model.encoder, *model.decoder), 1):
+        if not stage.batch_norm:
+            continue
+        norm = params.pop(f"bn{i}") | statistics[f"bn{i}"]
+        norm = {name: np.asarray(x, np.float64) for name, x in norm.items()}
+        factor = norm["scale"] / np.sqrt(norm["var"] + _BATCH_NORM_EPSILON)
+        kernel = np.asarray(params[f"pconv{i}"]["kernel"])
+        params[f"pconv{i}"] = {
+            "kernel": (kernel * factor).astype(kernel.dtype),
+            "bias": (norm["bias"] - norm["mean"] * factor).astype(kernel.dtype),
+        }
+    encoder, decoder = (
+        tuple(stage._replace(batch_norm=False) for stage in side)
+        for side in (model.encoder, model.decoder)
+    )
+    return model.clone(stages=(encoder, decoder)), {"params": params}
 
 
 # A network is stored with its weights as JSON: its configuration.

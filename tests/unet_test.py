@@ -501,6 +501,29 @@ def test_custom_stages():
     }
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"conv": "standard"},
+        {"normalization": unet.IMAGENET, "sigmoid_head": True},
+        {"stages": ([Stage(4, 5), Stage(6, 3, False)], [Stage(5, 1), Stage(2, 3)])},
+    ],
+)
+def test_folded_batch_normalization_computes_the_same(fields):
+    model, variables = make_model(**fields)
+    images, mask = make_inputs()
+    before = jax.tree.map(np.copy, variables)
+    expected = model.apply(variables, images, mask)
+    folded, constants = unet.fold_batch_norm(model, variables)
+    assert constants.keys() == {"params"} and not folded.encoder_norms
+    y, new_mask = folded.apply(constants, images, mask)
+    np.testing.assert_array_equal(new_mask, expected[1])
+    np.testing.assert_allclose(y, expected[0], atol=1e-5 * np.abs(y).max())
+    chex.assert_trees_all_equal(variables, before)
+    assert {x.dtype for x in jax.tree.leaves(constants)} == {np.dtype(np.float32)}
+
+
 def test_decoder_at_low_resolution_equals_the_plain_one(monkeypatch):
     model, variables = make_model(depth=3)
     images, mask = make_inputs(size=24)

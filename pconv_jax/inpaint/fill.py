@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pconv_jax.inpaint.tiling import SIDES, Tile, divide, double, halve
-from pconv_jax.unet import PConvUNet, fill_depth
+from pconv_jax.unet import PConvUNet, fill_depth, fold_batch_norm
 
 # Measured with the bundled network, of 1 to 6: the best l1 in the paper's masks and in
 # wide holes, at 256 to 512 pixels.
@@ -50,8 +50,10 @@ class HoleFiller:
         self.trusted_depth = min(trusted_depth or _TRUSTED_DEPTH, largest)
         step = model.size_multiple
         self._sides = sorted({-(-side // step) * step for side in SIDES})
+        self._model, variables = fold_batch_norm(model, variables)
+        # Arguments of the compiled program: as its constants, they would be in every
+        # entry of a compilation cache.
         self._variables = jax.device_put(variables)
-        self._run = jax.jit(functools.partial(_run, model))
 
     def fill(
         self, values: np.ndarray, known: np.ndarray, hole: np.ndarray
@@ -132,7 +134,9 @@ class HoleFiller:
             return np.pad(part, pads)[None]
 
         masks = (cut(m).astype(np.float32)[..., None] for m in (known, valid))
-        output, depth = jax.device_get(self._run(self._variables, cut(values), *masks))
+        output, depth = jax.device_get(
+            _run(self._model, self._variables, cut(values), *masks)
+        )
         rows, columns = tile.box
         inside = np.s_[
             rows.start - top : rows.stop - top,
@@ -141,6 +145,7 @@ class HoleFiller:
         return output[inside], depth[inside]
 
 
+@functools.partial(jax.jit, static_argnums=0)  # All instances share what is compiled.
 def _run(
     model: PConvUNet,
     variables: Mapping[str, Any],

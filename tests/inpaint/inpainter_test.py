@@ -2,6 +2,7 @@ import subprocess
 import sys
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import pconv_jax
 from pconv_jax import UserError
+from pconv_jax.inpaint import fill
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.unet import Normalization, PConvUNet, Stage, fill_depth
 from pconv_jax.weights import pretrained, project_names
@@ -421,6 +423,20 @@ def test_fifty_sizes_compile_a_handful_of_times():
         jax.monitoring.unregister_event_duration_listener(listener)
     backend = [e for e in compilations if e.endswith("backend_compile_duration")]
     assert 1 <= len(backend) <= 6, len(backend)
+
+
+def test_instances_share_what_is_compiled(monkeypatch):
+    chex.clear_trace_counter()
+    traced = chex.assert_max_traces(n=1)(fill._run.__wrapped__)
+    monkeypatch.setattr(fill, "_run", jax.jit(traced, static_argnums=0))
+    image, (model, variables) = photo(40, 40), averaging_network()
+    results = []
+    for factor in (1, 0.9, 1):
+        scaled = jax.tree.map(lambda x, factor=factor: factor * x, variables)
+        instance = Inpainter(model, scaled, detail=False)
+        results.append(instance(image, hole_of(image.shape)))
+    np.testing.assert_array_equal(results[0], results[2])
+    assert np.any(results[0] != results[1])
 
 
 @pytest.mark.slow
