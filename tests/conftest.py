@@ -14,6 +14,16 @@ import tempfile
 # those of the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+# A program is compiled once: tests, and the processes that they start, read what the
+# first of them wrote.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers inherit the variables.
+    _compiled = tempfile.mkdtemp(prefix="pconv-compiled-")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    # Any limit makes processes lock the folder, so that none reads half a file.
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -27,19 +37,6 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 jax.config.update("jax_num_cpu_devices", 4)
-
-
-# A program is compiled once: another test reads what the first wrote. So do processes
-# that get helpers.commands.training_environment().
-if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers inherit the variable.
-    os.environ["PCONV_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="pconv-compiled-")
-    atexit.register(
-        shutil.rmtree, os.environ["PCONV_TESTS_COMPILED"], ignore_errors=True
-    )
-jax.config.update("jax_compilation_cache_dir", os.environ["PCONV_TESTS_COMPILED"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-# Any limit makes processes lock the folder, so that none reads half a file.
-jax.config.update("jax_compilation_cache_max_size", 2**32)
 
 
 @pytest.fixture(scope="module", autouse=True)

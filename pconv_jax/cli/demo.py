@@ -10,6 +10,7 @@ import signal
 import tempfile
 
 from pconv_jax._errors import UserError
+from pconv_jax.cli._cache import add_cache, use_cache
 from pconv_jax.cli._options import Subparsers, add_weights
 
 _DESCRIPTION = """\
@@ -70,6 +71,7 @@ def add(commands: Subparsers) -> None:
     access.add_argument(
         "--no-auth", action="store_true", help="let in everybody who can reach the page"
     )
+    add_cache(command)
     command.set_defaults(run=_run)
 
 
@@ -78,6 +80,7 @@ def _run(arguments: argparse.Namespace) -> None:
     _use_temporary_folder()
     from pconv_jax.inpaint.inpainter import Inpainter
 
+    use_cache(arguments)
     inpainter = Inpainter.from_pretrained(arguments.weights)
     _forget_proxies()
     # Gradio reads these variables when it is imported.

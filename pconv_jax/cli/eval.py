@@ -3,6 +3,7 @@
 import argparse
 
 from pconv_jax.cli import config_options
+from pconv_jax.cli._cache import add_cache, use_cache
 from pconv_jax.cli._options import Subparsers, expand
 
 _DESCRIPTION = """\
@@ -93,6 +94,7 @@ def add(commands: Subparsers) -> None:
         "--vgg", type=expand, help="weights file of another VGG for the distance"
     )
     command.add_argument("--out", type=expand, help="directory of the results")
+    add_cache(command, option="--no_cache")
     config_options.add_config_options(command, required=False)
     command.set_defaults(run=_run)
 
@@ -108,6 +110,7 @@ def _run(arguments: argparse.Namespace) -> None:
         from pconv_jax.evaluate import runner
         from pconv_jax.runs import output
 
+    use_cache(arguments)
     output.log_to_stderr()
     evaluation = runner.evaluate_run(
         arguments.workdir,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pconv_jax._errors import RunError, UserError
 from pconv_jax._files import as_path
+from pconv_jax.cli._cache import add_cache, use_cache
 from pconv_jax.cli._options import Subparsers, add_force, add_weights
 from pconv_jax.inpaint.formats import MAX_PIXELS, SUFFIXES, check_suffix, find_images
 
@@ -85,6 +86,7 @@ def _add_files(command: argparse.ArgumentParser) -> None:
         default=MAX_PIXELS,
         help="refuse larger images (default: %(default)s)",
     )
+    add_cache(command)
 
 
 def _add_hole(command: argparse.ArgumentParser) -> None:
@@ -173,6 +175,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     from pconv_jax.inpaint.inpainter import Inpainter
 
+    use_cache(arguments)
     inpainter = Inpainter.from_pretrained(
         arguments.weights,
         value_range=None if arguments.raw else tuple(arguments.value_range),
@@ -242,7 +245,7 @@ def _open_journal(arguments: argparse.Namespace) -> "Journal":
     from pconv_jax.inpaint.files import Journal
 
     options = {name: str(value) for name, value in vars(arguments).items()}
-    options |= {"run": "", "image": str(arguments.image.absolute())}
+    options |= {"run": "", "no_cache": "", "image": str(arguments.image.absolute())}
     return Journal(arguments.output, repr(sorted(options.items())))
 
 

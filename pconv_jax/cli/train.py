@@ -6,6 +6,7 @@ from typing import Any
 
 from pconv_jax._errors import UserError
 from pconv_jax.cli import config_options
+from pconv_jax.cli._cache import add_cache, use_cache
 from pconv_jax.cli._options import Subparsers, expand
 
 _DESCRIPTION = """\
@@ -54,6 +55,7 @@ def add(commands: Subparsers) -> None:
     )
     processes.add_argument("--num_processes", type=int, help="number of processes")
     processes.add_argument("--process_id", type=int, help="index of this process")
+    add_cache(command, option="--no_cache")
     config_options.add_config_options(command, required=True)
     command.set_defaults(run=_run)
 
@@ -64,6 +66,7 @@ def _run(arguments: argparse.Namespace) -> None:
         from pconv_jax.runs import output, parallel
         from pconv_jax.train import loop
 
+    use_cache(arguments)
     output.log_to_stderr()
     sys.unraisablehook = _report_unraisable
     config = config_options.read_config(arguments)

@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import jax
-
 from tests.helpers import ROOT
 
 
@@ -21,20 +19,10 @@ def pconv(*arguments):
 
 def training_environment(devices=1):
     """Get variables for processes that train or evaluate, and so compile long."""
-    # Each reads what those before it compiled.
-    shared = (
-        "jax_compilation_cache_dir",
-        "jax_compilation_cache_max_size",
-        "jax_persistent_cache_min_compile_time_secs",
-    )
-    return (
-        os.environ
-        | {name.upper(): str(getattr(jax.config, name)) for name in shared}
-        | {
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "",
-        }
-    )
+    return os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+    }
