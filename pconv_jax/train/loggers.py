@@ -1,5 +1,6 @@
 """Logs of a training run: JSON lines, TensorBoard and a progress bar."""
 
+import functools
 import json
 import math
 import os
@@ -7,9 +8,10 @@ import pathlib
 import sys
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -292,3 +294,34 @@ class Progress:
         """Write a line above the bar."""
         if self._enabled:
             tqdm.write(message, file=sys.stderr)
+
+
+def announce_compilation(
+    function: Callable[..., Any], name: str, *, enabled: bool = True
+) -> Callable[..., Any]:
+    """Say on the standard error that a function compiles, and how long it took.
+
+    Args:
+      function: A function that JAX compiles when it is called first.
+      name: What it does, in front of the lines.
+      enabled: Whether anything is written. The default is True.
+
+    Returns:
+      The same function.
+    """
+    compiled = not enabled
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        nonlocal compiled
+        if compiled:
+            return function(*args)
+        start = time.monotonic()
+        tqdm.write(f"{name}: compiling", file=sys.stderr)
+        results = jax.block_until_ready(function(*args))
+        seconds = time.monotonic() - start
+        tqdm.write(f"{name}: compiled and called in {seconds:.1f} s", file=sys.stderr)
+        compiled = True
+        return results
+
+    return call

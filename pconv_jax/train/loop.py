@@ -26,7 +26,7 @@ from pconv_jax.runs.settings import Settings
 from pconv_jax.train import hooks
 from pconv_jax.train.experiment import Experiment, Phase, open_experiment
 from pconv_jax.train.export import Export
-from pconv_jax.train.loggers import MetricWriter, Progress
+from pconv_jax.train.loggers import MetricWriter, Progress, announce_compilation
 from pconv_jax.train.plan import plan_phases
 from pconv_jax.train.restore import check_workdir, lock_workdir, restore_or_create
 from pconv_jax.train.step import TrainState
@@ -83,7 +83,11 @@ def train_and_evaluate(
 
         def compile_step(phase: Phase) -> Callable[..., Any]:
             if phase.name not in compiled:  # By the measurement of its pace.
-                compiled[phase.name] = experiment.compile_step(phase)
+                compiled[phase.name] = announce_compilation(
+                    experiment.compile_step(phase),
+                    f"{phase.name}: training step",
+                    enabled=primary,
+                )
             return compiled[phase.name]
 
         writer = stack.enter_context(

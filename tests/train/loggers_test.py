@@ -2,9 +2,11 @@ import fcntl
 import glob
 import io
 import json
+import logging
 import math
 import os
 import pathlib
+import re
 import struct
 import subprocess
 import sys
@@ -17,8 +19,8 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from pconv_jax.runs.output import format_table, image_grid
-from pconv_jax.train.loggers import MetricWriter, Progress
+from pconv_jax.runs.output import format_table, image_grid, log_to_stderr
+from pconv_jax.train.loggers import MetricWriter, Progress, announce_compilation
 from tests.helpers import ROOT
 
 
@@ -250,6 +252,47 @@ def test_no_progress_of_other_hosts(capsys):
         bar.set_postfix({"loss": 1.0})
         bar.write("saved")
     assert capsys.readouterr() == ("", "")
+
+
+def test_compiling_is_announced_once(capsys):
+    calls = []
+    announced = announce_compilation(lambda *x: calls.append(x) or x, "phase1")
+    assert announced(1, 2) == (1, 2)
+    out, err = capsys.readouterr()
+    before, after = err.splitlines()
+    assert (out, before) == ("", "phase1: compiling")
+    assert re.fullmatch(r"phase1: compiled and called in \d+\.\d s", after)
+    assert announced(3) == (3,) and calls == [(1, 2), (3,)]
+    assert announce_compilation(lambda x: x, "phase1", enabled=False)(4) == 4
+    assert capsys.readouterr() == ("", "")
+
+
+NO_DEVICE = RuntimeError("operation cuInit(0) failed: CUDA_ERROR_NO_DEVICE")
+OLD_DRIVER = RuntimeError("operation cuInit(0) failed: CUDA_ERROR_SYSTEM_NOT_READY")
+
+
+@pytest.mark.parametrize(
+    ("level", "message", "error", "shown"),
+    [
+        ("INFO", "Unable to initialize backend 'tpu': no libtpu.so", None, False),
+        ("ERROR", "Unable to initialize backend 'cuda': a bug", None, True),
+        ("ERROR", "Jax plugin configuration error", NO_DEVICE, False),
+        ("ERROR", "Jax plugin configuration error", OLD_DRIVER, True),
+        ("WARNING", "An NVIDIA GPU may be present on this machine", None, True),
+    ],
+)
+def test_missing_devices_are_no_news(level, message, error, shown, caplog):
+    logger = logging.getLogger("jax._src.xla_bridge")
+    filters, ours = list(logger.filters), logging.getLogger("pconv_jax")
+    before = ours.level
+    try:
+        log_to_stderr()
+        with caplog.at_level("INFO", logger.name):
+            logger.log(getattr(logging, level), message, exc_info=error)
+    finally:
+        logger.filters[:] = filters
+        ours.setLevel(before)
+    assert [record.getMessage() for record in caplog.records] == [message] * shown
 
 
 def test_a_terminal_gets_a_bar_and_messages_on_lines_of_their_own():
