@@ -1,7 +1,7 @@
 """Injects faults, and prints a table of what they cost: ``python -m tests.faults``.
 
 Every fault is injected as often as the table of docs/reliability.md says, or until its
-share of ``--minutes`` is over.
+share of ``--minutes`` is over. With ``--record FILE``, the next run continues there.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,10 @@ from pconv_jax.weights import pretrained
 from tests.helpers import ROOT, hostile
 from tests.helpers.commands import training_environment
 from tests.helpers.networks import make_network
+
+_KILLS = 4  # Of one run.
+_TOGETHER = 500  # Files that one process reads.
+_UPLOADS = 20  # At once.
 
 # What a file of less than 16 MB may cost.
 _MAX_SECONDS = 10
@@ -51,15 +55,17 @@ class Fault(NamedTuple):
     Attributes:
       name: What happens.
       injection: How it is injected.
-      count: How often in the long form.
-      inject: Injects it, given a folder, a number of times and a function that tells
-        whether there is time for more. Returns how often it did, and what was lost.
+      many: How often in the long form.
+      few: How often in the short form.
+      inject: Injects it, given an empty folder and the numbers (the seeds) of the
+        injections. Yields how many are done since it last yielded, and what was lost.
     """
 
     name: str
     injection: str
-    count: int
-    inject: Callable[[Path, int, Callable[[], bool]], tuple[int, list[str]]]
+    many: int
+    few: int
+    inject: Callable[[Path, range], Iterator[tuple[int, list[str]]]]
 
 
 def _train(workdir: Path) -> subprocess.Popen[bytes]:
@@ -95,23 +101,19 @@ def _read_params(workdir: Path) -> dict[str, np.ndarray]:
     return hostile.flatten(restored[1])
 
 
-def _kill_training(
-    folder: Path, count: int, left: Callable[[], bool]
-) -> tuple[int, list[str]]:
+def _kill_training(folder: Path, numbers: range) -> Iterator[tuple[int, list[str]]]:
     whole = folder / "whole"
     _finish(_train(whole))
     expected, lines = _read_params(whole), _lines(whole)
-    done, lost, chance = 0, [], random.Random(0)
-    while done < count and left():
-        workdir = folder / f"broken-{done}"
-        for _ in range(4):  # Then it may come to its end.
+    for first in numbers[::_KILLS]:
+        workdir, lost, chance = folder / "broken", [], random.Random(first)
+        for _ in range(_KILLS):  # Then it may come to its end.
             process = _train(workdir)
             while process.poll() is None and not (workdir / "metrics.jsonl").exists():
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 2))
             process.kill()
             process.communicate()
-            done += 1
         _finish(_train(workdir))
         actual = _read_params(workdir)
         if any(not np.array_equal(actual[name], expected[name]) for name in expected):
@@ -121,12 +123,12 @@ def _kill_training(
         if any(workdir.rglob("*.partial")):
             lost.append("a half-written file")
         shutil.rmtree(workdir)
-    return done, lost
+        yield _KILLS, lost
 
 
 def _damage_checkpoints(
-    folder: Path, count: int, left: Callable[[], bool]
-) -> tuple[int, list[str]]:
+    folder: Path, numbers: range
+) -> Iterator[tuple[int, list[str]]]:
     rng = np.random.default_rng(0)
     arrays = {s: rng.normal(size=(40, 5)).astype(np.float32) for s in (1, 2)}
     with Checkpoints(folder / "intact") as checkpoints:
@@ -134,8 +136,8 @@ def _damage_checkpoints(
             items = {"params": {"a": array, "b": array[0]}, "opt_state": {"m": array}}
             checkpoints.save(step, items, meta={"step": step})
     files = [path for path in (folder / "intact" / "2").rglob("*") if path.is_file()]
-    done, lost = 0, []
-    while done < count and left():
+    for number in numbers:
+        rng, lost = np.random.default_rng(number), []
         shutil.rmtree(folder / "damaged", ignore_errors=True)
         shutil.copytree(folder / "intact", folder / "damaged")
         chosen = files[rng.integers(len(files))].relative_to(folder / "intact")
@@ -159,42 +161,30 @@ def _damage_checkpoints(
         kept = {path.name for path in (folder / "damaged").iterdir()}
         if not kept >= {"1", "3"} or not kept & {"2", "2.unreadable"}:
             lost.append(f"a step was deleted after a change of {chosen}")
-        done += 1
-    return done, lost
+        yield 1, lost
 
 
 def _read_hostile_files(
-    folder: Path, count: int, left: Callable[[], bool]
-) -> tuple[int, list[str]]:
-    done, lost, each = 0, [], 500
+    folder: Path, numbers: range
+) -> Iterator[tuple[int, list[str]]]:
     names = list(hostile.readers())
-    for first in range(0, -(-count // len(names)), each):
-        for name in names:
-            if not left():
-                return done, lost
-            number = min(each, -(-count // len(names)) - first)
-            arguments = [
-                "--reader",
-                name,
-                "--first",
-                str(first),
-                "--count",
-                str(number),
-            ]
-            child = subprocess.run(
-                [sys.executable, "-m", "tests.faults", "--reader", name, *arguments],
-                cwd=ROOT,
-                env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                capture_output=True,
-                text=True,
-                timeout=_MAX_SECONDS * number + 60,
-            )
-            done += number
-            if child.returncode:
-                lost.append(f"{name}: the process ended with {child.returncode}")
-            else:
-                lost += json.loads(child.stdout.splitlines()[-1])
-    return done, lost
+    # One process reads several files of a kind; kinds take turns.
+    each = min(_TOGETHER, -(-numbers.stop // len(names)))
+    for first in numbers[::each]:
+        turn, kind = divmod(first // each, len(names))
+        arguments = ["--reader", names[kind], "--first", str(turn * each)]
+        child = subprocess.run(
+            [sys.executable, "-m", "tests.faults", *arguments, "--count", str(each)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=_MAX_SECONDS * each + 60,
+        )
+        lost = [f"{names[kind]}, seeds from {turn * each} on: exit {child.returncode}"]
+        if not child.returncode:
+            lost = json.loads(child.stdout.splitlines()[-1])
+        yield each, lost
 
 
 def _read_some(name: str, first: int, count: int) -> list[str]:
@@ -222,9 +212,7 @@ def _write_network(folder: Path) -> Path:
     return path
 
 
-def _kill_repairs(
-    folder: Path, count: int, left: Callable[[], bool]
-) -> tuple[int, list[str]]:
+def _kill_repairs(folder: Path, numbers: range) -> Iterator[tuple[int, list[str]]]:
     rng = np.random.default_rng(0)
     hole = np.zeros((64, 64), bool)
     hole[20:40, 20:40] = True
@@ -251,17 +239,15 @@ def _kill_repairs(
 
     _finish(start(folder / "whole"))
     expected = read(folder / "whole")
-    done, lost, chance = 0, [], random.Random(0)
-    while done < count and left():
-        output = folder / f"broken-{done}"
-        for _ in range(4):
+    for first in numbers[::_KILLS]:
+        output, lost, chance = folder / "broken", [], random.Random(first)
+        for _ in range(_KILLS):
             process = start(output)
             while process.poll() is None and not output.exists():
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 1))
             process.kill()
             process.communicate()
-            done += 1
             present = read(output) if output.exists() else {}
             for name in present.keys() & expected.keys():
                 if present[name] != expected[name]:
@@ -271,7 +257,8 @@ def _kill_repairs(
         finished = {k: v for k, v in read(output).items() if not k.startswith(".")}
         if finished != expected:
             lost.append("other results")
-    return done, lost
+        shutil.rmtree(output)
+        yield _KILLS, lost
 
 
 @contextlib.contextmanager
@@ -299,14 +286,11 @@ def _serve_page(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
         process.wait(60)
 
 
-def _abort_uploads(
-    folder: Path, count: int, left: Callable[[], bool]
-) -> tuple[int, list[str]]:
-    done, lost, together = 0, [], 20
+def _abort_uploads(folder: Path, numbers: range) -> Iterator[tuple[int, list[str]]]:
     with _serve_page(folder) as (process, port):
-        while done < count and left():
-            connections = []
-            for _ in range(together):
+        for _ in numbers[::_UPLOADS]:
+            connections, lost = [], []
+            for _ in range(_UPLOADS):
                 connection = socket.create_connection(("127.0.0.1", port))
                 head = 'Content-Disposition: form-data; name="files"; filename="a.png"'
                 connection.sendall(
@@ -318,80 +302,111 @@ def _abort_uploads(
                 connections.append(connection)
             for connection in connections:
                 connection.close()
-            done += together
-        for _ in range(100):
-            kept = [path for path in folder.glob("pconv-*/tmp*") if path.is_file()]
-            if not kept:
-                break
-            time.sleep(0.1)
-        lost += [f"{path.name} stays on the disk" for path in kept]
-        if process.poll() is not None:
-            lost.append("the page has ended")
-    return done, lost
+            kept = []
+            for _ in range(100):
+                uploads = folder.glob("pconv-*/tmp*")
+                if not (kept := [path for path in uploads if path.is_file()]):
+                    break
+                time.sleep(0.1)
+            lost += [f"{path.name} stays on the disk" for path in kept]
+            if process.poll() is not None:
+                lost.append("the page has ended")
+            yield _UPLOADS, lost
 
 
-FAULTS = (
-    Fault(
+FAULTS = {
+    "training": Fault(
         "A training process is killed",
         "SIGKILL at a random time, four times a run; weights, optimizer and log are "
         "compared with those of a run that was never killed",
         40,
+        4,
         _kill_training,
     ),
-    Fault(
+    "checkpoints": Fault(
         "A checkpoint is damaged",
         "a file of the newest step is changed at random, cut or deleted, and the run "
         "goes on",
         3352,
+        20,
         _damage_checkpoints,
     ),
-    Fault(
+    "files": Fault(
         "A file of others is hostile",
         "valid files of 20 kinds are changed at random and read, with limits of 10 s "
         "and 1 GB",
         200_000,
+        200,
         _read_hostile_files,
     ),
-    Fault(
+    "repairs": Fault(
         "The repair of a folder is killed",
         "SIGKILL at a random time, four times a folder of 40 images; the same command "
         "finishes it, and the results are compared",
         40,
+        4,
         _kill_repairs,
     ),
-    Fault(
+    "uploads": Fault(
         "Uploads to the page are broken off",
         "20 connections at once are closed in the middle of an upload",
         200,
+        20,
         _abort_uploads,
     ),
-)
-"""Every fault of the table."""
-
-_SHORT = (4, 20, 200, 4, 20)
+}
+"""Every fault of the table, by its name for ``--only``."""
 
 
-def run(*, minutes: float | None, short: bool) -> tuple[str, bool]:
-    """Inject all faults.
+class Result(NamedTuple):
+    """How often a fault was injected, and what was lost."""
 
-    Returns:
-      A table in Markdown, and whether nothing was lost.
+    times: int
+    lost: list[str]
+
+
+def inject(
+    fault: Fault, before: Result, *, count: int, seconds: float
+) -> Iterator[Result]:
+    """Inject a fault until it was injected ``count`` times, or the time is over.
+
+    Args:
+      fault: The fault.
+      before: The result of earlier runs.
+      count: How often to inject it, earlier runs included.
+      seconds: Limit of time.
+
+    Yields:
+      The result so far.
     """
-    rows, intact = ["| Fault | How | Times | Lost |", "|---|---|--:|---|"], True
-    for fault, few in zip(FAULTS, _SHORT):
-        end = time.monotonic() + (minutes or 1e9) * 60 / len(FAULTS)
-        with tempfile.TemporaryDirectory() as folder:
-            count = few if short else fault.count
-            done, lost = fault.inject(
-                Path(folder), count, lambda end=end: time.monotonic() < end
-            )
-        for line in lost[:20]:
-            print(f"{fault.name}: {line}", file=sys.stderr)
+    end, (times, lost) = time.monotonic() + seconds, before
+    with tempfile.TemporaryDirectory() as folder:
+        for more, lost_now in fault.inject(Path(folder), range(times, count)):
+            times, lost = times + more, lost + lost_now
+            for line in lost_now:
+                print(f"{fault.name}: {line}", file=sys.stderr, flush=True)
+            yield Result(times, lost)
+            if time.monotonic() > end:
+                break
+
+
+def format_table(results: Mapping[str, Result]) -> str:
+    """Format results by the names of their faults as a table in Markdown."""
+    rows = ["| Fault | How | Times | Lost |", "|---|---|--:|---|"]
+    for name, (times, lost) in results.items():
         what = f"{len(lost)}: {lost[0]}" if lost else "nothing"
-        rows.append(f"| {fault.name} | {fault.injection} | {done:,} | {what} |")
-        print(rows[-1], file=sys.stderr, flush=True)
-        intact &= not lost
-    return "\n".join(rows), intact
+        rows.append(
+            f"| {FAULTS[name].name} | {FAULTS[name].injection} | {times:,} | {what} |"
+        )
+    return "\n".join(rows)
+
+
+def _read_record(path: Path | None) -> dict[str, Result]:
+    if path is None or not path.exists():
+        return {}
+    return {
+        name: Result(*result) for name, result in json.loads(path.read_text()).items()
+    }
 
 
 def main() -> None:
@@ -399,18 +414,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, help="limit of time (default: none)")
     parser.add_argument("--short", action="store_true", help="a few of each")
+    parser.add_argument("--only", choices=FAULTS, help="one fault (default: all)")
+    parser.add_argument("--count", type=int, help="how often (default: see the table)")
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        type=Path,
+        help="keep the results there, and continue what an earlier run has begun",
+    )
     parser.add_argument("--reader", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.reader:
         lost = _read_some(arguments.reader, arguments.first, arguments.count)
         print(json.dumps(lost))
         return
     logging.disable(logging.WARNING)
-    table, intact = run(minutes=arguments.minutes, short=arguments.short)
-    print(table)
-    sys.exit(not intact)
+    names = [arguments.only] if arguments.only else list(FAULTS)
+    results = _read_record(arguments.record)
+    for name in names:
+        fault = FAULTS[name]
+        count = arguments.count or (fault.few if arguments.short else fault.many)
+        before = results.setdefault(name, Result(0, []))
+        seconds = (arguments.minutes or 1e9) * 60 / len(names)
+        for result in inject(fault, before, count=count, seconds=seconds):
+            results[name] = result
+            if arguments.record:
+                arguments.record.write_text(json.dumps(results))
+    print(format_table(results))
+    sys.exit(any(result.lost for result in results.values()))
 
 
 if __name__ == "__main__":

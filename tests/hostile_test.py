@@ -57,9 +57,8 @@ def test_every_reader_is_tested():
 # Orbax gives up at the first damaged array; TensorStore then finds its loop closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_checkpoints_cost_nothing(tmp_path):
-    count = iter(range(20))
-    done, lost = faults.FAULTS[1].inject(tmp_path, 20, lambda: next(count) < 20)
-    assert done == 20 and not lost
+    steps = list(faults.FAULTS["checkpoints"].inject(tmp_path, range(20)))
+    assert steps == [(1, [])] * 20
 
 
 def test_the_program_of_faults_reads_in_a_process_of_its_own(capsys, monkeypatch):
@@ -69,4 +68,25 @@ def test_the_program_of_faults_reads_in_a_process_of_its_own(capsys, monkeypatch
     )
     faults.main()
     assert json.loads(capsys.readouterr().out) == []
+    logging.disable(logging.NOTSET)
+
+
+def test_a_recorded_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def inject(folder, numbers):
+        for number in numbers:
+            seen.append(number)
+            yield 1, ["a weight"] if number == 1 else []
+
+    fault = faults.FAULTS["uploads"]._replace(inject=inject)
+    monkeypatch.setitem(faults.FAULTS, "uploads", fault)
+    record = tmp_path / "record.json"
+    for count in (2, 5):
+        flags = ["--only=uploads", f"--count={count}", f"--record={record}"]
+        monkeypatch.setattr(faults.sys, "argv", ["faults", *flags])
+        with pytest.raises(SystemExit, match="True"):
+            faults.main()
+    assert seen == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().out.endswith("| 5 | 1: a weight |\n")
     logging.disable(logging.NOTSET)
