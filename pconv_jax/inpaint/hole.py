@@ -4,7 +4,8 @@ A hole is a bool array ``[H, W]``, True where the image is filled.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -19,6 +20,10 @@ _STRIP = 64
 
 # Difference in brightness of pixels that one brush has painted, after compression.
 _SAME = 0.25
+
+# Brightness, as a fraction of white, from which on a brush is white, and below which it
+# is compression's noise.
+_BRIGHT, _FAINT = 0.9, 8 / 255
 
 _LABELS = (
     "mask has {}, and looks like one of labels: say which label is the hole with "
@@ -35,7 +40,8 @@ def hole_from_mask(
       mask: ``[H, W]``, or ``[H, W, C]`` with C = 1, 2, 3 or 4, or a Pillow image of any
         mode. Of several colors, the brightest channel counts. Transparent pixels are
         not filled. If all opaque pixels have about the same brightness, as in a layer
-        painted with one brush, every visible pixel is filled.
+        painted with one brush, every visible pixel is filled. If none is white, the
+        brightest or the most opaque ones stand for white.
       invert: Whether black, 0 or False is filled instead. The default is False.
 
     Returns:
@@ -55,14 +61,12 @@ def hole_from_mask(
         )
     array = array.reshape(*array.shape[:2], -1)
     scale = _white(array)
-    # Strip by strip: a mask may be as large as an image, and its floats larger.
-    strips = [array[i : i + _STRIP] for i in range(0, len(array), _STRIP)]
-    painted = _is_painted(strips, scale)
+    brush = _find_brush(array, scale)
     hole, between = np.empty(array.shape[:2], bool), 0
-    for i, strip in enumerate(strips):
+    for top, strip in zip(range(0, len(array), _STRIP), _strips(array)):
         gray, alpha = _to_gray(strip, scale)
-        white = alpha if painted else gray * alpha
-        hole[i * _STRIP : i * _STRIP + len(strip)] = white > 0.5
+        white = (alpha if brush.is_layer else gray * alpha) / brush.white
+        hole[top : top + len(strip)] = white > 0.5
         between += np.count_nonzero((white > 0) & (white < 1))
     if between:
         warnings.warn(
@@ -77,11 +81,14 @@ def hole_from_mask(
 def hole_from_label(mask: Image.Image | np.ndarray, label: int) -> np.ndarray:
     """Find where a mask of labels, ``[H, W]`` or a Pillow image, has one of them.
 
+    The channels of a gray mask ``[H, W, C]`` count as one.
+
     Raises:
-      UserError: If the mask has several channels, or no such label.
+      UserError: If the mask has several channels that differ, or no such label.
     """
     array = np.asarray(mask)
-    array = array[..., 0] if array.shape[2:] == (1,) else array
+    if array.ndim == 3 and _is_gray(array):
+        array = array[..., 0]
     if array.ndim != 2:
         raise UserError(
             f"mask must have one channel to have labels, got {list(array.shape)}."
@@ -110,23 +117,43 @@ def _white(mask: np.ndarray) -> float:
             "mask must have integers, 0 or 1 or up to 255, or bools, or floats in "
             f"[0, 1], got {mask.dtype} from {mask.min()} to {mask.max()}."
         )
-    if top > 1 and mask.shape[2] == 1:
-        strips = range(0, len(mask), _STRIP)  # Sorting all at once takes memory.
-        parts = [np.unique(mask[i : i + _STRIP]) for i in strips]
-        values = np.unique(np.concatenate(parts))
-        between = values[(values > 0) & (values < top)]
-        if _are_labels(values, between, top):
-            named = ", ".join(str(value) for value in values[:20])
+    if top > 1 and mask.shape[2] in (1, 3) and _is_gray(mask):
+        counts = np.zeros(top + 1, int)
+        for strip in _strips(mask):
+            counts += np.bincount(strip[..., 0].ravel(), minlength=top + 1)
+        if _are_labels(counts):
+            named = ", ".join(str(value) for value in np.flatnonzero(counts)[:20])
             raise UserError(_LABELS.format(f"the values {named}"))
     return top
 
 
-def _are_labels(values: np.ndarray, between: np.ndarray, top: int) -> bool:
-    """Return whether values are labels, of which none or one is as bright as white."""
-    if values[-1] <= top // 2:
-        return True
-    consecutive = len(between) > 1 and between[-1] == len(between)
-    return consecutive and between[-1] < 64
+def _strips(mask: np.ndarray) -> Iterator[np.ndarray]:
+    """Divide a mask: it may be as large as an image, and its floats larger."""
+    return (mask[i : i + _STRIP] for i in range(0, len(mask), _STRIP))
+
+
+def _is_gray(mask: np.ndarray) -> bool:
+    """Return whether all channels of a mask ``[H, W, C]`` are equal."""
+    return all((strip == strip[..., :1]).all() for strip in _strips(mask))
+
+
+def _are_labels(counts: np.ndarray) -> bool:
+    """Return whether gray values, given how often each is there, are labels.
+
+    Between black and its own gray, a brush has values at its rim only. Labels are a few
+    values, or small numbers, each of an area.
+    """
+    top, values = len(counts) - 1, np.flatnonzero(counts)
+    between = values[(values > 0) & (values < top)]
+    if values[-1] > top // 2:
+        if not between.size or between[-1] >= 64:
+            return False
+        return between[-1] == len(between) or counts[between].sum() > counts[top]
+    if values[-1] < _FAINT * top:
+        return values[-1] > 0
+    rim = between[(between > 0.2 * values[-1]) & (between < 0.65 * values[-1])]
+    share = counts[rim].sum() / counts[between].sum()
+    return share > (0.7 if len(between) > 10 else 0.05)
 
 
 def _has_labels(mask: Image.Image) -> bool:
@@ -142,20 +169,32 @@ def _has_labels(mask: Image.Image) -> bool:
     return len(hues) > 1
 
 
-def _is_painted(strips: Sequence[np.ndarray], scale: float) -> bool:
-    """Return whether a mask is a layer on which someone painted with one brush."""
-    if not strips or strips[0].shape[2] not in (2, 4):
-        return False
-    clear, dark, bright = False, 1.0, 0.0
-    for strip in strips:
+class _Brush(NamedTuple):
+    """What a mask was painted with.
+
+    Attributes:
+      is_layer: Whether it is a layer on which someone painted with one brush, so that
+        opacity counts and not brightness.
+      white: The brightness, or opacity, that stands for white.
+    """
+
+    is_layer: bool
+    white: float
+
+
+def _find_brush(mask: np.ndarray, scale: float) -> _Brush:
+    clear, dark, bright, white, opacity = False, 1.0, 0.0, 0.0, 0.0
+    for strip in _strips(mask):
         gray, alpha = _to_gray(strip, scale)
         clear = clear or bool((alpha <= 0.5).any())
         opaque = gray[alpha > 0.9]
-        dark, bright = (
-            min(dark, opaque.min(initial=1)),
-            max(bright, opaque.max(initial=0)),
-        )
-    return clear and bright - dark <= _SAME
+        dark = min(dark, opaque.min(initial=1))
+        bright = max(bright, opaque.max(initial=0))
+        white = max(white, (gray * alpha).max(initial=0))
+        opacity = max(opacity, alpha.max(initial=0))
+    is_layer = clear and bright - dark <= _SAME
+    level = float(opacity if is_layer else white)
+    return _Brush(is_layer, level if _FAINT < level < _BRIGHT else 1.0)
 
 
 def _to_gray(strip: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:

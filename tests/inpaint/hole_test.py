@@ -146,6 +146,37 @@ def test_a_soft_brush_of_any_color(color, kind):
     assert np.mean(hole != (alpha > 127)) < (0.01 if kind == "PNG" else 0.03)
 
 
+@pytest.mark.parametrize("color", [(33, 33, 33), (20, 30, 100), (128,) * 3])
+@pytest.mark.parametrize("sigma", [0, 3])
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("RGB", "PNG"), ("L", "PNG"), ("L", "JPEG")]
+)
+def test_a_dark_brush_on_black(color, sigma, kind, mode):
+    hard = np.kron(WHITE, np.ones((8, 8), np.uint8))
+    alpha = cv2.GaussianBlur(hard, (0, 0), sigma) if sigma else hard
+    mask = np.rint(alpha[..., None] / 255 * np.array(color)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(mask).convert(mode).save(file, kind, quality=80)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hole = hole_from_mask(Image.open(file))
+    assert np.mean(hole != (alpha > 127)) < (0.01 if kind == "PNG" else 0.03)
+
+
+def test_a_brush_that_is_half_transparent():
+    layer = painted((255, 0, 0))
+    layer[..., 3] //= 3
+    np.testing.assert_array_equal(hole_from_mask(layer), HOLE)
+
+
+@pytest.mark.parametrize("values", [(0, 1, 255), (0, 2, 0), (0, 50, 100), (0, 15, 255)])
+def test_labels_of_one_object_and_its_border(values):
+    mask = np.full((12, 10), values[0], np.uint8)
+    mask[HOLE], mask[0, :8] = values[1:]
+    with pytest.raises(UserError, match="looks like one of labels"):
+        hole_from_mask(mask)
+
+
 def test_black_and_white_on_a_transparent_layer_is_not_one_brush():
     layer = np.zeros((12, 10, 4), np.uint8)
     layer[1:, 1:, 3] = 255
@@ -169,8 +200,13 @@ def test_labels_are_refused_and_chosen(dtype, border):
     np.testing.assert_array_equal(hole_from_label(mask, 2), HOLE)
     with pytest.raises(UserError, match="no label 9; it has 0, 1, 2, 3"):
         hole_from_label(mask, 9)
+    three = np.stack([mask] * 3, -1)
+    with pytest.raises(UserError, match="the values 0, 1, 2, 3"):
+        hole_from_mask(three)
+    np.testing.assert_array_equal(hole_from_label(three, 2), HOLE)
+    three[0, 0, 0] = 7
     with pytest.raises(UserError, match="one channel to have labels"):
-        hole_from_label(np.stack([mask] * 3, -1), 2)
+        hole_from_label(three, 2)
 
 
 def test_labels_in_a_palette():
