@@ -13,7 +13,7 @@ import threading
 import tokenize
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 from pconv_jax import _files
 from pconv_jax._errors import UserError
 from pconv_jax.data.decode import is_whole_png
+from pconv_jax.inpaint import parts
 from pconv_jax.inpaint import tags as tags_lib
 from pconv_jax.inpaint.formats import MAX_PIXELS, check_suffix
 from pconv_jax.inpaint.tags import Tags
@@ -57,7 +58,7 @@ _EXIF_ICC_XMP = {"exif", "icc_profile", "xmp"}
 _HELD: Mapping[str, set[str]] = {
     **dict.fromkeys(_JPEG_SUFFIXES, {*_EXIF_ICC_XMP, "dpi", "comment", "photoshop"}),
     **dict.fromkeys(_TIFF_SUFFIXES, {*_EXIF_ICC_XMP, "dpi", "photoshop"}),
-    ".png": {*_EXIF_ICC_XMP, "dpi", "text"},
+    ".png": {*_EXIF_ICC_XMP, "dpi", "text", "chunks"},
     ".webp": _EXIF_ICC_XMP,
     ".avif": _EXIF_ICC_XMP,
     ".bmp": {"dpi"},
@@ -71,7 +72,10 @@ _INFO_NAMES = {
     "comment": "comment",
     "text": "text",
     "photoshop": "Photoshop data",
+    "chunks": "PNG chunks",
 }
+
+_MAX_NAMES = 10  # Of what is left out, in a warning.
 
 _STRIP = 256  # Rows that are pasted at once: copies of all would take memory.
 
@@ -107,8 +111,9 @@ class ImageFile(NamedTuple):
       info: Metadata: ``icc_profile``, ``exif`` (without the orientation and the
         thumbnail, which would show the old image; in TIFF files, all tags that do not
         describe the layout, such as those of GeoTIFF), ``xmp``, ``dpi``, ``comment``,
-        ``photoshop`` and ``text`` (of PNG files, by keyword); for JPEG files also
-        ``qtables`` and ``subsampling``, and for TIFF files ``compression``.
+        ``photoshop``, and ``text`` and other ``chunks`` (of PNG files, by keyword and
+        kind); for JPEG files also ``qtables`` and ``subsampling``, and for TIFF files
+        ``compression``. ``lost`` names what cannot be copied; `write` warns of it.
     """
 
     image: Image.Image | np.ndarray
@@ -280,6 +285,7 @@ def _read_image(data: bytes, max_pixels: int) -> ImageFile:
         warnings.warn(f"it has {frames} frames; only the first is taken.", stacklevel=3)
     tags = tags_lib.read(_exif_of(image))
     info = _read_info(image, tags)
+    info |= _read_parts(image, data)
     orientation = _orientation(tags, image.info.get("xmp"))
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         tables = [np.reshape(t, (8, 8)) for _, t in sorted(image.quantization.items())]
@@ -301,8 +307,13 @@ def _read_image(data: bytes, max_pixels: int) -> ImageFile:
 
 def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
     tags = tags_lib.read(data)
-    for sides in ((256, 257), (322, 323)):  # Of the image, and of its tiles.
-        width, height = (tags.numbers(code, default=(0,))[0] for code in sides)
+    sides = [(256, 257)]
+    if {322, 323} & {*tags.directory}:  # Of its tiles.
+        sides.append((322, 323))
+    for pair in sides:
+        width, height = (tags.numbers(code, default=(0,))[0] for code in pair)
+        if not width * height:
+            raise ValueError("it is damaged: its width or height is missing")
         _check_size(width, height, max_pixels)
     samples, kind = _check_samples(tags)
     pages = tags_lib.count_pages(data)
@@ -324,6 +335,7 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
             f"it is damaged, or its kind of TIFF is not known: {samples} band(s) of "
             f"{kind}, compression {compression}"
         ) from error
+    _check_size(*image.size, max_pixels)
     image.load()
     info = _read_info(image, tags)
     compression = image.info.get("compression")
@@ -504,6 +516,20 @@ def _read_info(image: Image.Image | None, tags: Tags) -> dict[str, Any]:
     return {name: value for name, value in info.items() if value}
 
 
+def _read_parts(image: Image.Image, data: bytes) -> dict[str, Any]:
+    """Collect what Pillow drops from a file, and name what cannot be copied."""
+    chunks = {}
+    if image.format == "PNG":
+        chunks, lost = parts.png_chunks(data)
+    else:
+        segments = getattr(image, "applist", [])
+        lost = parts.dropped_parts(data, image.format or "", segments)
+    lost = list(dict.fromkeys(lost))
+    if len(lost) > _MAX_NAMES:
+        lost = [*lost[:_MAX_NAMES], f"{len(lost) - _MAX_NAMES} more"]
+    return {k: v for k, v in {"chunks": chunks, "lost": lost}.items() if v}
+
+
 def _check_dpi(dpi: Any) -> tuple[float, float] | None:
     try:
         x, y = (float(value) for value in dpi)
@@ -612,6 +638,12 @@ def _fit_exif(exif: bytes, suffix: str) -> bytes:
 
 def _warn_of_lost(suffix: str, info: dict[str, Any]) -> None:
     """Drop the metadata that a kind of file cannot hold, with a warning."""
+    if lost := info.pop("lost", ()):
+        warnings.warn(
+            f"left out of its metadata, because it cannot be copied: "
+            f"{', '.join(lost)}.",
+            stacklevel=4,
+        )
     held = _HELD.get(suffix, set())
     lost = [name for name in _INFO_NAMES if info.get(name) and name not in held]
     if suffix in _JPEG_SUFFIXES:
@@ -685,13 +717,14 @@ def _encode_png(image: Image.Image | np.ndarray, info: dict[str, Any]) -> bytes:
         chunks.add_text(keyword, value, zip=len(value) > 1024)
     exif, profile = info.get("exif", b""), info.get("icc_profile", b"")
     dpi = info.get("dpi")
+    copied = [_png_chunk(*chunk) for chunk in info.get("chunks", {}).items()]
     if isinstance(image, Image.Image):
         file = io.BytesIO()
         options = {"dpi": dpi} if dpi else {}
         if exif:
             options["exif"] = exif
         image.save(file, "PNG", icc_profile=profile, pnginfo=chunks, **options)
-        return file.getvalue()
+        return _insert_chunks(file.getvalue(), copied)
     if exif:
         chunks.add(b"eXIf", exif.removeprefix(tags_lib.EXIF_HEADER))
     if profile:
@@ -701,10 +734,13 @@ def _encode_png(image: Image.Image | np.ndarray, info: dict[str, Any]) -> bytes:
         chunks.add(b"pHYs", struct.pack(">2IB", *density, 1))
     done, encoded = cv2.imencode(".png", _swap_red_and_blue(image))
     assert done
-    data = encoded.tobytes()
-    # After the header, of 13 bytes.
     extra = [_png_chunk(*chunk[:2]) for chunk in chunks.chunks]
-    return b"".join([data[:33], *extra, data[33:]])
+    return _insert_chunks(encoded.tobytes(), copied + extra)
+
+
+def _insert_chunks(data: bytes, chunks: Sequence[bytes]) -> bytes:
+    """Insert chunks into a PNG file after its header, of 13 bytes."""
+    return b"".join([data[:33], *chunks, data[33:]]) if chunks else data
 
 
 def _png_chunk(kind: bytes, data: bytes) -> bytes:

@@ -229,12 +229,7 @@ def add_to_tiff(data: bytes, tags: Tags) -> bytes:
 
 
 def keep_layout(data: bytes) -> bytes:
-    """Reduce a TIFF file to its first image, without metadata, for decoders.
-
-    A file of more than 4 GB (BigTIFF) stays as it is.
-    """
-    if _is_big(data):
-        return data
+    """Reduce a TIFF file to its first image, without metadata, for decoders."""
     kept = {c: e for c, e in _placed(data).items() if c in _DECODED}
     return _replace_directory(data, kept)
 
@@ -279,9 +274,16 @@ def _replace_directory(data: bytes, directory: dict[int, Any]) -> bytes:
     """Write another first directory at the end of a TIFF file."""
     order = ">" if data[:2] == b"MM" else "<"
     at = len(data) + len(data) % 2
-    head = data[:4] + struct.pack(f"{order}I", at)
-    tail = _pack_directory(directory, order, at)
-    return b"".join([head, data[8:], b"\0" * (len(data) % 2), tail])
+    padding = b"\0" * (at - len(data))
+    if not _is_big(data):
+        head = data[:4] + struct.pack(f"{order}I", at)
+        tail = _pack_directory(directory, order, at)
+        return b"".join([head, data[8:], padding, tail])
+    head = data[:8] + struct.pack(f"{order}Q", at)
+    tail = [struct.pack(f"{order}Q", len(directory))]
+    for code, entry in sorted(directory.items()):
+        tail.append(struct.pack(f"{order}HHQ8s", code, *entry))
+    return b"".join([head, data[16:], padding, *tail, bytes(8)])
 
 
 def _in_order(directory: Directory, order: str, *, swap: bool) -> Directory:

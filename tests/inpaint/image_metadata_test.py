@@ -234,3 +234,36 @@ def test_pipes_and_devices_are_never_opened(tmp_path):
     for path in (tmp_path / "pipe.png", tmp_path / "pipe.npy", "/dev/zero"):
         with pytest.raises(UserError, match="a pipe, a socket or a device"):
             image_io.read(path)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_decoders_get_no_metadata_of_large_tiff_files(tmp_path, compression):
+    values = [(code, *VALUES[2], True) for code in TAGS]
+    file = io.BytesIO()
+    tifffile.imwrite(
+        *(file, COLORS),
+        bigtiff=True,
+        compression=compression,
+        photometric="rgb",
+        metadata=None,
+        software=False,
+        extratags=values,
+    )
+    kept = tags.read(tags.keep_layout(file.getvalue())).directory
+    assert kept and not {*TAGS} & {*kept}
+    out = tags.read(round_trip(tmp_path / "a.tif", file.getvalue())).directory
+    assert {*out} >= {33421, 42113, 65000}
+    read = image_io.read(tmp_path / "a.tif").image
+    np.testing.assert_array_equal(image_io.as_array(read), COLORS)
+
+
+@pytest.mark.parametrize("kind", [8, 9, 16])
+def test_a_size_that_libtiff_alone_can_read_is_refused(tmp_path, kind):
+    data = tiff()
+    for code in (256, 257):
+        head, mark, tail = data.partition(struct.pack("<HH", code, 4))
+        assert mark
+        data = head + struct.pack("<HH", code, kind) + tail
+    (tmp_path / "a.tif").write_bytes(data)
+    with pytest.raises(UserError, match="its width or height is missing"):
+        image_io.read(tmp_path / "a.tif")
