@@ -2,13 +2,16 @@
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pconv_jax._errors import RunError, UserError
 from pconv_jax._files import as_path
+from pconv_jax.cli import _workers
 from pconv_jax.cli._cache import add_cache, use_cache
 from pconv_jax.cli._options import Subparsers, add_force, add_weights
+from pconv_jax.cli._workers import Outcome
 from pconv_jax.inpaint.formats import MAX_PIXELS, SUFFIXES, check_suffix, find_images
 
 if TYPE_CHECKING:
@@ -171,6 +174,34 @@ def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     pairs, skipped = _pair_files(arguments.image, arguments.output)
 
+    many = arguments.image.is_dir()
+    # Where JAX is loaded, as in a notebook, another process would load it once more.
+    if many and "jax" not in sys.modules:
+        outcome = _workers.run_all(_repair_all, arguments, pairs)
+    else:
+        *_, (_, outcome) = _repair_all(arguments, pairs)
+    _report_skipped(skipped)
+    if outcome.kept:
+        print(f"Kept {outcome.kept} files of the same run, which was interrupted.")
+    if outcome.failed:
+        raise UserError(f"{outcome.failed} of {len(pairs)} images were not repaired.")
+    if not outcome.filled:
+        raise UserError(_nothing_filled(arguments))
+
+
+def _repair_all(
+    arguments: argparse.Namespace, pairs: Sequence[tuple[Path, Path]], first: int = 0
+) -> Iterator[tuple[int, Outcome]]:
+    """Repair images.
+
+    Args:
+      arguments: Those of the command.
+      pairs: The images, and the files to write.
+      first: Number of the first image to repair. The default is 0.
+
+    Yields:
+      Before each image, and at the end, how many were done, and what became of them.
+    """
     from tqdm import tqdm
 
     from pconv_jax.inpaint.inpainter import Inpainter
@@ -187,9 +218,15 @@ def _run(arguments: argparse.Namespace) -> None:
     journal = _open_journal(arguments) if many and not arguments.force else None
     failed, filled = 0, False
     progress = tqdm(
-        pairs, unit=" images", dynamic_ncols=True, disable=None if many else True
+        pairs[first:],
+        total=len(pairs),
+        initial=first,
+        unit=" images",
+        dynamic_ncols=True,
+        disable=None if many else True,
     )
-    for image, output in progress:
+    for number, (image, output) in enumerate(progress, first):
+        yield number, Outcome(failed, filled, journal.done if journal else 0)
         try:
             repaired = _repair(inpainter, image, output, arguments, journal)
             filled, messages = filled or repaired.filled, repaired.messages
@@ -200,15 +237,9 @@ def _run(arguments: argparse.Namespace) -> None:
             messages = [str(error)]
         for message in dict.fromkeys(messages):
             tqdm.write(f"pconv: {image.name}: {message}", file=sys.stderr)
-    _report_skipped(skipped)
     if journal:
         journal.finish()
-        if journal.done:
-            print(f"Kept {journal.done} files of the same run, which was interrupted.")
-    if failed:
-        raise UserError(f"{failed} of {len(pairs)} images were not repaired.")
-    if not filled:
-        raise UserError(_nothing_filled(arguments))
+    yield len(pairs), Outcome(failed, filled, journal.done if journal else 0)
 
 
 def _repair(

@@ -3,9 +3,7 @@
 import collections
 import concurrent.futures
 import functools
-import multiprocessing
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ import cv2
 import numpy as np
 from absl import flags, logging
 
+from pconv_jax import _processes
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.data.base import ImageSource
 from pconv_jax.data.mask_folder import MaskFolder
@@ -273,14 +272,7 @@ def _close_all(iterators: "list[grain.DatasetIterator]") -> None:
 def _set_up_worker(*_: int) -> None:
     """Prepare a worker process, which must not outlive the one that started it."""
     _set_up_opencv()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)  # Python's resource tracker then frees the shared memory.
+    _processes.end_with_parent()
 
 
 def _set_up_opencv(*_: int) -> None:

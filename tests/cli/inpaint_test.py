@@ -1,4 +1,9 @@
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ from pconv_jax.inpaint.files import repair_file
 from pconv_jax.inpaint.hole import resize_hole
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.weights import pretrained
+from tests.helpers import ROOT
 from tests.helpers.commands import pconv
 from tests.helpers.networks import make_network
 
@@ -340,3 +346,31 @@ def test_a_folder_that_was_interrupted_is_finished(
     assert after == before and sorted(os.listdir(out)) == [*before, "c.tif"]
     with pytest.raises(SystemExit, match="3 of 3"):  # Now it has come to its end.
         inpaint(network, *arguments)
+
+
+@pytest.mark.slow
+def test_an_image_that_kills_its_process_does_not_end_the_run(network, folder):
+    photos, out = folder / "photos", folder / "out"
+    # Its repair takes long enough to be found.
+    Image.fromarray(photo(size=(900, 900))).save(photos / "b.webp")
+    hole = np.zeros((900, 900), bool)
+    hole[100:800, 100:800] = True
+    Image.fromarray(hole).save(folder / "masks" / "b.png")
+    command = [sys.executable, "-m", "pconv_jax.cli", "inpaint", "--weights", network]
+    command += ["--image", photos, "--mask", folder / "masks", "--output", out]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    def started():
+        return sum(len(path.read_bytes().split()) for path in out.glob(".pconv-*"))
+
+    while process.poll() is None and started() < 2:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    for child in map(int, children.split()):
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(child, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert "pconv: b.webp: the process that repaired it was ended by SIGKILL" in errors
+    assert "pconv: 1 of 3 images were not repaired." in errors
+    assert process.returncode == 1
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.tif"]
