@@ -265,6 +265,28 @@ def _profile(platform: str, smoke: bool) -> list[Case]:
     return [inference, train]
 
 
+def _start(platform: str, smoke: bool) -> list[Case]:
+    """Make the cases of what people wait for when they start a command."""
+    fields = {"framework": "jax", "program": "start"}
+    codes = {
+        "import jax": "import jax",
+        "import pconv_jax": "import pconv_jax",
+        "import Inpainter": "from pconv_jax import Inpainter",
+        "pconv --help": "from pconv_jax import cli; cli.main(['--help'])",
+    }
+    variants = {name: {"code": code, **fields} for name, code in codes.items()}
+    cases = [Case("start", "imports", variants, items=(1, "starts"))]
+    for size in () if smoke else (256, 512):
+        repair = {"framework": "jax", "program": "repair", "size": size}
+        variants = {
+            "next": {"first": False, **repair},
+            "first": {"first": True, **repair},
+        }
+        name = f"pconv inpaint, {size} x {size}"
+        cases.append(Case("start", name, variants, items=(1, "images")))
+    return cases
+
+
 def _jax_and_torch(
     settings: Mapping[str, Any], platform: str, modes: Sequence[str]
 ) -> dict[str, Variant]:
@@ -293,6 +315,7 @@ _SUITES: Mapping[str, Callable[[str, bool], list[Case]]] = {
     "data": _data,
     "growth": _growth,
     "profile": _profile,
+    "start": _start,
 }
 
 SUITES = tuple(_SUITES)

@@ -2,6 +2,11 @@
 
 import functools
 import importlib.metadata
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -266,7 +271,6 @@ def _part(part: str, size: int, batch: int, depth: int, width: int) -> Program:
 
 def _data(size: int, batch: int, workers: int, count: int) -> Program:
     """Build the input pipeline, which reads half-megapixel JPEG files from a folder."""
-    import tempfile
     import weakref
 
     import cv2
@@ -302,6 +306,48 @@ def _masks(size: int, batch: int, count: int) -> Program:
     return _compiled(jax.vmap(lambda key: masks.random_mask(key, (size, size))), keys)
 
 
+def _start(code: str) -> Program:
+    """Build a program that starts Python and runs code."""
+    command = [sys.executable, "-c", code]
+    return Program(lambda: subprocess.run(command, check=True, capture_output=True))
+
+
+def _repair(size: int, first: bool) -> Program:
+    """Build a program that repairs a photo by the command, after installation or later.
+
+    Args:
+      size: Side of the photo in pixels.
+      first: Whether nothing was compiled before.
+    """
+    import cv2
+
+    from pconv_jax.data import sources
+
+    folder = tempfile.TemporaryDirectory()  # Removed at the end of the process.
+    photo = cv2.resize(sources.open_source("bundled", split="train")[0], (size, size))
+    hole = np.zeros((size, size), np.uint8)  # A square and a scratch.
+    hole[size // 4 : size // 4 + 6] = 255
+    hole[size * 3 // 8 : size * 5 // 8, size * 3 // 8 : size * 5 // 8] = 255
+    names = [f"{folder.name}/{name}.png" for name in ("photo", "mask", "repaired")]
+    for name, image in zip(names, (photo, hole)):
+        cv2.imwrite(name, image)
+    command = [sys.executable, "-m", "pconv_jax.cli", "inpaint", "--force"]
+    command += ["--image", names[0], "--mask", names[1], "--output", names[2]]
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("JAX_COMP")}
+    numbers = itertools.count()
+
+    def call(folder=folder):
+        home = f"{folder.name}/cache-{next(numbers) if first else 0}"
+        subprocess.run(
+            command,
+            env=environment | {"XDG_CACHE_HOME": home},
+            check=True,
+            capture_output=True,
+        )
+
+    return Program(call)
+
+
 def _compiled(function: Callable, *args) -> Program:
     compiled, seconds = _compile(function, *args)
     return Program(lambda: jax.block_until_ready(compiled(*args)), seconds)
@@ -320,6 +366,8 @@ _PROGRAMS = {
     "masks": _masks,
     "matmul": _matmul,
     "part": _part,
+    "repair": _repair,
     "stage": _stage,
+    "start": _start,
     "train": _train,
 }

@@ -2,12 +2,16 @@
 
     python -m benchmarks.run --suite layer,inference,train,data
     python -m benchmarks.run --suite inference,train --against torch
+    python -m benchmarks.run --suite inference --check runs/benchmarks/BEFORE.json
 
 It prints a table for each case. After each case, it writes all measurements and their
 conditions to one JSON file. The variants of a case take turns, each in its own process.
 The suites `growth` and `inference` together also plot how the time grows with pixels,
 batch size and hole ratio. The suite `profile` times the parts of the network and of a
-training step.
+training step. The suite `start` times whole commands, from the start of Python.
+
+With `--check`, the command names what became slower than in an earlier report by more
+than its spread, and then exits with 1.
 """
 
 import argparse
@@ -24,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, timing
+from benchmarks import cases, check, timing
 from pconv_jax import _files
 
 
@@ -33,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     # A time limit from outside then leaves the results and no processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks.run: stopped."))
+    stored = arguments.check and _read_report(arguments.check)
     pythons = {"jax": sys.executable, "torch": arguments.torch_python}
     torch = arguments.against == "torch"
     if torch:
@@ -40,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The variants of a case share the memory of the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start = time.monotonic()
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "suite")}
+    others = ("out", "suite", "check")
+    settings = {k: v for k, v in vars(arguments).items() if k not in others}
     report: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": _describe_machine(),
@@ -107,6 +113,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         _files.write_bytes(arguments.out.with_suffix(".svg"), plot.plot_growth(report))
     print(f"\nWritten to {arguments.out}.")
+    if stored:
+        _check(report, stored)
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text())
+        dict(report["machine"])
+        check.find_slower(report, report)  # Raises if something is missing.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        sys.exit(f"benchmarks.run: --check: {path} is no report: {error!r}.")
+    return report
+
+
+def _check(report: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Exit with 1 if something is slower than in a stored report."""
+    for name in ("cpu", "cores"):
+        ours, theirs = report["machine"].get(name), stored["machine"].get(name)
+        if ours != theirs:
+            print(f"Another machine was stored: {name} {theirs} instead of {ours}.")
+    slower, compared = check.find_slower(report, stored)
+    if not compared:
+        sys.exit("benchmarks.run: --check: there is nothing to compare.")
+    if slower:
+        sys.exit("\n".join([f"{len(slower)} of {compared} are slower:", *slower]))
+    print(f"None of {compared} is slower by more than its spread.")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -143,6 +175,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--limit",
         type=float,
         help="start no case after this many seconds (default: no limit)",
+    )
+    add(
+        "--check",
+        type=Path,
+        metavar="FILE",
+        help="compare with this report of an earlier run, and exit with 1 if something "
+        "is slower",
     )
     add("--smoke", action="store_true", help="use tiny sizes, to test the command")
     add(

@@ -46,16 +46,16 @@ def measure(call: Callable[[], None], seconds: float) -> dict[str, Any]:
     """
     walls, cpus = [], []
     end = _now() + seconds
-    start, busy, own = _now(), _busy_seconds(), time.process_time()
+    start, busy, own = _now(), _busy_seconds(), _cpu_seconds()
     while not walls or len(walls) < _MAX_CALLS and _now() + walls[-1] < end:
-        wall, cpu = _now(), time.process_time()
+        wall, cpu = _now(), _cpu_seconds()
         call()
         walls.append(_now() - wall)
-        cpus.append(time.process_time() - cpu)
+        cpus.append(_cpu_seconds() - cpu)
     others = None
     busy_after = _busy_seconds()
     if busy is not None and busy_after is not None:
-        own = time.process_time() - own
+        own = _cpu_seconds() - own
         others = busy_after - busy - own
         others = max(0.0, others / (_now() - start) / (os.cpu_count() or 1))
     first = 1 if len(walls) >= 3 else 0
@@ -96,6 +96,12 @@ def _busy_seconds() -> float | None:
         return None
     ticks = user + nice + system + irq + softirq + steal
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_seconds() -> float:
+    """Get the CPU time of this process, and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _now() -> float:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, inputs, timing
+from benchmarks import cases, check, inputs, run, timing
 from pconv_jax import losses, unet, vgg
 from tests.helpers import ROOT
 
@@ -20,7 +20,7 @@ def report(tmp_path_factory):
     """What the command writes for all suites at tiny sizes, and what it prints."""
     folder = tmp_path_factory.mktemp("benchmarks")
     out = folder / "report.json"
-    suites = "layer,inference,train,data,growth,profile"
+    suites = "layer,inference,train,data,growth,profile,start"
     # Of the profile and of the hole ratios one each will do.
     command = f"--smoke --suite {suites} --rounds 2 --seconds 0.02 --out {out}"
     variants = "Conv|jax|threads|90%|pconv4"
@@ -105,9 +105,69 @@ def test_a_variant_that_fails_is_named_and_the_others_are_measured():
     assert results["good"]["median_s"] > 0 and "relative" not in results["good"]
 
 
+def made_up(*turns, name="UNet", error=None):
+    """A report with one variant, of which a call took some seconds in each turn."""
+    times = [t for turn in turns for t in turn]
+    result = (
+        {"error": error}
+        if error
+        else {
+            "rounds": [{"wall_s": turn} for turn in turns],
+            "median_s": float(np.median(times)),
+            "quartiles_s": [float(np.quantile(times, q)) for q in (0.25, 0.75)],
+        }
+    )
+    results = {"jax": result}
+    case = {"suite": "inference", "case": name, "results": results}
+    machine = {"cpu": "some", "cores": 2}
+    return {"machine": machine, "cases": [case, {"suite": "train", "case": "skipped"}]}
+
+
+@pytest.mark.parametrize(
+    ("turns", "slower"),
+    [
+        ([[1.0, 1.1, 1.2]], False),
+        ([[0.1, 0.1, 0.1]], False),
+        ([[1.2, 1.21, 1.22], [1.3, 1.3, 1.3]], True),
+        ([[1.2, 1.21, 1.22], [1.1, 1.1, 1.1]], False),  # A turn was as fast.
+        ([[1.1, 1.3, 1.3, 1.3, 1.3]], True),  # Only a call was.
+    ],
+)
+def test_slower_is_what_is_slower_by_more_than_the_spread(turns, slower):
+    stored = made_up([1.0, 1.0, 1.0], [1.15, 1.15, 1.15])
+    lines, compared = check.find_slower(made_up(*turns), stored)
+    assert compared == 1 and len(lines) == slower
+    if slower:
+        assert lines[0].startswith("inference: UNet: jax: 1.")
+
+
+def test_a_check_exits_with_one_and_names_what_is_slower(tmp_path, capsys):
+    fast, slow = made_up([1.0, 1.0]), made_up([2.0, 2.0])
+    run._check(fast, slow)
+    run._check(fast, fast)
+    assert "None of 1 is slower" in capsys.readouterr().out
+    line = "UNet: jax: 2.00 times as long, 2000 ms instead of 1000 ms"
+    with pytest.raises(SystemExit, match=line):
+        run._check(slow, fast)
+    with pytest.raises(SystemExit, match="UNet: jax: not measured: killed"):
+        run._check(made_up(error="killed"), fast)
+    with pytest.raises(SystemExit, match="nothing to compare"):
+        run._check(made_up([1.0], name="other"), fast)
+    run._check(fast | {"machine": {"cpu": "other", "cores": 2}}, fast)
+    assert "cpu some instead of other" in capsys.readouterr().out
+    path = tmp_path / "report.json"
+    for text in ("", "[]", "{}", '{"cases": [1]}'):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="report.json is no report"):
+            run._read_report(path)
+    path.write_text(json.dumps(slow))
+    assert run._read_report(path) == slow
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ("--check nowhere.json", "nowhere.json is no report"),
         ("--suite speed", "unknown suite 'speed'; the suites are layer, inference"),
         ("--only (", "is not a valid pattern"),
         ("--rounds 0", "--rounds must be positive, got 0"),
