@@ -310,7 +310,7 @@ def repair(
     dilate: int,
     invert: bool,
     previous: str | None,
-    variants: int = 1,
+    variants: int,
 ) -> tuple[Any, ...]:
     """Repair an image, and write it to a file to download.
 
@@ -322,8 +322,8 @@ def repair(
       dilate: Number of pixels by which to enlarge the hole.
       invert: Whether the mask is black where to fill.
       previous: Path of an earlier result, which is deleted, or None.
-      variants: Number of results, with the seeds 0, 1, ...; the default is 1. Each is
-        written to a file, and the first is shown.
+      variants: Number of results, with the seeds 0, 1, .... Each is written to a
+        file, and the first is shown.
 
     Returns:
       The values of the result's components, and the path of the first file.

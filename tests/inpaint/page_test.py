@@ -73,6 +73,7 @@ def test_the_painted_area_is_filled(inpainter, tmp_path):
         page.repair(
             *(inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole)),
             *(2, True, None),
+            1,
         )
     )
     assert not gallery["visible"]
@@ -131,7 +132,7 @@ def test_large_images_are_shown_small_and_repaired_whole(inpainter, tmp_path):
     small = np.zeros((450, 1024), bool)
     small[100:120, 500:530] = True
     after, *_, result = page.repair(
-        inpainter, str(path), None, drawing(small), 0, False, None
+        inpainter, str(path), None, drawing(small), 0, False, None, 1
     )
     assert after.size == (1024, 450)
     result = image_io.read(result).image
@@ -154,16 +155,16 @@ def test_examples_come_with_a_mask(index):
 def test_mistakes_are_shown_on_the_page(inpainter, tmp_path):
     path = tmp_path / "a.png"
     with pytest.raises(gr.Error, match="Open an image first"):
-        page.repair(inpainter, None, None, None, 0, False, None)
+        page.repair(inpainter, None, None, None, 0, False, None, 1)
     path.write_text("Hello")
     with pytest.raises(gr.Error, match="it is not an image"):
         page.show(str(path))
     Image.fromarray(photo()).save(path)
     with pytest.raises(gr.Error, match="Nothing is painted over yet"):
-        page.repair(inpainter, str(path), None, None, 0, False, None)
+        page.repair(inpainter, str(path), None, None, 0, False, None, 1)
     everything = drawing(np.ones((60, 80), bool))
     with pytest.raises(gr.Error, match="no valid pixel is left"):
-        page.repair(inpainter, str(path), None, everything, 0, False, None)
+        page.repair(inpainter, str(path), None, everything, 0, False, None, 1)
 
 
 def test_errors_show_no_folder(inpainter, tmp_path):
@@ -234,12 +235,16 @@ def test_a_result_is_deleted_with_the_next(inpainter, tmp_path):
     hole = np.zeros((60, 80), bool)
     hole[20:40, 30:50] = True
     before = set(tmp_path.iterdir())
-    *_, first = page.repair(inpainter, str(path), None, drawing(hole), 0, False, None)
-    *_, second = page.repair(inpainter, str(path), None, drawing(hole), 0, False, first)
+    *_, first = page.repair(
+        inpainter, str(path), None, drawing(hole), 0, False, None, 1
+    )
+    *_, second = page.repair(
+        inpainter, str(path), None, drawing(hole), 0, False, first, 1
+    )
     assert set(tmp_path.iterdir()) - before == {pathlib.Path(second).parent}
     # A mistake deletes nothing.
     with pytest.raises(gr.Error):
-        page.repair(inpainter, str(path), None, None, 0, False, second)
+        page.repair(inpainter, str(path), None, None, 0, False, second, 1)
     assert pathlib.Path(second).is_file()
 
 
@@ -257,7 +262,7 @@ def test_nothing_is_read_while_warnings_are_caught(inpainter, tmp_path):
                 shown[0].result(timeout=0.5)
             return inpainter(*args, **options)
 
-        page.repair(repair, str(path), None, drawing(hole), 0, False, None)
+        page.repair(repair, str(path), None, drawing(hole), 0, False, None, 1)
         assert shown[0].result(timeout=60).size == (80, 60)
 
 
