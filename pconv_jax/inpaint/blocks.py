@@ -1,8 +1,9 @@
 """Large images, filled block by block, so that their memory is bounded.
 
-Filling takes about 80 bytes a pixel. A block has a hole and as much of the image around
-it as there is room for. A hole that is too large for a block is filled in its center
-from the image at a lower resolution, and then at its rim in several blocks.
+Filling takes about 80 bytes a pixel, and the search for detail about 1000 more for each
+pixel of the hole. A block has a hole and as much of the image around it as there is
+room for. A hole that is too large for a block is filled in its center from the image at
+a lower resolution, and then at its rim in several blocks.
 """
 
 import math
@@ -18,6 +19,8 @@ MAX_PIXELS = 2_500_000
 # Fills, in place, the hole of colors [H, W, C], given where they are known, the hole,
 # and where not to copy detail from; returns the fill depth.
 Fill = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+_MAX_CENTER = 600_000  # Pixels of all holes at the lower resolution.
 
 _CELL = 64  # Side of the squares that a hole is divided into.
 _GROUP = 1024  # Side of the squares whose holes share a block if they fit.
@@ -164,7 +167,8 @@ def _fill_centers(
       depth: The fill depth so far.
       is_large: Bool, True for cells of holes that are too large for a block.
     """
-    factor = math.ceil(math.sqrt(hole.size / MAX_PIXELS) + 0.05)
+    ratio = max(hole.size / MAX_PIXELS, np.count_nonzero(hole) / _MAX_CENTER)
+    factor = math.ceil(math.sqrt(ratio) + 0.05)
     strips = [
         slice(top, min(top + factor * _CELL, len(hole)))
         for top in range(0, len(hole), factor * _CELL)
