@@ -1,7 +1,7 @@
 """Makes the images of the documentation: ``python docs/make_images.py``.
 
-The photos are those that scikit-image brings along. Masks are drawn here, and the
-bundled network fills them, as ``pconv inpaint`` does.
+The photos are those of ``docs/photos`` and of scikit-image. Masks are drawn here, and
+the bundled network fills them, as ``pconv inpaint`` does.
 """
 
 from pathlib import Path
@@ -13,22 +13,41 @@ from skimage import data
 from pconv_jax import Inpainter
 
 IMAGES = Path(__file__).parent / "images"
-HEIGHT = 300
+PHOTOS = Path(__file__).parent / "photos"
+HEIGHT = 220
 GAP = 6
 
 
-def scratches(size: tuple[int, int]) -> Image.Image:
-    """Draw a mask of scratches and of a line of text."""
+def scratches(size: tuple[int, int], *, seed: int, count: int) -> Image.Image:
+    """Draw a mask of bent scratches and of dust."""
     mask, draw = blank(size)
-    rng = np.random.default_rng(4)
-    for _ in range(9):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
         points = rng.uniform(-0.1, 1.1, (2, 2)) * size
         bend = points.mean(0) + rng.normal(0, 12, 2)
         line = [tuple(points[0]), tuple(bend), tuple(points[1])]
         draw.line(line, fill=255, width=int(rng.integers(2, 6)), joint="curve")
-    text = "SAMPLE PHOTO  "
-    draw.text((18, size[1] - 70), text, fill=255, font=ImageFont.load_default(44))
-    return mask.point(lambda value: 255 * (value > 127))
+    for _ in range(4 * count):
+        x, y = rng.uniform(0, 1, 2) * size
+        radius = rng.uniform(1, 4)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    return mask
+
+
+def text(
+    size: tuple[int, int],
+    line: str,
+    height: int,
+    place: tuple[int, int],
+    lines: int = 1,
+) -> Image.Image:
+    """Draw a mask of a line of text, also several times."""
+    mask, draw = blank(size)
+    font = ImageFont.load_default(height)
+    for number in range(lines):
+        start = place[0], place[1] + number * 1.6 * height
+        draw.text(start, line, fill=255, font=font, stroke_width=1)
+    return mask.point(lambda value: 255 * (value > 60))
 
 
 def polygons(size: tuple[int, int], *shapes: list[tuple[int, int]]) -> Image.Image:
@@ -84,17 +103,73 @@ def stack(rows: list[Image.Image]) -> Image.Image:
     return whole
 
 
+def draw_masks(size: tuple[int, int]) -> dict[str, Image.Image]:
+    """Draw a mask for each photo of ``docs/photos``, as a person would."""
+    return {
+        "college": scratches(size, seed=1, count=10),
+        "man": scratches(size, seed=2, count=10),
+        "house": scratches(size, seed=5, count=12),
+        "koalas": text(size, "SAMPLE", 80, (30, 160)),
+        "steak": text(size, "12 08 '98", 34, (225, 350)),
+        "alpacas": text(size, "© photo archive", 34, (60, 60), lines=5),
+        "moon": ellipses(size, (126, 19, 274, 166)),
+        "glove": ellipses(
+            size, (186, 76, 282, 162), (268, 66, 374, 144), (322, 40, 396, 112)
+        ),
+        "field": polygons(
+            size,
+            [(165, 275), (250, 275), (262, 352), (160, 352)],
+            [(128, 232), (150, 222), (190, 222), (212, 250), (190, 284), (150, 284)],
+        ),
+        "savanna": polygons(
+            size,
+            [(222, 228), (250, 192), (290, 183), (335, 195), (358, 228), (345, 240)]
+            + [(340, 300), (240, 300), (230, 240)],
+        ),
+        "lions": polygons(
+            size, [(0, 220), (30, 140), (130, 130), (145, 200), (145, 310), (0, 310)]
+        ),
+        "statue": polygons(
+            size,
+            [(60, 15), (112, 15), (132, 120), (168, 230), (190, 400), (0, 400)]
+            + [(20, 260), (45, 130)],
+        ),
+        "player": polygons(
+            size,
+            [(222, 92), (295, 98), (305, 135), (350, 142), (395, 180), (395, 218)]
+            + [(335, 210), (355, 265), (400, 290), (400, 335), (335, 310), (330, 375)]
+            + [(235, 375), (240, 345), (270, 330), (250, 265), (218, 250), (218, 170)]
+            + [(232, 160)],
+        ),
+        "street": polygons(
+            size,
+            [(163, 148), (208, 148), (214, 240), (206, 275), (330, 375), (375, 400)]
+            + [(262, 400), (176, 300), (163, 240)],
+        ),
+        "tree": polygons(
+            size,
+            [(44, 60), (105, 8), (200, 8), (290, 30), (352, 100), (342, 190)]
+            + [(270, 220), (218, 245), (207, 302), (148, 302), (126, 248), (56, 218)]
+            + [(40, 150)],
+        ),
+    }
+
+
+def gallery(inpainter: Inpainter) -> Image.Image:
+    """Repair the photos of ``docs/photos``, three pairs a row."""
+    pairs = []
+    for name, mask in draw_masks((400, 400)).items():
+        photo = Image.open(PHOTOS / f"{name}.webp").convert("RGB")
+        pairs.append(strip([painted(photo, mask), inpainter(photo, mask)]))
+    starts = range(0, len(pairs), 3)
+    return stack([strip(pairs[start : start + 3]) for start in starts])
+
+
 def main() -> None:
     """Write all images."""
     inpainter = Inpainter.from_pretrained()
-    cat, astronaut, rocket, coffee = (
-        Image.fromarray(photo)
-        for photo in (data.chelsea(), data.astronaut(), data.rocket(), data.coffee())
-    )
-    masts = polygons(
-        rocket.size,
-        [(192, 112), (206, 112), (222, 400), (160, 400)],
-        [(440, 112), (454, 112), (486, 400), (426, 400)],
+    astronaut, coffee = (
+        Image.fromarray(photo) for photo in (data.astronaut(), data.coffee())
     )
     patch = ellipses(astronaut.size, (126, 338, 216, 426))
     face = ellipses(astronaut.size, (176, 70, 276, 200))
@@ -116,9 +191,8 @@ def main() -> None:
         strips = [strip([painted(*case), inpainter(*case)]) for case in cases]
         return stack(strips)
 
-    text = scratches(cat.size)
     images = {
-        "repair": rows((cat, text), (rocket, masts)),
+        "repair": gallery(inpainter),
         "mask": strip([astronaut, patch, inpainter(astronaut, patch)]),
         "failures": rows((coffee, spoon), (astronaut, face)),
     }

@@ -52,7 +52,7 @@ _TRUSTED = (16.0, 4.0)
 _RIM = 6.0
 # The guide's weight in the middle of wide holes. With none, grass may fill a sky. With
 # more, smooth patches fit best, and texture is lost.
-_LEAST_WEIGHT = 0.1
+_LEAST_WEIGHT = 0.15
 _WIDE = 32.0  # Depth, in pixels of the image, from which on a hole is wide.
 _RIM_DECAY = 1.3  # A vote loses this factor for each pixel of depth: rims are surer.
 # Standard deviations of low-passes, in pixels. The guide is compared at finer
