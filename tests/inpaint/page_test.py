@@ -22,7 +22,7 @@ import pconv_jax
 from pconv_jax import cli
 from pconv_jax.cli import demo
 from pconv_jax.inpaint import image_io, page
-from pconv_jax.inpaint.hole import hole_from_mask
+from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.weights import pretrained
 from tests.helpers import ROOT
@@ -68,7 +68,10 @@ def test_the_painted_area_is_filled(inpainter, tmp_path):
     hole[20:40, 30:50] = True
     opened = np.roll(hole, 15, axis=1)
     Image.fromarray(~opened).save(tmp_path / "mask.png")
-    expected, depth = inpainter(image, hole | opened, dilate=2, return_depth=True)
+    # An opened mask is exact, so it does not grow.
+    grown = dilate_hole(hole, 2) | opened
+    assert np.any(grown != dilate_hole(hole | opened, 2))
+    expected, depth = inpainter(image, grown, return_depth=True)
     after, (before, _), overlay, legend, gallery, report, download, result = (
         page.repair(
             *(inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole)),
@@ -120,6 +123,27 @@ def test_a_variant_is_chosen(inpainter, tmp_path):
     *_, gallery, _, _, second = page.repair(*arguments, result, 99)
     assert len(gallery["value"]) == 4
     assert set(tmp_path.iterdir()) - before == {pathlib.Path(second).parent}
+
+
+def test_what_is_painted_in_blue_is_not_copied(inpainter, tmp_path):
+    image = photo()
+    path = tmp_path / "a.png"
+    Image.fromarray(image).save(path)
+    hole, kept_out = np.zeros((2, *image.shape[:2]), bool)
+    hole[20:40, 30:50] = True
+    kept_out[10:50, 50:75] = True
+    painted = drawing(hole)
+    layer = np.array(painted["layers"][0])
+    layer[kept_out] = (*page._KEEP_OUT, 255)
+    layer[20:40, 50] = (90, 110, 215, 200)  # Where strokes meet, colors are mixed.
+    painted["layers"] = [Image.fromarray(layer)]
+    after, *_ = page.repair(inpainter, str(path), None, painted, 0, False, None)
+    np.testing.assert_array_equal(after, inpainter(image, hole, exclude=kept_out))
+    assert not np.array_equal(after, inpainter(image, hole))
+    # Blue alone is no hole.
+    painted["layers"] = [Image.fromarray(np.where(hole[..., None], 0, layer))]
+    with pytest.raises(gr.Error, match="Nothing is painted over yet"):
+        page.repair(inpainter, str(path), None, painted, 3, False, None)
 
 
 def test_large_images_are_shown_small_and_repaired_whole(inpainter, tmp_path):
@@ -498,11 +522,18 @@ def test_in_a_browser(tab, address, folder, tmp_path):
     tab.mouse.move(x + 60, y - 20, steps=6)
     tab.mouse.up()
     tab.wait_for_timeout(500)
+    tab.fill("#variants input", "2")
+    tab.wait_for_timeout(500)
     tab.click("#run")
-    tab.wait_for_selector("#repaired img", timeout=60_000)
+    tab.wait_for_selector("#gallery img", timeout=60_000)
+    first = tab.get_attribute("#repaired img", "src")
+    tab.locator("#gallery button img").nth(1).click()
+    tab.wait_for_function(
+        "old => document.querySelector('#repaired img')?.src != old", arg=first
+    )
     with tab.expect_download() as download:
         tab.click("#download")
-    assert download.value.suggested_filename == "photo-repaired.png"
+    assert download.value.suggested_filename == "photo-repaired-2.png"
     download.value.save_as(tmp_path / "out.png")
     result = np.asarray(Image.open(tmp_path / "out.png"))
     assert result.shape == image.shape
@@ -519,13 +550,16 @@ def test_in_a_browser(tab, address, folder, tmp_path):
         (tmp_path / "shown.png").write_bytes(response.read())
     np.testing.assert_array_equal(Image.open(tmp_path / "shown.png"), result)
     # The next result replaces it.
-    (first,) = folder.rglob("photo-repaired.png")
+    (first,) = {path.parent for path in folder.rglob("photo-repaired.png")}
+    assert {path.name for path in first.iterdir()} == {
+        "photo-repaired.png", "photo-repaired-2.png",
+    }  # fmt: skip
     tab.click("#run")
     for _ in range(100):
         tab.wait_for_timeout(200)
         if not first.exists():
             break
-    (second,) = folder.rglob("photo-repaired.png")
+    (second,) = {path.parent for path in folder.rglob("photo-repaired.png")}
     assert second != first
     # No request goes to another machine.
     assert tab.hosts == {address}
