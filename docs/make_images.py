@@ -47,7 +47,7 @@ def text(
     for number in range(lines):
         start = place[0], place[1] + number * 1.6 * height
         draw.text(start, line, fill=255, font=font, stroke_width=1)
-    return mask.point(lambda value: 255 * (value > 60))
+    return mask.point([255 * (value > 60) for value in range(256)])
 
 
 def polygons(size: tuple[int, int], *shapes: list[tuple[int, int]]) -> Image.Image:

@@ -137,13 +137,13 @@ def test_what_is_painted_in_blue_is_not_copied(inpainter, tmp_path):
     layer[kept_out] = (*page._KEEP_OUT, 255)
     layer[20:40, 50] = (90, 110, 215, 200)  # Where strokes meet, colors are mixed.
     painted["layers"] = [Image.fromarray(layer)]
-    after, *_ = page.repair(inpainter, str(path), None, painted, 0, False, None)
+    after, *_ = page.repair(inpainter, str(path), None, painted, 0, False, None, 1)
     np.testing.assert_array_equal(after, inpainter(image, hole, exclude=kept_out))
     assert not np.array_equal(after, inpainter(image, hole))
     # Blue alone is no hole.
     painted["layers"] = [Image.fromarray(np.where(hole[..., None], 0, layer))]
     with pytest.raises(gr.Error, match="Nothing is painted over yet"):
-        page.repair(inpainter, str(path), None, painted, 3, False, None)
+        page.repair(inpainter, str(path), None, painted, 3, False, None, 1)
 
 
 def test_large_images_are_shown_small_and_repaired_whole(inpainter, tmp_path):
