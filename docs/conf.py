@@ -31,7 +31,7 @@ extensions = [
     "offline",
     "settings_table",
 ]
-exclude_patterns = ["_build", "_ext"]
+exclude_patterns = ["photos", "_build", "_ext"]
 root_doc = "index"
 
 # Docstrings are Google's, and name other objects in single backticks.
