@@ -89,6 +89,7 @@ GEOMETRIES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @GEOMETRIES
 @pytest.mark.parametrize("most_copied", [1, 2**21])
 def test_gradients(monkeypatch, spatial, size, options, most_copied):
@@ -113,6 +114,7 @@ def test_gradients(monkeypatch, spatial, size, options, most_copied):
     )
 
 
+@pytest.mark.slow
 @GEOMETRIES
 def test_gradients_in_float64(monkeypatch, spatial, size, options):
     monkeypatch.setattr(_conv, "_MOST_COPIED", 1)

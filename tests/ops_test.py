@@ -297,6 +297,7 @@ def geometries(draw):
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(geometries())
 def test_equals_reference_for_any_geometry(geometry):
@@ -756,6 +757,7 @@ def test_a_mask_from_outside_of_a_jitted_function(to_array):
     np.testing.assert_array_equal(comp, ops.composite(x, -x, mask))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_gradients_equal_finite_differences(groups):
     x, mask, kernel, bias = make_case(

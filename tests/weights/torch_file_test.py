@@ -496,6 +496,7 @@ def test_every_bit_flipped(form, tmp_path):
         read_or_error(tmp_path / "weights.pth", bytes(flipped))
 
 
+@pytest.mark.slow
 @hypothesis.given(data=st.data(), form=st.sampled_from(sorted(DUMPS)))
 @hypothesis.settings(max_examples=300, deadline=None)
 def test_damaged_in_several_places(data, form, tmp_path_factory):
@@ -508,6 +509,7 @@ def test_damaged_in_several_places(data, form, tmp_path_factory):
     read_or_error(path, bytes(content))
 
 
+@pytest.mark.slow
 @hypothesis.given(operations=st.lists(st.integers(0, 255), max_size=60))
 @hypothesis.settings(max_examples=500, deadline=None)
 def test_random_pickles(operations, tmp_path_factory):
@@ -534,6 +536,7 @@ PIECES = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @hypothesis.given(pieces=st.lists(PIECES, max_size=40))
 @hypothesis.settings(max_examples=500, deadline=None)
 def test_operations_in_any_order(pieces, tmp_path_factory):
