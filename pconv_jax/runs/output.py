@@ -154,7 +154,7 @@ def format_table(
 def log_to_stderr() -> None:
     """Send log records of this package to the standard error, from INFO on.
 
-    JAX's records stay, but for those of devices that this machine does not have.
+    It drops JAX's records that say that this machine lacks a GPU or TPU.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("pconv_jax").setLevel(logging.INFO)
