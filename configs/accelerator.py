@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
     config.masks.kind = "ragged"
     config.masks.thin = 0.25
     config.masks.wide = 0.15
-    config.loss.log_mse = 0.02
+    config.masks.pool = 8192
+    config.loss.log_mse = 0.05
     config.feature_fraction = 0.5
     config.average_decay = 0.999
     config.minutes = 12.0
@@ -42,9 +43,8 @@ def get_config() -> ConfigDict:
     config.phase1.ramp_steps = 1_000
     config.export.minutes = 1.0
     config.log_every = 80
-    # The ends of phases are enough.
-    config.picture_every = config.validate_every = 800_000
-    config.checkpoint_every = 1_600
+    # Compiling them takes minutes. Evaluate the weights afterwards.
+    config.picture_every = config.validate_every = 0
+    config.checkpoint_every = 8_000
     config.keep_checkpoints = 1
-    config.validation_examples = 2
     return config

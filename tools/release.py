@@ -46,7 +46,9 @@ from pconv_jax.weights.pretrained import from_pretrained, save_pretrained
 from tools.widen import widen
 
 _EARLY = 20.0  # Seconds before the end at which everything stops.
-_RESERVE = 0.08  # Part of the time for the last checkpoint and validation.
+# Part of the time for opening the images and for the last checkpoint, and again for a
+# validation.
+_RESERVE = 0.05
 _PHASES = ("pixels", "phase1", "phase2")
 
 
@@ -83,7 +85,8 @@ def release(
       out: Folder of the results.
       work: Folder of runs and of what may be used again.
       deadline: Time at which the training should stop, of `time.monotonic`.
-      measure_seconds: Seconds after which no other candidate is tried.
+      measure_seconds: Seconds after which no other candidate is tried; 0 takes the
+        first unmeasured.
       part_mib: Size of the parts of the weights in MiB.
 
     Returns:
@@ -94,6 +97,7 @@ def release(
     """
     report = Report(out / "release.json")
     total = deadline - time.monotonic()
+    reserve = _RESERVE * total * (2 if settings.validate_every else 1)
     until = time.monotonic() + min(measure_seconds, total / 3)
     settings = dataclasses.replace(
         settings,
@@ -105,12 +109,13 @@ def release(
             part_mib=part_mib,
         ),
     )
-    settings = choose(settings, report, until=until)
+    if measure_seconds:
+        settings = choose(settings, report, until=until)
     for number in itertools.count(1):
         workdir = work / f"run-{number}"
         if workdir.exists():  # Of an earlier call.
             continue
-        seconds = deadline - time.monotonic() - _RESERVE * total
+        seconds = deadline - time.monotonic() - reserve
         if seconds <= 0:
             report.add("no time is left")
             return None
@@ -332,7 +337,8 @@ def main() -> None:
         "--measure_seconds",
         type=float,
         default=120.0,
-        help="seconds after which no other candidate is tried (default: %(default)s)",
+        help="seconds after which no other candidate is tried; 0 takes the first "
+        "unmeasured (default: %(default)s)",
     )
     config_options.add_config_options(parser, required=False)
     parser.set_defaults(config="accelerator")

@@ -28,11 +28,14 @@ class DeviceCache(NamedTuple):
 
     Attributes:
       images: uint8 ``[M, H, W, 3]``; smaller images repeat their last row and column.
-      sizes: int32 ``[M, 2]``, height and width of each image.
+      sizes: int32 ``[M, 2]``, height and width of each image there.
+      turned: bool ``[M]``, whether rows and columns of an image are exchanged. Upright
+        images are turned, since squares that hold both kinds would be larger.
     """
 
     images: jax.Array | np.ndarray
     sizes: jax.Array | np.ndarray
+    turned: jax.Array | np.ndarray
 
 
 def read_cache(source: ImageSource, *, side: int) -> tuple[DeviceCache, list[str]]:
@@ -57,10 +60,11 @@ def read_cache(source: ImageSource, *, side: int) -> tuple[DeviceCache, list[str
         except UnreadableImageError:
             return None
 
-    images, unreadable = [], []
+    images, turned, unreadable = [], [], []
     for index, image in enumerate(read_ahead(read, range(len(source)))):
         if image is not None:
-            images.append(image)
+            turned.append(image.shape[0] > image.shape[1])
+            images.append(image.swapaxes(0, 1) if turned[-1] else image)
             continue
         unreadable.append(source.name(index))
         logging.warning("%s cannot be read and is left out", unreadable[-1])
@@ -71,7 +75,7 @@ def read_cache(source: ImageSource, *, side: int) -> tuple[DeviceCache, list[str
     for place, image in zip(cache, images, strict=True):
         rest = np.subtract(place.shape, image.shape)[:2]
         place[:] = np.pad(image, ((0, rest[0]), (0, rest[1]), (0, 0)), "edge")
-    return DeviceCache(cache, sizes), unreadable
+    return DeviceCache(cache, sizes, np.array(turned)), unreadable
 
 
 def _shrink(image: np.ndarray, side: int) -> np.ndarray:
@@ -118,6 +122,7 @@ def random_crop(
         -start * size / side,
         method="cubic",  # With antialiasing where it shrinks.
     )
+    crop = jnp.where(cache.turned[index], crop.swapaxes(0, 1), crop)
     crop = jnp.where(coin < 0.5, crop[:, ::-1], crop)
     return jnp.clip(jnp.round(crop), 0, 255).astype(jnp.uint8)
 

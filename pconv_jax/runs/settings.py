@@ -151,6 +151,13 @@ class MaskSettings:
     hole_ratio: tuple[float, float] = setting(
         (0.01, 0.6), "Range of the hole's share of the pixels.", within="(0, 1)"
     )
+    pool: int = setting(
+        0,
+        "Number of masks that are drawn before the first step; each example takes one "
+        "of them, turned and mirrored at random. Drawing a mask takes hundreds of "
+        "short loops, which are slow on accelerators. 0 draws one for every example.",
+        within="[0, inf)",
+    )
     border: Literal["any", "always", "never"] = setting(
         "any", "Whether holes touch the border of the image."
     )
@@ -321,10 +328,18 @@ class Settings:
         100, "Steps between two lines of the log.", within="[1, inf)", resumable=True
     )
     picture_every: int = setting(
-        5_000, "Steps between two image grids.", within="[1, inf)", resumable=True
+        5_000,
+        "Steps between two image grids, besides those at the ends of phases; 0 for "
+        "none at all.",
+        within="[0, inf)",
+        resumable=True,
     )
     validate_every: int = setting(
-        10_000, "Steps between two validations.", within="[1, inf)", resumable=True
+        10_000,
+        "Steps between two validations, besides those at the ends of phases; 0 for "
+        "none at all.",
+        within="[0, inf)",
+        resumable=True,
     )
     validation_examples: int = setting(
         20,
@@ -410,6 +425,11 @@ class Settings:
             raise UserError(
                 "config: masks.folder is read by the host, and data.cache = 'device' "
                 "draws masks on the device: leave one of them out."
+            )
+        if self.masks.pool and self.masks.folder:
+            raise UserError(
+                "config: masks.folder holds masks, and masks.pool is a number of masks "
+                "to draw: leave one of them out."
             )
         if (sum_ := self.masks.thin + self.masks.wide) > 1:
             raise UserError(

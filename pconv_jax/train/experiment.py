@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
+from jax import lax
 
 from pconv_jax import losses, masks, vgg
 from pconv_jax._errors import UserError
@@ -109,6 +110,8 @@ class Experiment:
       features: The network of the perceptual and style terms, or None to leave these
         terms out.
       cache: The images to train on, on every device, or None to read them from files.
+      mask_pool: Masks to choose from, bool ``[P, S, S, 1]``, on every device, or None
+        to draw one for every example.
       phases: The phases of training, in order. Some may be empty.
       identity: What a checkpoint must agree with to be resumed, JSON-able.
       warnings: Warnings for the log and the summary.
@@ -120,6 +123,7 @@ class Experiment:
     validation_source: ImageSource
     features: Features | None
     cache: DeviceCache | None
+    mask_pool: jax.Array | None
     phases: tuple[Phase, ...]
     identity: dict[str, Any]
     warnings: list[str]
@@ -162,20 +166,29 @@ class Experiment:
             loss_weights=losses.LossWeights(**dataclasses.asdict(settings.loss)),
             color_jitter=settings.data.color_jitter,
             feature_fraction=settings.feature_fraction,
-            draw_mask=mask_sampler(settings.masks, settings.image_size),
             freeze_encoder_norm=phase.freeze_encoder_norm,
             accumulate=settings.accumulate,
             average_decay=settings.average_decay,
         )
 
         def updates(state, batches, extra, *, axis_name=None):
-            params, cache, scales = extra
+            params, cache, pool, scales = extra
+            draw_mask = mask_sampler(settings.masks, settings.image_size)
+            if pool is not None:
+                draw_mask = functools.partial(choose_mask, pool=pool)
 
             def one(state, inputs):
                 batch, scales = inputs
                 if cache is not None:
                     batch = self._crop(cache, batch)
-                return update(state, batch, params, scales=scales, axis_name=axis_name)
+                return update(
+                    state,
+                    batch,
+                    params,
+                    scales=scales,
+                    draw_mask=draw_mask,
+                    axis_name=axis_name,
+                )
 
             return scan_updates(one, state, (batches, scales))
 
@@ -183,7 +196,7 @@ class Experiment:
         params = features and features.params
 
         def call(state, batches, scales):
-            extra = params, self.cache, _stack(scales)
+            extra = params, self.cache, self.mask_pool, _stack(scales)
             return compiled(state, _stack(batches), extra)
 
         return call
@@ -258,6 +271,39 @@ def mask_sampler(settings: MaskSettings, size: int) -> DrawMask:
     return draw_any
 
 
+def draw_pool(key: jax.Array, draw_mask: DrawMask, *, count: int) -> jax.Array:
+    """Draw masks to choose from, bool ``[count, S, S, 1]``."""
+
+    @jax.jit
+    def draw(keys):
+        # A batch of them takes the memory of its fields in float32.
+        return lax.map(lambda key: draw_mask(key) > 0, keys, batch_size=64)
+
+    return draw(jax.random.split(key, count))
+
+
+def choose_mask(key: jax.Array, *, pool: jax.Array) -> jax.Array:
+    """Choose a mask ``[S, S, 1]``, and turn and mirror it at random.
+
+    Args:
+      key: PRNG key.
+      pool: Masks ``[P, S, S, 1]``.
+
+    Returns:
+      Float32, 1 = valid, 0 = hole.
+    """
+    key, coin_key = jax.random.split(key)
+    mask = pool[jax.random.randint(key, (), 0, len(pool), jnp.int32)]
+    # These make all eight symmetries of a square.
+    for coin, change in zip(
+        jax.random.bernoulli(coin_key, shape=(3,)),
+        (jnp.flipud, jnp.fliplr, lambda x: x.swapaxes(0, 1)),
+        strict=True,
+    ):
+        mask = jnp.where(coin, change(mask), mask)
+    return mask.astype(jnp.float32)
+
+
 def get_phases(settings: Settings) -> tuple[Phase, ...]:
     """Make the phases of training, any of which may be empty."""
     pixels, first, second = settings.pixels, settings.phase1, settings.phase2
@@ -319,6 +365,12 @@ def open_experiment(
         if unreadable:
             names = ", ".join(unreadable)
             warnings.append(f"{len(unreadable)} unreadable image(s): {names}")
+    pool = None
+    if settings.masks.pool:
+        draw_mask = mask_sampler(settings.masks, settings.image_size)
+        key = jax.random.fold_in(jax.random.key(settings.seed), 1)
+        pool = draw_pool(key, draw_mask, count=settings.masks.pool)
+        pool = parallel.replicate(pool)
     experiment = Experiment(
         settings=settings,
         model=model,
@@ -326,6 +378,7 @@ def open_experiment(
         validation_source=validation_source,
         features=features,
         cache=cache,
+        mask_pool=pool,
         phases=get_phases(settings),
         identity={
             "network": type(model).__name__,

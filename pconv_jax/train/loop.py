@@ -52,7 +52,8 @@ def train_and_evaluate(
     Returns:
       The content of ``summary.json``: ``step``; ``finished``, False if the run was
       asked to stop before its last step; if finished, ``validation``, the mean metrics
-      at the last step, and ``table``, those of each hole bin; and ``warnings``.
+      at the last step, and ``table``, those of each hole bin, both empty without
+      validations; and ``warnings``.
 
     Raises:
       UserError: If a setting is wrong, images or weights cannot be found, the workdir
@@ -135,7 +136,7 @@ def train_and_evaluate(
         phase_ends = {phase.stop for phase in phases}
 
         def is_due(every: int) -> bool:
-            return step % every == 0 or step in phase_ends
+            return every > 0 and (step % every == 0 or step in phase_ends)
 
         # A run that was stopped at this step left these for later.
         evaluation: Evaluation | None = None
@@ -187,12 +188,12 @@ def train_and_evaluate(
 
         # A run that was stopped at its last step is validated when it is resumed.
         finished = step >= last_step and not stopped
-        if finished and evaluation is None:
+        if finished and evaluation is None and settings.validate_every:
             evaluation = validate(state, write=False)
         if unreadable:
             names = ", ".join(sorted(unreadable))
             warnings.append(f"{len(unreadable)} unreadable image(s): {names}")
-        summary = _summarize(step, evaluation if finished else None, warnings)
+        summary = _summarize(step, finished, evaluation, warnings)
         if primary:
             write_json(workdir / "summary.json", summary)
     return summary
@@ -207,21 +208,24 @@ def _reset_optimizer(
 
 
 def _summarize(
-    step: int, evaluation: Evaluation | None, warnings: list[str]
+    step: int, finished: bool, evaluation: Evaluation | None, warnings: list[str]
 ) -> dict[str, Any]:
-    """Make the content of ``summary.json``; only finished runs have an evaluation."""
+    """Make the content of ``summary.json``, with metrics of a finished run alone."""
+    shown = evaluation if finished else None
     return {
         "step": step,
-        "finished": evaluation is not None,
-        "validation": evaluation.mean() if evaluation else {},
-        "table": evaluation.table() if evaluation else [],
+        "finished": finished,
+        "validation": shown.mean() if shown else {},
+        "table": shown.table() if shown else [],
         "warnings": warnings,
     }
 
 
 def format_summary(summary: Mapping[str, Any], workdir: str | pathlib.Path) -> str:
     """Format what `train_and_evaluate` returned, for people."""
-    if summary["finished"]:
+    if summary["finished"] and not summary["validation"]:
+        lines = [f"Finished at step {summary['step']}."]
+    elif summary["finished"]:
         numbers = ", ".join(f"{k} {v:.4g}" for k, v in summary["validation"].items())
         lines = [format_table(summary["table"], decimals=3), ""]
         lines += [f"Finished at step {summary['step']}. Validation: {numbers}."]

@@ -25,11 +25,15 @@ def noise(height, width, seed=0):
 
 def test_images_of_several_sizes_are_in_one_array(tmp_path):
     small, large, panorama = noise(20, 25), noise(96, 128), noise(32, 100)
-    source = write_folder(tmp_path, [small, large, panorama])
+    upright = noise(32, 24)
+    source = write_folder(tmp_path, [small, large, panorama, upright])
     cache, unreadable = device_cache.read_cache(source, side=32)
     assert unreadable == [] and cache.images.dtype == np.uint8
-    np.testing.assert_array_equal(cache.sizes, [[20, 25], [32, 43], [32, 48]])
-    assert cache.images.shape == (3, 32, 48, 3)
+    sizes = [[20, 25], [32, 43], [32, 48], [24, 32]]
+    np.testing.assert_array_equal(cache.sizes, sizes)
+    assert cache.images.shape == (4, 32, 48, 3)
+    np.testing.assert_array_equal(cache.turned, [False, False, False, True])
+    np.testing.assert_array_equal(cache.images[3, :24, :32], upright.swapaxes(0, 1))
     np.testing.assert_array_equal(cache.images[0, :20, :25], small)
     # Smaller images repeat their rim, so that a crop has no dark one.
     np.testing.assert_array_equal(cache.images[0, 20:, :25], small[-1:].repeat(12, 0))
@@ -53,13 +57,18 @@ def test_unreadable_images_are_left_out_and_named(tmp_path):
 
 @functools.cache
 def ramps():
-    """Two images whose red is the column and whose green is the row, in steps of 2."""
-    images, sizes = np.zeros((2, 72, 96, 3), np.uint8), np.array([[72, 96], [60, 40]])
+    """Three images whose red is the column and whose green is the row, times 2.
+
+    The last is upright.
+    """
+    images, sizes = np.zeros((3, 72, 96, 3), np.uint8), np.array([[72, 96], [40, 60]])
+    sizes, turned = sizes[[0, 1, 1]], np.array([False, False, True])
     images[..., 0] = 2 * np.arange(96)
     images[..., 1] = 2 * np.arange(72)[:, None]
+    images[2, ..., :2] = images[2, ..., 1::-1]
     for image, (height, width) in zip(images, sizes):
         image[height:], image[:, width:] = 255, 255  # No crop may reach here.
-    return DeviceCache(images, sizes.astype(np.int32))
+    return DeviceCache(images, sizes.astype(np.int32), turned)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +79,8 @@ def test_crops_are_squares_of_the_asked_size_anywhere_in_the_image(size, scale, 
     crop = functools.partial(device_cache.random_crop, size=size, scale=scale)
     crops = jax.vmap(crop, (0, None, None))
     for index, (height, width) in enumerate(np.array(cache.sizes)):
+        if cache.turned[index]:
+            height, width = width, height
         result = np.asarray(crops(keys, cache, index))
         assert result.shape == (400, size, size, 3) and result.dtype == np.uint8
         # A ramp stays a ramp, whose slope tells the side. Kernels may leave the image
@@ -101,7 +112,8 @@ def test_crops_are_squares_of_the_asked_size_anywhere_in_the_image(size, scale, 
 
 def test_a_crop_of_the_whole_image_is_the_image():
     image = noise(32, 32)
-    cache = DeviceCache(image[None], np.array([[32, 32]], np.int32))
+    sizes = np.array([[32, 32]], np.int32)
+    cache = DeviceCache(image[None], sizes, np.array([False]))
     crop = functools.partial(device_cache.random_crop, size=32, scale=(1.0, 1.0))
     keys = jax.random.split(jax.random.key(0), 8)
     for result in np.asarray(jax.vmap(crop, (0, None, None))(keys, cache, 0)):
@@ -112,7 +124,8 @@ def test_a_crop_of_the_whole_image_is_the_image():
 def test_shrinking_averages():
     """A checkerboard of single pixels becomes gray, not a moire pattern."""
     board = np.indices((64, 64)).sum(0) % 2 * np.uint8(255)
-    cache = DeviceCache(np.stack([board] * 3, -1)[None], np.array([[64, 64]]))
+    images, sizes = np.stack([board] * 3, -1)[None], np.array([[64, 64]])
+    cache = DeviceCache(images, sizes, np.array([False]))
     crop = device_cache.random_crop(
         jax.random.key(0), cache, 0, size=16, scale=(1.0, 1.0)
     )

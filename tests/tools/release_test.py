@@ -61,13 +61,14 @@ class Runs:
         return {"step": step, "finished": True, "validation": {}}
 
 
-def run_release(settings, tmp_path):
+def run_release(settings, tmp_path, **fields):
     (tmp_path / "out").mkdir()
     release.release(
         settings,
         out=tmp_path / "out",
         work=tmp_path / "work",
         deadline=time.monotonic() + 60,
+        **fields,
     )
     return json.loads((tmp_path / "out" / "release.json").read_text())["events"]
 
@@ -141,6 +142,16 @@ def test_the_fastest_candidate_is_chosen(tmp_path, monkeypatch, seconds, best):
     assert release.choose(settings, report, until=until) == found[best]
 
 
+def test_without_time_to_measure_the_settings_are_taken(tmp_path, monkeypatch, start):
+    runs = Runs()
+    monkeypatch.setattr(release, "train_and_evaluate", runs)
+    monkeypatch.delattr(release, "choose")
+    settings = make_settings(init_from=start, batch_size=8)
+    events = run_release(settings, tmp_path, measure_seconds=0)
+    assert [event["event"] for event in events] == ["training starts", "training ended"]
+    assert runs.settings[0].batch_size == 8
+
+
 def test_time_for_one_candidate_only(tmp_path, monkeypatch):
     monkeypatch.setattr(release, "open_experiment", lambda settings: None)
     monkeypatch.setattr(release, "_measure", lambda *_: 1.0)
@@ -166,7 +177,7 @@ def test_a_release_of_seconds(tmp_path, monkeypatch, start):
         average_decay=0.9,
         **{"data.cache": "device", "data.cache_side": 24, "pixels.steps": 0},
     )
-    settings = dataclasses.replace(settings, validation_examples=1)
+    settings = dataclasses.replace(settings, validate_every=0, picture_every=0)
     (tmp_path / "out").mkdir()
     summary = release.release(
         settings,

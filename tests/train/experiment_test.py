@@ -48,3 +48,28 @@ def test_masks_are_those_of_the_kind_where_none_are_mixed_in():
     )
     for key in jax.random.split(jax.random.key(0), 3):
         np.testing.assert_array_equal(draw(key), expected(key))
+
+
+def test_masks_of_a_pool_are_turned_and_mirrored_in_all_eight_ways():
+    first = jnp.arange(16).reshape(4, 4, 1) == 1
+    pool = jnp.stack([first, jnp.ones_like(first)])
+    keys = jax.random.split(jax.random.key(0), 400)
+    chosen = jax.vmap(functools.partial(experiment.choose_mask, pool=pool))(keys)
+    assert chosen.dtype == jnp.float32
+    kinds, counts = np.unique(chosen.reshape(400, -1), axis=0, return_counts=True)
+    turned = [np.rot90(x, k) for x in (first, first[:, ::-1]) for k in range(4)]
+    expected = {tuple(map(bool, x.ravel())) for x in (*turned, np.ones(16))}
+    assert set(map(tuple, kinds.astype(bool))) == expected and len(expected) == 9
+    # Half of them are the second mask; four standard deviations are 0.1 and 0.05.
+    parts = counts / 400
+    assert abs(parts.max() - 0.5) < 0.1
+    assert np.abs(np.sort(parts)[:-1] - 1 / 16).max() < 0.05
+
+
+def test_a_pool_holds_masks_of_the_sampler():
+    draw = experiment.mask_sampler(MaskSettings(kind="rectangles", thin=0.3), 16)
+    pool = experiment.draw_pool(jax.random.key(3), draw, count=70)
+    assert pool.shape == (70, 16, 16, 1) and pool.dtype == bool
+    for number, key in enumerate(jax.random.split(jax.random.key(3), 70)[:5]):
+        np.testing.assert_array_equal(pool[number], draw(key) > 0)
+    assert len({mask.tobytes() for mask in np.asarray(pool)}) == 70
