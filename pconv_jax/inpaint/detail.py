@@ -19,7 +19,8 @@ fill.
 References: Barnes et al., "PatchMatch", 2009, for the search; Wexler et al.,
 "Space-Time Completion of Video", 2007, for the vote at several scales; Yang et al.,
 "High-Resolution Image Inpainting using Multi-Scale Neural Patch Synthesis", 2017, for a
-network's output as the guide.
+network's output as the guide; Damelin and Hoang, "On Surface Completion and Image
+Inpainting by Biharmonic Functions", 2018, for the smoothing of the guide.
 """
 
 import dataclasses
@@ -64,14 +65,11 @@ _DEPTH_PER_SIGMA = 16  # Depth of a hole, in pixels, for a sigma of 1.
 # the rim, by the smaller one deep in the hole; it falls by e each so many pixels.
 _BLEND = (0.2, 0.6)
 _BLEND_DEPTH = 12.0
-_BLEND_SIGMA = 1.3
 _MAX_DECAY = 30  # Pixels of depth from which on this factor stays the same.
 _MIN_SIDE = 48  # Pixels. Smaller images are not halved.
 _MIN_SOURCES = 64  # Patches to copy from. An image with fewer is not halved further.
 _MIN_MARGIN = 64  # Pixels around a hole to copy from; at least its extent.
-_NARROW = (2.5, 5.0)  # Depths, in pixels, up to and from which a hole is (not) narrow.
-_REACH_OF_DEPTH = 6  # Pixels along a hole within which it has one width.
-_INPAINT_RADIUS = 3  # Of OpenCV's method, in pixels.
+_SMOOTHING_STEPS = 10  # Of a guide. With 6 or 15, thin holes lose 0.05 to 0.1 dB.
 _CELL = 16  # Pixels. Holes closer than this are filled together.
 
 
@@ -134,12 +132,14 @@ def add_detail(
     return result
 
 
-def sharpen_guide(image: np.ndarray, hole: np.ndarray, guide: np.ndarray) -> np.ndarray:
-    """Replace a network's output in narrow holes by Navier-Stokes inpainting.
+def refine_guide(image: np.ndarray, hole: np.ndarray, guide: np.ndarray) -> np.ndarray:
+    """Smooth a network's output in a hole, above all at the rim.
 
-    Holes of a few pixels are the one kind that a network fills less accurately than the
-    classical method (Bertalmio et al. 2001). The transition is smooth: Navier-Stokes
-    alone in holes up to 5 pixels wide, the network alone from 10 pixels on.
+    In holes of a few pixels, biharmonic inpainting (Damelin and Hoang 2018) is more
+    accurate than a network, and in all others less. Ten steps of the method of
+    conjugate gradients, from the network's output towards the biharmonic filling, are
+    more accurate than both. In narrow holes they almost reach it. In wide ones they
+    smooth the rim.
 
     Args:
       image: ``[H, W, C]`` in [0, 255], uint8 or float.
@@ -151,30 +151,51 @@ def sharpen_guide(image: np.ndarray, hole: np.ndarray, guide: np.ndarray) -> np.
     """
     result = guide.copy()
     for window, part in regions(hole):
-        depth = _depth(part)
-        for _ in range(_REACH_OF_DEPTH):  # The largest depth nearby, along the hole.
-            depth = np.where(part, cv2.dilate(depth, np.ones((3, 3))), 0)
-        low, high = _NARROW
-        narrow = np.clip((high - depth) / (high - low), 0, 1).astype(np.float32)
-        narrow_hole = ((narrow > 0) & part).astype(np.uint8)
-        if not narrow_hole.any():
-            continue
-        known = np.where(hole[window][..., None], guide[window], image[window])
-        known = np.where(narrow_hole[..., None] > 0, 0, known)
-        known = np.clip(np.rint(known), 0, 255).astype(np.uint8)
-        classical = np.stack(
-            [
-                cv2.inpaint(plane, narrow_hole, _INPAINT_RADIUS, cv2.INPAINT_NS)
-                for plane in np.moveaxis(known, -1, 0)
-            ],
-            axis=-1,
+        box = _bounding_box(part, margin=2)  # As far as the biharmonic stencil reaches.
+        rows, columns = (
+            slice(w.start + b.start, w.start + b.stop) for w, b in zip(window, box)
         )
-        weight = cv2.GaussianBlur(narrow, (0, 0), 1.5)[..., None]
-        mixed = weight * classical + (1 - weight) * guide[window]
+        place, part = (rows, columns), part[box]
+        filled = np.where(hole[place][..., None], guide[place], image[place])
+        smooth = np.clip(_towards_biharmonic(filled.astype(np.float32), part), 0, 255)
         if result.dtype == np.uint8:
-            mixed = np.rint(mixed)
-        result[window][part] = mixed[part].astype(result.dtype)
+            smooth = np.rint(smooth)
+        result[place][part] = smooth[part].astype(result.dtype)
     return result
+
+
+def _bounding_box(hole: np.ndarray, *, margin: int) -> tuple[slice, slice]:
+    """Return the smallest window around a hole with a margin, within the image."""
+    ends = []
+    for axis in (1, 0):
+        occupied = np.flatnonzero(hole.any(axis=axis))
+        ends.append(slice(max(0, occupied[0] - margin), occupied[-1] + 1 + margin))
+    rows, columns = ends
+    return rows, columns
+
+
+def _towards_biharmonic(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Take a few steps of conjugate gradients that minimize the squared Laplacian."""
+
+    def apply(x: np.ndarray) -> np.ndarray:
+        laplacian = functools.partial(
+            cv2.Laplacian, ddepth=-1, borderType=cv2.BORDER_REPLICATE
+        )
+        return np.where(inside, _channels(laplacian(laplacian(x))), 0)
+
+    inside = hole[..., None]
+    residual = -apply(image)
+    direction, square = residual, np.square(residual).sum((0, 1))
+    for _ in range(_SMOOTHING_STEPS):
+        change = apply(direction)
+        # A channel that is smooth already has a residual of 0.
+        step = square / np.maximum((direction * change).sum((0, 1)), 1e-12)
+        image = image + step * direction
+        residual = residual - step * change
+        new_square = np.square(residual).sum((0, 1))
+        direction = residual + new_square / np.maximum(square, 1e-12) * direction
+        square = new_square
+    return image
 
 
 class _Scale(NamedTuple):
@@ -248,7 +269,7 @@ def _fill_window(scale: _Scale, rng: np.random.Generator) -> np.ndarray:
     # both is more accurate than either.
     fall = np.exp(1 - _depth(scale.hole) / _BLEND_DEPTH)
     part = np.clip(fall, *_BLEND)[..., None]
-    return estimate + part * _blur(scale.image - estimate, _BLEND_SIGMA)
+    return estimate + part * _blur(scale.image - estimate, sigma)
 
 
 def _refine_scale(

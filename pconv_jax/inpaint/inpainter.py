@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 from pconv_jax._errors import UserError
 from pconv_jax.inpaint import image_io, values
 from pconv_jax.inpaint.blocks import fill_in_blocks
-from pconv_jax.inpaint.detail import add_detail, regions, sharpen_guide
+from pconv_jax.inpaint.detail import add_detail, refine_guide, regions
 from pconv_jax.inpaint.fill import HoleFiller
 from pconv_jax.inpaint.formats import MAX_PIXELS
 from pconv_jax.inpaint.hole import (
@@ -495,7 +495,7 @@ def _add_detail(
         # Gray images of a color network have equal channels; one of them is searched.
         if (image == image[..., :1]).all():
             image = image[..., :1]
-        guide = sharpen_guide(image, part, image)
+        guide = refine_guide(image, part, image)
         other = exclude[window] | (hole[window] & ~part)
         filled = add_detail(image, part, guide, seed=seed, exclude=other)
         network_values[window][part] = filled[part] / 127.5 - 1
