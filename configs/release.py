@@ -1,4 +1,4 @@
-"""The bundled network; see pconv_jax/weights/bundled/README.md.
+"""The network of version 0.1, which the bundled one started from.
 
 It was trained on two CPU cores. So it is small (width 32), and its loss lacks the terms
 that need a VGG, which take six times as long as all the rest. It is trained in four
