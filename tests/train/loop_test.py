@@ -700,7 +700,10 @@ def test_a_process_that_waits_for_others_can_be_interrupted(tmp_path, number):
         port = free.getsockname()[1]
     flags = ["--distributed", f"--coordinator_address=127.0.0.1:{port}"]
     flags += ["--num_processes=2", f"--process_id={number}"]
+    # Background jobs of shells ignore the signal, and so would their child processes.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(command(tmp_path, *flags))
+    signal.signal(signal.SIGINT, previous)
     if number == 0:
         for _ in range(600):
             if listening := _addresses(process.pid, port):
