@@ -166,12 +166,11 @@ def refine_guide(image: np.ndarray, hole: np.ndarray, guide: np.ndarray) -> np.n
 
 def _bounding_box(hole: np.ndarray, *, margin: int) -> tuple[slice, slice]:
     """Return the smallest window around a hole with a margin, within the image."""
-    ends = []
-    for axis in (1, 0):
-        occupied = np.flatnonzero(hole.any(axis=axis))
-        ends.append(slice(max(0, occupied[0] - margin), occupied[-1] + 1 + margin))
-    rows, columns = ends
-    return rows, columns
+    left, top, width, height = cv2.boundingRect(hole.astype(np.uint8))
+    return (
+        slice(max(0, top - margin), top + height + margin),
+        slice(max(0, left - margin), left + width + margin),
+    )
 
 
 def _towards_biharmonic(image: np.ndarray, hole: np.ndarray) -> np.ndarray:

@@ -209,6 +209,9 @@ def test_settings_that_exclude_each_other():
     config.data.cache, config.masks.folder = "device", "masks"
     with pytest.raises(UserError, match="masks.folder is read by the host, and data.c"):
         read_settings(config)
+    config.data.cache, config.masks.pool = "none", 8
+    with pytest.raises(UserError, match="masks.pool is a number of masks to draw: lea"):
+        read_settings(config)
 
 
 def test_steps_that_are_not_whole_calls():

@@ -9,6 +9,7 @@ import pytest
 from pconv_jax.runs.config import read_settings
 from pconv_jax.train import export, plan
 from pconv_jax.train.hooks import TrainingDivergedError
+from pconv_jax.train.loop import format_summary
 from pconv_jax.unet import PConvUNet
 from pconv_jax.weights.pretrained import from_pretrained, save_pretrained
 from tests.train.loop_test import tiny
@@ -186,7 +187,8 @@ def test_a_release_of_seconds(tmp_path, monkeypatch, start):
         deadline=time.monotonic() + 300,
         part_mib=0.002,
     )
-    assert summary["step"] > 0
+    assert summary["step"] > 0 and summary["finished"] and not summary["validation"]
+    assert f"Finished at step {summary['step']}.\n" in format_summary(summary, "run")
     names = {path.name for path in pathlib.Path(tmp_path / "out").iterdir()}
     assert {"release.json", "run-1-metrics.jsonl", f"{export.NAME}.2"} <= names
     export.join(tmp_path / "out" / export.NAME)
