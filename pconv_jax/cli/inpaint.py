@@ -15,8 +15,11 @@ from pconv_jax.cli._workers import Outcome
 from pconv_jax.inpaint.formats import MAX_PIXELS, SUFFIXES, check_suffix, find_images
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from pconv_jax.inpaint.files import Journal, Repaired
     from pconv_jax.inpaint.inpainter import Inpainter
+    from pconv_jax.inpaint.progress import Progress
 
 _DESCRIPTION = """\
 Fills the hole of an image. Only the hole changes. PNG, TIFF, WebP and BMP files keep
@@ -217,26 +220,29 @@ def _repair_all(
     # A run that replaces files has no use for what it wrote before.
     journal = _open_journal(arguments) if many and not arguments.force else None
     failed, filled = 0, False
-    progress = tqdm(
-        pairs[first:],
+    count = "{n:.1f}/{total_fmt} images " if many else ""
+    with tqdm(
         total=len(pairs),
         initial=first,
-        unit=" images",
+        bar_format=f"{{l_bar}}{{bar}}| {count}[{{elapsed}}<{{remaining}}]",
+        leave=many,
         dynamic_ncols=True,
-        disable=None if many else True,
-    )
-    for number, (image, output) in enumerate(progress, first):
-        yield number, Outcome(failed, filled, journal.done if journal else 0)
-        try:
-            repaired = _repair(inpainter, image, output, arguments, journal)
-            filled, messages = filled or repaired.filled, repaired.messages
-        except (RunError, UserError) as error:
-            if not many:
-                raise
-            failed += 1
-            messages = [str(error)]
-        for message in dict.fromkeys(messages):
-            tqdm.write(f"pconv: {image.name}: {message}", file=sys.stderr)
+        disable=None,
+    ) as bar:
+        for number, (image, output) in enumerate(pairs[first:], first):
+            yield number, Outcome(failed, filled, journal.done if journal else 0)
+            report = _report_to(bar, number)
+            try:
+                repaired = _repair(inpainter, image, output, arguments, journal, report)
+                filled, messages = filled or repaired.filled, repaired.messages
+            except (RunError, UserError) as error:
+                if not many:
+                    raise
+                failed += 1
+                messages = [str(error)]
+            for message in dict.fromkeys(messages):
+                tqdm.write(f"pconv: {image.name}: {message}", file=sys.stderr)
+            report(1)
     if journal:
         journal.finish()
     yield len(pairs), Outcome(failed, filled, journal.done if journal else 0)
@@ -248,9 +254,11 @@ def _repair(
     output: Path,
     arguments: argparse.Namespace,
     journal: "Journal | None",
+    progress: "Progress",
 ) -> "Repaired":
     """Repair an image, once for each variant."""
     from pconv_jax.inpaint.files import Repaired, repair_file, variant_path
+    from pconv_jax.inpaint.progress import share
 
     filled, messages = False, []
     for number in range(arguments.variants):
@@ -265,11 +273,21 @@ def _repair(
             image,
             path,
             seed=arguments.seed + number,
+            progress=share(
+                progress,
+                number / arguments.variants,
+                (number + 1) / arguments.variants,
+            ),
             **_repair_options(arguments),
         )
         filled |= repaired.filled
         messages += repaired.messages
     return Repaired(filled, messages)
+
+
+def _report_to(bar: "tqdm", number: int) -> "Progress":
+    """Report the progress of an image, by its number, to a bar of images."""
+    return lambda fraction: bar.update(number + fraction - bar.n)
 
 
 def _open_journal(arguments: argparse.Namespace) -> "Journal":

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from pconv_jax.inpaint.progress import Progress, ignore, share
+
 MAX_PIXELS = 2_500_000
 """Larger images are filled in blocks of at most this number of pixels."""
 
 # Fills, in place, the hole of colors [H, W, C], given where they are known, the hole,
-# and where not to copy detail from; returns the fill depth.
-Fill = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+# where not to copy detail from, and a report of progress; returns the fill depth.
+Fill = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Progress], np.ndarray]
 
 _MAX_CENTER = 600_000  # Pixels of all holes at the lower resolution.
 
@@ -44,6 +46,8 @@ def fill_in_blocks(
     known: np.ndarray,
     hole: np.ndarray,
     exclude: np.ndarray,
+    *,
+    progress: Progress = ignore,
 ) -> np.ndarray:
     """Fill a hole in place, in blocks if the image is large.
 
@@ -53,25 +57,31 @@ def fill_in_blocks(
       known: Bool ``[H, W]``, True where colors are valid. It grows by what is filled.
       hole: Bool ``[H, W]``, True where to fill.
       exclude: Bool ``[H, W]``, True where not to copy detail from.
+      progress: Called with the fraction that is done. By default nothing is reported.
 
     Returns:
       The fill depth, uint8 ``[H, W]``.
     """
     if hole.size <= MAX_PIXELS:
-        return fill(colors, known, hole, exclude)
+        return fill(colors, known, hole, exclude, progress)
     depth = np.zeros(hole.shape, np.uint8)
+    done, total = 0, np.count_nonzero(hole)
 
     def fill_block(box: Any, part: np.ndarray) -> None:
-        if part.any():
-            block = fill(colors[box], known[box], part, exclude[box])
+        nonlocal done
+        if count := np.count_nonzero(part):
+            task = share(progress, done / total, (done + count) / total)
+            block = fill(colors[box], known[box], part, exclude[box], task)
             depth[box][part] = block[part]
             known[box] |= part
+            done += count
 
     labels, parts = _find_parts(hole)
     large = [part for part in parts if not _fits(part)]
     if large:
         is_large = np.isin(labels, [n for part in large for n in part.labels])
-        _fill_centers(fill, colors, known, hole, exclude, depth, is_large)
+        _fill_centers(fill, colors, known, hole, exclude, depth, is_large, progress)
+        done = np.count_nonzero(known & hole)
     for part in parts:
         chosen = np.isin(labels, part.labels)
         cores = [part] if _fits(part) else _split(part)
@@ -155,6 +165,7 @@ def _fill_centers(
     exclude: np.ndarray,
     depth: np.ndarray,
     is_large: np.ndarray,
+    progress: Progress,
 ) -> None:
     """Fill, in place, the centers of large holes from the image at a lower resolution.
 
@@ -166,6 +177,7 @@ def _fill_centers(
       exclude: See there.
       depth: The fill depth so far.
       is_large: Bool, True for cells of holes that are too large for a block.
+      progress: Called with the fraction of the whole hole that is filled.
     """
     ratio = max(hole.size / MAX_PIXELS, np.count_nonzero(hole) / _MAX_CENTER)
     factor = math.ceil(math.sqrt(ratio) + 0.05)
@@ -187,13 +199,19 @@ def _fill_centers(
     small_center = distance > _RIM / factor
     if not small_center.any():
         return
-    small_depth = fill(small_colors, small_known, small_hole, small_exclude)
-    small_depth += math.ceil(math.log2(factor))
-    for strip in strips:
+
+    def find_center(strip: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         box = strip, slice(0, hole.shape[1])
         rows, columns = (np.arange(part.start, part.stop) // factor for part in box)
         center = small_center[np.ix_(rows, columns)] & hole[strip]
-        center &= _enlarge(is_large, box) & ~known[strip]
+        return rows, columns, center & _enlarge(is_large, box) & ~known[strip]
+
+    count = sum(np.count_nonzero(find_center(strip)[-1]) for strip in strips)
+    task = share(progress, 0, count / np.count_nonzero(hole))
+    small_depth = fill(small_colors, small_known, small_hole, small_exclude, task)
+    small_depth += math.ceil(math.log2(factor))
+    for strip in strips:
+        rows, columns, center = find_center(strip)
         if center.any():
             where = np.nonzero(center)
             place = rows[where[0]], columns[where[1]]

@@ -36,6 +36,7 @@ import numpy as np
 from jax import lax
 
 from pconv_jax._errors import UserError
+from pconv_jax.inpaint.progress import Progress, ignore, share
 
 # Patches are squares of 2 RADIUS + 1 = 5 pixels. Smaller ones copy less structure,
 # larger ones fit less well.
@@ -80,6 +81,7 @@ def add_detail(
     *,
     seed: int = 0,
     exclude: np.ndarray | None = None,
+    progress: Progress = ignore,
 ) -> np.ndarray:
     """Fill a hole with detail of the image, guided by a smoother filling of it.
 
@@ -94,6 +96,7 @@ def add_detail(
       seed: Seed of the search. In wide holes, seeds give visibly different results.
       exclude: Bool ``[H, W]``, True where not to copy from. By default all pixels
         outside the hole may be copied.
+      progress: Called with the fraction that is done. By default nothing is reported.
 
     Returns:
       The filled image, of the dtype of ``image``. Pixels outside the hole are equal to
@@ -117,7 +120,9 @@ def add_detail(
             )
         excluded = hole | exclude
     result = image.copy()
+    done, total = 0, np.count_nonzero(hole)
     for number, (window, part) in enumerate(regions(hole)):
+        before, done = done / total, done + np.count_nonzero(part)
         start = np.where(hole[window][..., None], guide[window], image[window]).astype(
             np.float32
         )
@@ -125,7 +130,8 @@ def add_detail(
         if not _centers(scale.source).any():  # Nothing to copy: the guide is all.
             result[window][part] = guide[window][part]
             continue
-        filled = _fill_window(scale, np.random.default_rng((seed, number)))
+        rng = np.random.default_rng((seed, number))
+        filled = _fill_window(scale, rng, share(progress, before, done / total))
         if image.dtype == np.uint8:
             filled = np.clip(np.rint(filled), 0, 255)
         result[window][part] = filled[part].astype(image.dtype)
@@ -248,7 +254,9 @@ def regions(hole: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np.ndarray]
         yield window, np.pad(part, list(zip(before, after)))
 
 
-def _fill_window(scale: _Scale, rng: np.random.Generator) -> np.ndarray:
+def _fill_window(
+    scale: _Scale, rng: np.random.Generator, progress: Progress
+) -> np.ndarray:
     """Fill the hole of a window, from coarse to fine."""
     widest = float(_depth(scale.hole).max())
     scales = [scale]
@@ -262,7 +270,16 @@ def _fill_window(scale: _Scale, rng: np.random.Generator) -> np.ndarray:
     estimate = matches = None
     for level, scale in reversed(list(enumerate(scales))):
         weight = _guide_weight(scale.hole, 2**level)
-        estimate, matches = _refine_scale(scale, estimate, matches, weight, sigma, rng)
+        estimate, matches = _refine_scale(
+            scale,
+            estimate,
+            matches,
+            weight,
+            sigma,
+            rng,
+            # Each scale has about four times the pixels of the one before.
+            share(progress, 0.25 ** (level + 1), 0.25**level),
+        )
     assert estimate is not None
     # Near the rim the guide is more accurate than the vote, and further in the mean of
     # both is more accurate than either.
@@ -278,6 +295,7 @@ def _refine_scale(
     guide_weight: np.ndarray,
     sigma: float,
     rng: np.random.Generator,
+    progress: Progress = ignore,
 ) -> tuple[np.ndarray, _Matches]:
     """Search and vote at one scale.
 
@@ -288,6 +306,7 @@ def _refine_scale(
       guide_weight: Weight of differences from the guide, ``[H, W]``.
       sigma: Standard deviation of the low-pass of the guide, in pixels.
       rng: Source of random numbers.
+      progress: Called with the fraction of this scale that is done.
 
     Returns:
       The filled image of this scale, and its matches.
@@ -325,15 +344,15 @@ def _refine_scale(
         total=count,
         row=grid.row,
         reach=max(hole.shape),
-        rounds=_ROUNDS if count <= _MANY_TARGETS else _ROUNDS // 2,
     )
+    rounds = _ROUNDS if count <= _MANY_TARGETS else _ROUNDS // 2
     key = jax.random.key(rng.integers(2**32))
-    flat, match = _refine(key, grid.flatten(current), problem)
-    rows_of_match, columns_of_match = grid.place(np.asarray(match)[:count])
+    flat, match = _refine(key, grid.flatten(current), problem, rounds, progress)
+    rows_of_match, columns_of_match = grid.place(match[:count])
     found = _Matches(*(np.full(hole.shape, -1, np.int32) for _ in range(2)))
     found.rows[rows, columns] = rows_of_match
     found.columns[rows, columns] = columns_of_match
-    return grid.unflatten(np.asarray(flat)), found
+    return grid.unflatten(flat), found
 
 
 def _first_matches(
@@ -433,7 +452,6 @@ class _Problem(NamedTuple):
       total: Their number; the others fill up the arrays.
       row: Number of pixels in a row.
       reach: Largest distance of a random jump, in pixels.
-      rounds: Number of searches and votes.
     """
 
     low: Any
@@ -443,13 +461,15 @@ class _Problem(NamedTuple):
     total: Any
     row: Any
     reach: Any
-    rounds: Any
 
 
-@jax.jit
 def _refine(
-    key: jax.Array, image: jax.Array, problem: _Problem
-) -> tuple[jax.Array, jax.Array]:
+    key: jax.Array,
+    image: np.ndarray,
+    problem: _Problem,
+    rounds: int,
+    progress: Progress,
+) -> tuple[np.ndarray, np.ndarray]:
     """Search matches and vote, in turn.
 
     All pixels are numbered along one axis, and the geometry is dynamic, so that a few
@@ -459,32 +479,41 @@ def _refine(
       key: PRNG key.
       image: Float32 ``[P, C]``, with the current estimate in the hole.
       problem: The rest.
+      rounds: Number of searches and votes.
+      progress: Called with the fraction that is done.
 
     Returns:
       The image with the new estimate, and the matches ``[T]``.
     """
+    problem = jax.device_put(problem)
+    state = jax.device_put((image, problem.targets.match))
+    for number in range(rounds):
+        state = _search_and_vote(jax.random.fold_in(key, number), *state, problem)
+        jax.block_until_ready(state)
+        progress((number + 1) / rounds)
+    return jax.device_get(state)
+
+
+@jax.jit
+def _search_and_vote(
+    key: jax.Array, image: jax.Array, match: jax.Array, problem: _Problem
+) -> tuple[jax.Array, jax.Array]:
     targets = problem.targets
-    exists = jnp.arange(len(targets.pixel)) < problem.total
+    exists = jnp.arange(len(match)) < problem.total
     place = jnp.where(exists & targets.in_hole, targets.pixel, len(image))
-
-    def round_(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
-        image, match = state
-        key_of_round = jax.random.fold_in(key, number)
-        match, distance = _search(key_of_round, image, match, problem)
-        spread = jnp.where(exists, distance, 0).sum() / problem.total + 1
-        # The constant lets patches vote where all of them are dissimilar.
-        weight = targets.rim_weight * (jnp.exp(-distance / (2 * spread)) + 1e-6)
-        votes = _vote(image, match, weight, problem)
-        return image.at[place].set(votes, mode="drop"), match
-
-    return lax.fori_loop(0, problem.rounds, round_, (image, targets.match))
+    match, distance = _search(key, image, match, problem)
+    spread = jnp.where(exists, distance, 0).sum() / problem.total + 1
+    # The constant lets patches vote where all of them are dissimilar.
+    weight = targets.rim_weight * (jnp.exp(-distance / (2 * spread)) + 1e-6)
+    votes = _vote(image, match, weight, problem)
+    return image.at[place].set(votes, mode="drop"), match
 
 
 def _search(
     key: jax.Array, image: jax.Array, match: jax.Array, problem: _Problem
 ) -> tuple[jax.Array, jax.Array]:
     """Improve the matches of all targets; return them and their distances, ``[T]``."""
-    low, is_center, target_at, targets, _, row, reach, _ = problem
+    low, is_center, target_at, targets, _, row, reach = problem
     # The guide is smooth: the center and the corners of a patch stand for all of it.
     points = row * jnp.array([0, -2, -2, 2, 2]) + jnp.array([0, -2, 2, -2, 2])
     wanted = _patches(image, targets.pixel, row)

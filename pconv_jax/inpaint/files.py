@@ -13,6 +13,7 @@ from pconv_jax.inpaint import image_io
 from pconv_jax.inpaint.formats import MAX_PIXELS, find_images
 from pconv_jax.inpaint.hole import hole_from_color, hole_from_label
 from pconv_jax.inpaint.inpainter import Inpainter
+from pconv_jax.inpaint.progress import Progress, ignore
 
 
 class Repaired(NamedTuple):
@@ -43,6 +44,7 @@ def repair_file(
     exclude: Path | None = None,
     max_pixels: int = MAX_PIXELS,
     force: bool = False,
+    progress: Progress = ignore,
 ) -> Repaired:
     """Fill the hole of an image file, and write the result with the file's metadata.
 
@@ -66,6 +68,7 @@ def repair_file(
         copy detail from. By default there is none.
       max_pixels: Larger images are refused. The default is 100,000,000.
       force: Whether to replace an existing file. The default is False.
+      progress: See `Inpainter`. By default nothing is reported.
 
     Raises:
       UserError: If the image cannot be read or repaired, or the file exists.
@@ -91,6 +94,7 @@ def repair_file(
             dilate=dilate,
             seed=seed,
             exclude=_find_mask(image, exclude),
+            progress=progress,
             return_depth=True,
         )
         image_io.write(output, file._replace(image=repaired))

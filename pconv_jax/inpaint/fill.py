@@ -8,6 +8,7 @@ import cv2
 import jax
 import numpy as np
 
+from pconv_jax.inpaint.progress import Progress, ignore
 from pconv_jax.inpaint.tiling import SIDES, Tile, divide, double, halve
 from pconv_jax.unet import PConvUNet, fill_depth, fold_batch_norm
 
@@ -56,7 +57,12 @@ class HoleFiller:
         self._variables = jax.device_put(variables)
 
     def fill(
-        self, values: np.ndarray, known: np.ndarray, hole: np.ndarray
+        self,
+        values: np.ndarray,
+        known: np.ndarray,
+        hole: np.ndarray,
+        *,
+        progress: Progress = ignore,
     ) -> np.ndarray:
         """Fill a hole in place, and compute the fill depth.
 
@@ -64,6 +70,8 @@ class HoleFiller:
           values: Float32 ``[H, W, C]``, in place filled in the hole.
           known: Bool ``[H, W]``, True where values are valid.
           hole: Bool ``[H, W]``, True where to fill.
+          progress: Called with the fraction that is done. By default nothing is
+            reported.
 
         Returns:
           Uint8 ``[H, W]``: the encoder stage at which a pixel becomes valid; 0 outside
@@ -72,7 +80,8 @@ class HoleFiller:
         valid = known  # As given; below, `known` grows by what has been filled.
         known, depth = known.copy(), np.zeros(hole.shape, np.uint8)
         wide = []
-        for tile in divide(hole, self._sides):
+        tiles = divide(hole, self._sides)
+        for number, tile in enumerate(tiles, 1):
             output, levels = self._apply(values, known, valid, tile)
             part = hole[tile.box]
             depth[tile.box][part] = levels[part]
@@ -81,13 +90,16 @@ class HoleFiller:
             else:
                 values[tile.box][part] = output[part]
                 known[tile.box] |= part  # The next tiles continue it without a seam.
+            progress(0.5 * number / len(tiles))
         if wide:
             center = self._fill_center(values, known, hole, depth)
-            for tile in wide:
+            for number, tile in enumerate(wide, 1):
                 output, _ = self._apply(values, known, valid, tile)
                 part = hole[tile.box] & ~center[tile.box]
                 values[tile.box][part] = output[part]
                 known[tile.box] |= part
+                progress(0.5 + 0.5 * number / len(wide))
+        progress(1)
         return depth
 
     def _fill_center(

@@ -29,9 +29,13 @@ from pconv_jax.inpaint.hole import (
     hole_from_mask,
     resize_hole,
 )
+from pconv_jax.inpaint.progress import Progress, ignore, share
 from pconv_jax.unet import PConvUNet
 from pconv_jax.weights import pretrained
 from pconv_jax.weights.project_names import FIELD_PROJECTS
+
+# Share of the network in the time of a repair with detail, for reports of progress.
+_NETWORK_SHARE = 0.25
 
 # Hole ratio above which a mask may be the wrong way round.
 _SUSPICIOUS_RATIO = 0.6
@@ -56,6 +60,7 @@ class _Options(NamedTuple):
     dilate: int
     seed: int
     exclude: MaskLike
+    progress: Progress
 
 
 class Inpainter:
@@ -158,6 +163,7 @@ class Inpainter:
         dilate: int = 0,
         seed: int = 0,
         exclude: MaskLike = None,
+        progress: Progress = ignore,
         return_depth: Literal[False] = False,
     ) -> ImageT: ...
     @overload
@@ -171,6 +177,7 @@ class Inpainter:
         dilate: int = 0,
         seed: int = 0,
         exclude: MaskLike = None,
+        progress: Progress = ignore,
         return_depth: Literal[False] = False,
     ) -> Image.Image | np.ndarray: ...
     @overload
@@ -184,6 +191,7 @@ class Inpainter:
         dilate: int = 0,
         seed: int = 0,
         exclude: MaskLike = None,
+        progress: Progress = ignore,
         return_depth: Literal[False] = False,
     ) -> list[LoadedImage]: ...
     @overload
@@ -197,6 +205,7 @@ class Inpainter:
         dilate: int = 0,
         seed: int = 0,
         exclude: MaskLike = None,
+        progress: Progress = ignore,
         return_depth: Literal[True],
     ) -> tuple[ImageT, np.ndarray]: ...
     @overload
@@ -210,6 +219,7 @@ class Inpainter:
         dilate: int = 0,
         seed: int = 0,
         exclude: MaskLike = None,
+        progress: Progress = ignore,
         return_depth: Literal[True],
     ) -> tuple[Image.Image | np.ndarray, np.ndarray]: ...
     @overload
@@ -223,6 +233,7 @@ class Inpainter:
         dilate: int = 0,
         seed: int = 0,
         exclude: MaskLike = None,
+        progress: Progress = ignore,
         return_depth: Literal[True],
     ) -> tuple[list[LoadedImage], list[np.ndarray]]: ...
     def __call__(
@@ -235,6 +246,7 @@ class Inpainter:
         dilate: int = 0,
         seed: int = 0,
         exclude: MaskLike = None,
+        progress: Progress = ignore,
         return_depth: bool = False,
     ) -> Any:
         """Fill the hole of an image, or of each of several.
@@ -260,6 +272,8 @@ class Inpainter:
             different results. The default is 0.
           exclude: Mask, **white where not to copy detail from**, such as the rest of an
             object that is removed. Like ``mask``; by default there is none.
+          progress: Called, now and then, with the fraction that is done. By default
+            nothing is reported.
           return_depth: Whether to return the fill depth, too. The default is False.
 
         Returns:
@@ -275,7 +289,7 @@ class Inpainter:
           UserError: If a mask is needed and missing, or has another size; if no pixel
             is valid, or values are out of range; or if a file cannot be read.
         """
-        options = _Options(invert_mask, resize_mask, dilate, seed, exclude)
+        options = _Options(invert_mask, resize_mask, dilate, seed, exclude, progress)
         if isinstance(image, Sequence) and not isinstance(image, str):
             result, depth = self._repair_sequence(image, mask, options)
         elif getattr(image, "ndim", 0) == 4:
@@ -290,10 +304,12 @@ class Inpainter:
     ) -> tuple[list[LoadedImage], list[np.ndarray]]:
         masks = _split_masks(mask, len(images))
         excluded = _split_masks(options.exclude, len(images))
-        pairs = [
-            self._repair(x, m, options._replace(exclude=e))
-            for x, m, e in zip(images, masks, excluded)
-        ]
+        pairs = []
+        for number, task in enumerate(zip(images, masks, excluded)):
+            bounds = number / len(images), (number + 1) / len(images)
+            progress = share(options.progress, *bounds)
+            own = options._replace(exclude=task[2], progress=progress)
+            pairs.append(self._repair(task[0], task[1], own))
         return [image for image, _ in pairs], [depth for _, depth in pairs]
 
     def _repair_batch(
@@ -333,7 +349,8 @@ class Inpainter:
         clear = alpha is not None and mask is None
         del array, color, alpha  # A large image is not held twice.
         fill = functools.partial(self._fill, seed=options.seed)
-        depth = fill_in_blocks(fill, result[..., :channels], known, hole, exclude)
+        colors, progress = result[..., :channels], options.progress
+        depth = fill_in_blocks(fill, colors, known, hole, exclude, progress=progress)
         del known
         if clear:
             result[hole, -1] = values.white(result)
@@ -348,16 +365,22 @@ class Inpainter:
         known: np.ndarray,
         hole: np.ndarray,
         exclude: np.ndarray,
+        progress: Progress,
         *,
         seed: int,
     ) -> np.ndarray:
         """Fill the hole of colors in place; see `fill_in_blocks`."""
         network_values = self._to_network(colors, known)
-        depth = self._filler.fill(network_values, known, hole)
         is_image = not values.is_float(colors) or self._value_range is not None
-        if self._detail and is_image and known.any():
+        with_detail = self._detail and is_image and known.any()
+        end = _NETWORK_SHARE if with_detail else 1
+        depth = self._filler.fill(
+            network_values, known, hole, progress=share(progress, 0, end)
+        )
+        if with_detail:
             exclude = exclude | (~known & ~hole)
-            _add_detail(network_values, hole, exclude, seed)
+            task = share(progress, end, 1)
+            _add_detail(network_values, hole, exclude, seed, task)
         colors[hole] = self._from_network(network_values[hole], colors)
         return depth
 
@@ -487,17 +510,25 @@ def _trusted_depth(info: Mapping[str, Any] | None) -> int | None:
 
 
 def _add_detail(
-    network_values: np.ndarray, hole: np.ndarray, exclude: np.ndarray, seed: int
+    network_values: np.ndarray,
+    hole: np.ndarray,
+    exclude: np.ndarray,
+    seed: int,
+    progress: Progress,
 ) -> None:
     """Add detail to a filled hole, in place, in one window after the other."""
+    done, total = 0, np.count_nonzero(hole)
     for window, part in regions(hole):
+        before, done = done, done + np.count_nonzero(part)
+        task = share(progress, before / total, done / total)
         image = np.clip((network_values[window] + 1) * 127.5, 0, 255)
         # Gray images of a color network have equal channels; one of them is searched.
         if (image == image[..., :1]).all():
             image = image[..., :1]
         guide = refine_guide(image, part, image)
         other = exclude[window] | (hole[window] & ~part)
-        filled = add_detail(image, part, guide, seed=seed, exclude=other)
+        filled = add_detail(image, part, guide, seed=seed, exclude=other, progress=task)
+        task(1)
         network_values[window][part] = filled[part] / 127.5 - 1
 
 

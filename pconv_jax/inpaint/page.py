@@ -4,7 +4,6 @@ The page shows images at a size that suits a browser; the downloaded image has i
 size, and only its hole has changed. Nothing leaves the machine that serves the page.
 """
 
-import functools
 import importlib.util
 import ipaddress
 import re
@@ -15,7 +14,7 @@ import threading
 import time
 import urllib.parse
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from pconv_jax.inpaint.formats import SUFFIXES
 from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask, resize_hole
 from pconv_jax.inpaint.image_io import ImageFile
 from pconv_jax.inpaint.inpainter import Inpainter
+from pconv_jax.inpaint.progress import Progress, ignore, share
 from pconv_jax.inpaint.values import to_uint8
 
 try:
@@ -171,7 +171,7 @@ def build(inpainter: Inpainter) -> gr.Blocks:
             lambda: _NOTHING, None, list(results)
         )
         inputs.run.click(
-            functools.partial(repair, inpainter),
+            _repair_with_bar(inpainter),
             [*opened, inputs.margin, inputs.invert, result_path, inputs.variants],
             [*results, result_path],
             **_QUEUED,
@@ -323,6 +323,8 @@ def repair(
     invert: bool,
     previous: str | None,
     variants: int,
+    *,
+    progress: Progress = ignore,
 ) -> tuple[Any, ...]:
     """Repair an image, and write it to a file to download.
 
@@ -337,6 +339,7 @@ def repair(
       previous: Path of an earlier result, which is deleted, or None.
       variants: Number of results, with the seeds 0, 1, .... Each is written to a
         file, and the first is shown.
+      progress: See `Inpainter`. By default nothing is reported.
 
     Returns:
       The values of the result's components, and the path of the first file.
@@ -360,8 +363,14 @@ def repair(
             path = _new_file(f"{Path(image).stem}-repaired{_suffix(image)}")
             shown, depth = [], np.zeros(hole.shape, np.uint8)
             for seed in range(variants):
+                task = share(progress, seed / variants, (seed + 1) / variants)
                 result, depth = inpainter(
-                    file.image, hole, exclude=exclude, seed=seed, return_depth=True
+                    file.image,
+                    hole,
+                    exclude=exclude,
+                    seed=seed,
+                    progress=task,
+                    return_depth=True,
                 )
                 shown.append(_shown(result))
                 result_file = ImageFile(result, file.info)
@@ -382,6 +391,25 @@ def repair(
     overlay = _overlay(after, depth)
     slider, legend = (before, after), _legend(depth)
     return after, slider, overlay, legend, gallery, report, download, str(path)
+
+
+def _repair_with_bar(inpainter: Inpainter) -> Callable[..., tuple[Any, ...]]:
+    """Return `repair` with the progress bar that Gradio gives to a function."""
+
+    def run(
+        image: str | None,
+        mask: str | None,
+        drawing: dict[str, Any] | None,
+        margin: int,
+        invert: bool,
+        previous: str | None,
+        variants: int,
+        bar: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it.
+    ) -> tuple[Any, ...]:
+        inputs = image, mask, drawing, margin, invert, previous, variants
+        return repair(inpainter, *inputs, progress=bar)
+
+    return run
 
 
 def choose(

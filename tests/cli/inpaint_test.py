@@ -1,4 +1,6 @@
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +74,25 @@ def test_one_image(network, folder):
     expected = Inpainter.from_pretrained(network)(photo(0), HOLE)
     np.testing.assert_array_equal(Image.open(out), expected)
     assert os.listdir(out.parent) == ["out.png"]
+
+
+class Terminal(io.StringIO):
+    """Standard error, shown to a person."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("image", ["photos/a.png", "photos"])
+def test_a_terminal_shows_progress_within_an_image(network, folder, monkeypatch, image):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    monkeypatch.setenv("TQDM_NCOLS", "60")
+    inputs = ("--image", folder / image, "--mask", folder / "masks" / "a.png")
+    inpaint(network, *inputs, "--output", folder / "results")
+    shown = [int(n) for n in re.findall(r"(\d+)%", sys.stderr.getvalue())]
+    assert shown == sorted(shown) and (shown[0], shown[-1]) == (0, 100)
+    assert len(set(shown)) > 5
 
 
 def test_folders(network, folder, capsys):

@@ -23,12 +23,14 @@ class Recorder:
     def __init__(self):
         self.sizes, self.filled = [], 0
 
-    def __call__(self, colors, known, hole, exclude):
+    def __call__(self, colors, known, hole, exclude, progress):
         assert colors.shape[:2] == known.shape == hole.shape == exclude.shape
         assert known.any() and not (known & hole).any()
         self.sizes.append(hole.size)
         self.filled += np.count_nonzero(hole)
         colors[hole] = np.rint(colors[known].mean(axis=0))
+        progress(0.5)
+        progress(1)
         return np.where(hole, 2, 0).astype(np.uint8)
 
 
@@ -59,8 +61,12 @@ def test_blocks_are_small_and_fill_everything(small_blocks, kind):
     colors[hole] = 7
     known, fill = ~hole, Recorder()
     exclude = np.broadcast_to(False, hole.shape)
-    depth = fill_in_blocks(fill, colors, known, hole, exclude)
+    fractions = []
+    depth = fill_in_blocks(
+        fill, colors, known, hole, exclude, progress=fractions.append
+    )
     assert np.all(colors == 100) and known.all()
+    assert fractions == sorted(fractions) and (fractions or [1])[-1] == 1
     np.testing.assert_array_equal(depth > 0, hole)
     assert max(fill.sizes, default=0) <= 1.1 * blocks.MAX_PIXELS
     if kind == "small":  # One block, with much around it.

@@ -566,3 +566,17 @@ def test_an_oriented_pillow_image_is_taken_as_its_pixels_lie(inpainter):
     assert result.size == image.size and result.getexif()[274] == 6
     with pytest.raises(ValueError, match="exif_transpose turns the image upright"):
         inpainter(image, hole.T)
+
+
+@pytest.mark.parametrize("detail", [True, False])
+def test_progress_of_a_batch_rises_to_one(detail):
+    """The first hole is too wide for the network's small depth: it is halved."""
+    images = np.stack([photo(), photo(seed=1)])
+    masks = np.stack([hole_of((90, 70), size=36), hole_of((90, 70))])
+    instance = Inpainter(*make_network(), detail=detail)
+    fractions = []
+    filled = instance(images, masks, progress=fractions.append)
+    np.testing.assert_array_equal(filled, instance(images, masks))
+    assert fractions == sorted(fractions) and fractions[-1] == 1
+    assert min(fractions) > 0 and 0.5 in fractions  # One of two images is done.
+    assert len(fractions) > (20 if detail else 4)
