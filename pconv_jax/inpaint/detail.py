@@ -26,8 +26,8 @@ Inpainting by Biharmonic Functions", 2018, for the smoothing of the guide.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import cv2
 import jax
@@ -71,6 +71,7 @@ _MIN_SIDE = 48  # Pixels. Smaller images are not halved.
 _MIN_SOURCES = 64  # Patches to copy from. An image with fewer is not halved further.
 _MIN_MARGIN = 64  # Pixels around a hole to copy from; at least its extent.
 _SMOOTHING_STEPS = 10  # Of a guide. With 6 or 15, thin holes lose 0.05 to 0.1 dB.
+_CHUNK = 2048  # Patches that are searched at a time: they fit into a CPU's cache.
 _CELL = 16  # Pixels. Holes closer than this are filled together.
 
 
@@ -224,6 +225,24 @@ class _Matches(NamedTuple):
     columns: np.ndarray
 
 
+class _Lengths(NamedTuple):
+    """Lengths of the arrays of pixels and of targets: P and T."""
+
+    pixels: int
+    targets: int
+
+    @classmethod
+    def of(cls, scales: Sequence[_Scale]) -> Self:
+        """Find the lengths that suffice for an image at several scales."""
+        height, width = (n + 2 * RADIUS for n in scales[0].hole.shape)
+        targets = max(np.count_nonzero(_near(scale.hole)) for scale in scales)
+        return cls(
+            # An image of a power of two has a border.
+            pixels=_round_up(height * width * 8 // 9, least=16384) * 9 // 8,
+            targets=_round_up(targets, least=2 * _CHUNK),
+        )
+
+
 def regions(hole: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
     """Divide a hole into parts that are filled one after the other.
 
@@ -267,6 +286,8 @@ def _fill_window(
             break
         scales.append(smaller)
     sigma = float(np.clip(widest / _DEPTH_PER_SIGMA, *_GUIDE_SIGMA))
+    # All scales share one compiled program, which is that of the finest one.
+    lengths = _Lengths.of(scales)
     estimate = matches = None
     for level, scale in reversed(list(enumerate(scales))):
         weight = _guide_weight(scale.hole, 2**level)
@@ -277,6 +298,7 @@ def _fill_window(
             weight,
             sigma,
             rng,
+            lengths,
             # Each scale has about four times the pixels of the one before.
             share(progress, 0.25 ** (level + 1), 0.25**level),
         )
@@ -295,6 +317,7 @@ def _refine_scale(
     guide_weight: np.ndarray,
     sigma: float,
     rng: np.random.Generator,
+    lengths: _Lengths,
     progress: Progress = ignore,
 ) -> tuple[np.ndarray, _Matches]:
     """Search and vote at one scale.
@@ -306,6 +329,7 @@ def _refine_scale(
       guide_weight: Weight of differences from the guide, ``[H, W]``.
       sigma: Standard deviation of the low-pass of the guide, in pixels.
       rng: Source of random numbers.
+      lengths: Those of the arrays.
       progress: Called with the fraction of this scale that is done.
 
     Returns:
@@ -319,20 +343,19 @@ def _refine_scale(
         size = image.shape[1::-1]
         current = _channels(cv2.resize(estimate, size, interpolation=cv2.INTER_CUBIC))
     current = np.where(hole[..., None], current, image)
-    near = cv2.dilate(hole.astype(np.uint8), np.ones((_SIDE, _SIDE))) > 0
+    near = _near(hole)
     rows, columns = np.nonzero(near)
     is_center = _centers(source)
-    grid = _Grid(*hole.shape)
+    grid = _Grid(hole.shape[0], hole.shape[1], lengths.pixels)
     first = _first_matches(rows, columns, is_center, matches, rng)
     targets = _Targets(
         pixel=grid.number(rows, columns),
         in_hole=hole[rows, columns],
         guide_weight=guide_weight[rows, columns],
         rim_weight=_RIM_DECAY ** -np.minimum(_depth(near), _MAX_DECAY)[rows, columns],
-        match=grid.number(*first),
     )
     count = len(rows)
-    rest = _bucket(count, 4096) - count
+    rest = lengths.targets - count
     target_at = np.full(hole.shape, -1, np.int32)
     target_at[rows, columns] = np.arange(count)
     problem = _Problem(
@@ -347,7 +370,8 @@ def _refine_scale(
     )
     rounds = _ROUNDS if count <= _MANY_TARGETS else _ROUNDS // 2
     key = jax.random.key(rng.integers(2**32))
-    flat, match = _refine(key, grid.flatten(current), problem, rounds, progress)
+    state = grid.flatten(current), np.pad(grid.number(*first), (0, rest), mode="edge")
+    flat, match = _refine(key, *state, problem, rounds, progress)
     rows_of_match, columns_of_match = grid.place(match[:count])
     found = _Matches(*(np.full(hole.shape, -1, np.int32) for _ in range(2)))
     found.rows[rows, columns] = rows_of_match
@@ -387,6 +411,7 @@ class _Grid:
 
     height: int
     width: int
+    length: int  # Of the arrays.
 
     @property
     def row(self) -> int:
@@ -402,7 +427,7 @@ class _Grid:
         return number // self.row - RADIUS, number % self.row - RADIUS
 
     def flatten(self, image: np.ndarray, border: int | None = None) -> np.ndarray:
-        """Return values by number, padded to one of a few lengths: ``[P, ...]``.
+        """Return values by number, padded to a length: ``[P, ...]``.
 
         The border has a value, or by default those of the nearest pixels.
         """
@@ -412,7 +437,7 @@ class _Grid:
         else:
             flat = np.pad(image, widths, constant_values=border)
         flat = flat.reshape(-1, *image.shape[2:])
-        rest = _bucket(len(flat), 16384) - len(flat)
+        rest = self.length - len(flat)
         widths = [(0, rest)] + [(0, 0)] * (flat.ndim - 1)
         return np.pad(flat, widths, constant_values=border or 0)
 
@@ -431,14 +456,12 @@ class _Targets(NamedTuple):
       in_hole: Whether the center is in the hole.
       guide_weight: Weight of differences from the guide.
       rim_weight: Weight of the patch's votes.
-      match: Number of the center of the patch that is copied.
     """
 
     pixel: Any
     in_hole: Any
     guide_weight: Any
     rim_weight: Any
-    match: Any
 
 
 class _Problem(NamedTuple):
@@ -466,6 +489,7 @@ class _Problem(NamedTuple):
 def _refine(
     key: jax.Array,
     image: np.ndarray,
+    match: np.ndarray,
     problem: _Problem,
     rounds: int,
     progress: Progress,
@@ -478,6 +502,7 @@ def _refine(
     Args:
       key: PRNG key.
       image: Float32 ``[P, C]``, with the current estimate in the hole.
+      match: For each target, the center of the patch that is copied, ``[T]``.
       problem: The rest.
       rounds: Number of searches and votes.
       progress: Called with the fraction that is done.
@@ -485,53 +510,91 @@ def _refine(
     Returns:
       The image with the new estimate, and the matches ``[T]``.
     """
-    problem = jax.device_put(problem)
-    state = jax.device_put((image, problem.targets.match))
+    state, problem = jax.device_put(((image, match), problem))
     for number in range(rounds):
-        state = _search_and_vote(jax.random.fold_in(key, number), *state, problem)
-        jax.block_until_ready(state)
+        key_of_round = jax.random.fold_in(key, number)
+        state = jax.block_until_ready(_search_and_vote(key_of_round, *state, problem))
         progress((number + 1) / rounds)
     return jax.device_get(state)
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=(1, 2))
 def _search_and_vote(
     key: jax.Array, image: jax.Array, match: jax.Array, problem: _Problem
 ) -> tuple[jax.Array, jax.Array]:
-    targets = problem.targets
+    chunks = -(-problem.total // _CHUNK)
     exists = jnp.arange(len(match)) < problem.total
-    place = jnp.where(exists & targets.in_hole, targets.pixel, len(image))
-    match, distance = _search(key, image, match, problem)
+
+    def search(number: jax.Array, state: Any) -> Any:
+        key_of_chunk = jax.random.fold_in(key, number)
+        match, distance = state
+        start = number * _CHUNK
+        return _search(key_of_chunk, image, match, distance, start, problem)
+
+    distance = jnp.zeros(len(match))
+    match, distance = lax.fori_loop(0, chunks, search, (match, distance))
     spread = jnp.where(exists, distance, 0).sum() / problem.total + 1
     # The constant lets patches vote where all of them are dissimilar.
-    weight = targets.rim_weight * (jnp.exp(-distance / (2 * spread)) + 1e-6)
-    votes = _vote(image, match, weight, problem)
-    return image.at[place].set(votes, mode="drop"), match
+    weight = problem.targets.rim_weight * (jnp.exp(-distance / (2 * spread)) + 1e-6)
+    weight = jnp.where(exists, weight, 0)
+
+    def vote(number: jax.Array, new: jax.Array) -> jax.Array:
+        targets = _cut(problem.targets, number * _CHUNK)
+        votes = _vote(image, targets, match, weight, problem)
+        place = jnp.where(targets.in_hole, targets.pixel, len(image))
+        return new.at[place].set(votes, mode="drop")
+
+    return lax.fori_loop(0, chunks, vote, image), match
+
+
+def _cut(values: Any, start: jax.Array) -> Any:
+    """Cut a chunk from arrays ``[T, ...]``."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, _CHUNK), values)
 
 
 def _search(
-    key: jax.Array, image: jax.Array, match: jax.Array, problem: _Problem
+    key: jax.Array,
+    image: jax.Array,
+    match: jax.Array,
+    distance: jax.Array,
+    start: jax.Array,
+    problem: _Problem,
 ) -> tuple[jax.Array, jax.Array]:
-    """Improve the matches of all targets; return them and their distances, ``[T]``."""
-    low, is_center, target_at, targets, _, row, reach = problem
+    """Improve the matches of a chunk of targets, in place in all matches.
+
+    Args:
+      key: PRNG key.
+      image: Float32 ``[P, C]``, with the current estimate in the hole.
+      match: The matches of all targets, ``[T]``.
+      distance: The distances of their patches, ``[T]``.
+      start: The first target of the chunk.
+      problem: The rest.
+
+    Returns:
+      The matches and the distances.
+    """
+    _, is_center, target_at, _, _, row, reach = problem
+    targets = _cut(problem.targets, start)
     # The guide is smooth: the center and the corners of a patch stand for all of it.
     points = row * jnp.array([0, -2, -2, 2, 2]) + jnp.array([0, -2, 2, -2, 2])
     wanted = _patches(image, targets.pixel, row)
-    guide = _take(low, targets.pixel[:, None] + points)
+    guide = _take(problem.low, targets.pixel[:, None] + points)
 
-    def distance(center: jax.Array) -> jax.Array:
+    def measure(center: jax.Array) -> jax.Array:
         detail = jnp.square(wanted - _patches(image, center, row)).sum((1, 2, 3))
-        structure = jnp.square(guide - _take(low, center[:, None] + points)).sum((1, 2))
-        structure *= _SIDE**2 / len(points)
+        low = _take(problem.low, center[:, None] + points)
+        structure = jnp.square(guide - low).sum((1, 2)) * (_SIDE**2 / len(points))
         return targets.guide_weight * structure + _ESTIMATE_WEIGHT**2 * detail
 
     def offer(state: Any, center: jax.Array) -> Any:
         match, best = state
+        own = _cut(match, start)
         center = jnp.clip(center, 0, len(image) - 1)
-        center = jnp.where(_take(is_center, center), center, match)
-        new = distance(center)
-        better = new < best
-        return jnp.where(better, center, match), jnp.where(better, new, best)
+        center = jnp.where(_take(is_center, center), center, own)
+        new = measure(center)
+        own = jnp.where(new < best, center, own)
+        match = lax.dynamic_update_slice_in_dim(match, own, start, 0)
+        return match, jnp.minimum(new, best)
 
     def propagate(state: Any, shift: jax.Array) -> Any:
         neighbor = target_at.at[targets.pixel - shift].get(mode="clip")
@@ -539,8 +602,8 @@ def _search(
         return offer(state, jnp.where(neighbor >= 0, center, -1)), None
 
     def jump(state: Any, key: jax.Array, far: jax.Array) -> Any:
-        down, right = jax.random.randint(key, (2, len(match)), -far, far + 1)
-        return offer(state, state[0] + down * row + right)
+        down, right = jax.random.randint(key, (2, _CHUNK), -far, far + 1)
+        return offer(state, _cut(state[0], start) + down * row + right)
 
     def step(state: Any, stride_and_key: tuple[jax.Array, jax.Array]) -> Any:
         stride, key = stride_and_key
@@ -549,26 +612,32 @@ def _search(
         return jump(state, key, jnp.maximum(1, reach * stride // 32)), None
 
     keys = jax.random.split(key, len(_STRIDES) + 1)
-    state = match, distance(match)
+    state = match, measure(_cut(match, start))
     state, _ = lax.scan(step, state, (jnp.array(_STRIDES), keys[1:]))
-    return jump(state, keys[0], reach)
+    match, best = jump(state, keys[0], reach)
+    return match, lax.dynamic_update_slice_in_dim(distance, best, start, 0)
 
 
 def _vote(
-    image: jax.Array, match: jax.Array, weight: jax.Array, problem: _Problem
+    image: jax.Array,
+    targets: _Targets,
+    match: jax.Array,
+    weight: jax.Array,
+    problem: _Problem,
 ) -> jax.Array:
-    """Average what the patches around a pixel suggest for it: ``[T, C]``."""
+    """Average what the patches around some targets suggest for them: ``[N, C]``."""
     target_at, row = problem.target_at, problem.row
     steps = jnp.arange(_SIDE) - RADIUS
+    count = len(targets.pixel)
 
     def add(state: tuple[jax.Array, jax.Array], offset: jax.Array) -> Any:
         total, votes = state
-        voter = target_at.at[problem.targets.pixel - offset].get(mode="clip")
+        voter = target_at.at[targets.pixel - offset].get(mode="clip")
         one = jnp.where(voter >= 0, weight.at[voter].get(mode="clip"), 0)
         color = _take(image, match.at[voter].get(mode="clip") + offset)
         return (total + one, votes + one[:, None] * color), None
 
-    nothing = jnp.full(len(match), 1e-12), jnp.zeros((len(match), image.shape[1]))
+    nothing = jnp.full(count, 1e-12), jnp.zeros((count, image.shape[1]))
     offsets = (steps[:, None] * row + steps).ravel()
     (total, votes), _ = lax.scan(add, nothing, offsets)
     return votes / total[:, None]
@@ -633,9 +702,11 @@ def _channels(image: np.ndarray) -> np.ndarray:
     return image if image.ndim == 3 else image[..., None]
 
 
-def _bucket(count: int, least: int) -> int:
-    """Round up to one of a few numbers, so that little is compiled.
+def _near(hole: np.ndarray) -> np.ndarray:
+    """Find the centers of the patches that touch a hole."""
+    return cv2.dilate(hole.astype(np.uint8), np.ones((_SIDE, _SIDE))) > 0
 
-    They are powers of two, and an eighth more: an image of a power of two has a border.
-    """
-    return int(1.125 * 2 ** max(0, math.ceil(math.log2(max(count, least) / 1.125))))
+
+def _round_up(count: int | np.integer, *, least: int) -> int:
+    """Round up to a power of two, so that little is compiled."""
+    return 2 ** math.ceil(math.log2(max(count, least)))
