@@ -26,8 +26,8 @@ Inpainting by Biharmonic Functions", 2018, for the smoothing of the guide.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import cv2
 import jax
@@ -225,24 +225,6 @@ class _Matches(NamedTuple):
     columns: np.ndarray
 
 
-class _Lengths(NamedTuple):
-    """Lengths of the arrays of pixels and of targets: P and T."""
-
-    pixels: int
-    targets: int
-
-    @classmethod
-    def of(cls, scales: Sequence[_Scale]) -> Self:
-        """Find the lengths that suffice for an image at several scales."""
-        height, width = (n + 2 * RADIUS for n in scales[0].hole.shape)
-        targets = max(np.count_nonzero(_near(scale.hole)) for scale in scales)
-        return cls(
-            # An image of a power of two has a border.
-            pixels=_round_up(height * width * 8 // 9, least=16384) * 9 // 8,
-            targets=_round_up(targets, least=2 * _CHUNK),
-        )
-
-
 def regions(hole: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
     """Divide a hole into parts that are filled one after the other.
 
@@ -286,8 +268,7 @@ def _fill_window(
             break
         scales.append(smaller)
     sigma = float(np.clip(widest / _DEPTH_PER_SIGMA, *_GUIDE_SIGMA))
-    # All scales share one compiled program, which is that of the finest one.
-    lengths = _Lengths.of(scales)
+    length = _find_length(scale.hole.shape)  # One program serves all scales.
     estimate = matches = None
     for level, scale in reversed(list(enumerate(scales))):
         weight = _guide_weight(scale.hole, 2**level)
@@ -298,7 +279,7 @@ def _fill_window(
             weight,
             sigma,
             rng,
-            lengths,
+            length,
             # Each scale has about four times the pixels of the one before.
             share(progress, 0.25 ** (level + 1), 0.25**level),
         )
@@ -317,7 +298,7 @@ def _refine_scale(
     guide_weight: np.ndarray,
     sigma: float,
     rng: np.random.Generator,
-    lengths: _Lengths,
+    length: int,
     progress: Progress = ignore,
 ) -> tuple[np.ndarray, _Matches]:
     """Search and vote at one scale.
@@ -329,7 +310,7 @@ def _refine_scale(
       guide_weight: Weight of differences from the guide, ``[H, W]``.
       sigma: Standard deviation of the low-pass of the guide, in pixels.
       rng: Source of random numbers.
-      lengths: Those of the arrays.
+      length: That of the arrays, P.
       progress: Called with the fraction of this scale that is done.
 
     Returns:
@@ -346,7 +327,7 @@ def _refine_scale(
     near = _near(hole)
     rows, columns = np.nonzero(near)
     is_center = _centers(source)
-    grid = _Grid(hole.shape[0], hole.shape[1], lengths.pixels)
+    grid = _Grid(hole.shape[0], hole.shape[1], length)
     first = _first_matches(rows, columns, is_center, matches, rng)
     targets = _Targets(
         pixel=grid.number(rows, columns),
@@ -355,7 +336,7 @@ def _refine_scale(
         rim_weight=_RIM_DECAY ** -np.minimum(_depth(near), _MAX_DECAY)[rows, columns],
     )
     count = len(rows)
-    rest = lengths.targets - count
+    rest = length - count
     target_at = np.full(hole.shape, -1, np.int32)
     target_at[rows, columns] = np.arange(count)
     problem = _Problem(
@@ -449,7 +430,9 @@ class _Grid:
 
 
 class _Targets(NamedTuple):
-    """The patches that touch the hole, by their centers: ``[T]`` each.
+    """The patches that touch the hole, by their centers.
+
+    Arrays ``[P]``; `_Problem.total` says how many entries are in use.
 
     Attributes:
       pixel: Number of the center.
@@ -472,7 +455,7 @@ class _Problem(NamedTuple):
       is_center: Bool ``[P]``, whether the patch around a pixel may be copied.
       target_at: Int32 ``[P]``, the target whose center a pixel is, or -1.
       targets: The patches that touch the hole.
-      total: Their number; the others fill up the arrays.
+      total: Number of targets.
       row: Number of pixels in a row.
       reach: Largest distance of a random jump, in pixels.
     """
@@ -496,19 +479,19 @@ def _refine(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Search matches and vote, in turn.
 
-    All pixels are numbered along one axis, and the geometry is dynamic, so that a few
-    lengths P and T serve images and holes of any size.
+    All pixels are numbered along one axis, and the geometry and the number of targets
+    are dynamic, so that a few lengths P serve images and holes of any size.
 
     Args:
       key: PRNG key.
       image: Float32 ``[P, C]``, with the current estimate in the hole.
-      match: For each target, the center of the patch that is copied, ``[T]``.
+      match: For each target, the center of the patch that is copied, ``[P]``.
       problem: The rest.
       rounds: Number of searches and votes.
       progress: Called with the fraction that is done.
 
     Returns:
-      The image with the new estimate, and the matches ``[T]``.
+      The image with the new estimate, and the matches ``[P]``.
     """
     state, problem = jax.device_put(((image, match), problem))
     for number in range(rounds):
@@ -548,7 +531,7 @@ def _search_and_vote(
 
 
 def _cut(values: Any, start: jax.Array) -> Any:
-    """Cut a chunk from arrays ``[T, ...]``."""
+    """Cut a chunk of N = _CHUNK values from arrays ``[P, ...]``."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, _CHUNK), values)
 
 
@@ -565,8 +548,8 @@ def _search(
     Args:
       key: PRNG key.
       image: Float32 ``[P, C]``, with the current estimate in the hole.
-      match: The matches of all targets, ``[T]``.
-      distance: The distances of their patches, ``[T]``.
+      match: The matches of all targets, ``[P]``.
+      distance: The distances of their patches, ``[P]``.
       start: The first target of the chunk.
       problem: The rest.
 
@@ -644,7 +627,7 @@ def _vote(
 
 
 def _patches(image: jax.Array, center: jax.Array, row: jax.Array) -> jax.Array:
-    """Gather the patches around pixels, row by row: ``[T, S, S, C]``."""
+    """Gather the patches around pixels, row by row: ``[N, S, S, C]``."""
     starts = center[:, None] + row * (jnp.arange(_SIDE) - RADIUS) - RADIUS
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(2, 3), collapsed_slice_dims=(), start_index_map=(0,)
@@ -707,6 +690,12 @@ def _near(hole: np.ndarray) -> np.ndarray:
     return cv2.dilate(hole.astype(np.uint8), np.ones((_SIDE, _SIDE))) > 0
 
 
-def _round_up(count: int | np.integer, *, least: int) -> int:
-    """Round up to a power of two, so that little is compiled."""
-    return 2 ** math.ceil(math.log2(max(count, least)))
+def _find_length(shape: tuple[int, ...]) -> int:
+    """Find the length P of the arrays for an image and its smaller scales.
+
+    It is one of a few, so that little is compiled: a power of two and an eighth, since
+    an image of a power of two has a border.
+    """
+    height, width = (n + 2 * RADIUS for n in shape)
+    needed = max(height * width, 16384)
+    return int(1.125 * 2 ** math.ceil(math.log2(needed / 1.125)))

@@ -76,8 +76,8 @@ def test_excluded_pixels_are_not_copied():
     rng = np.random.default_rng(0)
     scale = detail._Scale(guide.astype(np.float32), hole, ~hole & ~red)
     weight = detail._guide_weight(hole, 1)
-    lengths = detail._Lengths.of([scale])
-    _, matches = detail._refine_scale(scale, None, None, weight, 1.0, rng, lengths)
+    length = detail._find_length(hole.shape)
+    _, matches = detail._refine_scale(scale, None, None, weight, 1.0, rng, length)
     assert matches.columns[matches.rows >= 0].min() == 40 + 2
 
 
@@ -155,10 +155,8 @@ def test_matches_are_nearly_the_nearest():
     hole = square_hole((40, 44), 6)
     scale = detail._Scale(image, hole, ~hole)
     weight = detail._guide_weight(hole, 1)
-    lengths = detail._Lengths.of([scale])
-    filled, matches = detail._refine_scale(
-        scale, image, None, weight, 1.0, rng, lengths
-    )
+    length = detail._find_length(hole.shape)
+    filled, matches = detail._refine_scale(scale, image, None, weight, 1.0, rng, length)
     centers = detail._centers(~hole)
     rows, columns = np.nonzero(matches.rows >= 0)
     assert len(rows) == 10 * 10  # The hole and two pixels around it.
