@@ -16,6 +16,8 @@ from pconv_jax.unet import PConvUNet, fill_depth, fold_batch_norm
 # 512 and 1024 pixels, and the best l1 in the paper's masks.
 _TRUSTED_DEPTH = 4
 
+_RAMP = 24  # Pixels over which a level passes into the next coarser one.
+
 
 class HoleFiller:
     """Fills the holes of images in a network's range of values.
@@ -92,11 +94,17 @@ class HoleFiller:
                 known[tile.box] |= part  # The next tiles continue it without a seam.
             progress(0.5 * number / len(tiles))
         if wide:
-            center = self._fill_center(values, known, hole, depth)
+            center, coarse = self._fill_center(values, known, hole, depth)
+            distance = cv2.distanceTransform(
+                (~center).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5
+            )
             for number, tile in enumerate(wide, 1):
                 output, _ = self._apply(values, known, valid, tile)
                 part = hole[tile.box] & ~center[tile.box]
-                values[tile.box][part] = output[part]
+                # The levels differ slightly: without a ramp, their edge shows.
+                weight = np.clip(1 - distance[tile.box][part] / _RAMP, 0, 1)[:, None]
+                fine = output[part]
+                values[tile.box][part] = fine + weight * (coarse[tile.box][part] - fine)
                 known[tile.box] |= part
                 progress(0.5 + 0.5 * number / len(wide))
         progress(1)
@@ -108,20 +116,22 @@ class HoleFiller:
         known: np.ndarray,
         hole: np.ndarray,
         depth: np.ndarray,
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Fill, in place, where a hole is too deep, from the image at half the size.
 
         Returns:
-          Where that is, bool ``[H, W]``.
+          Where that is, bool ``[H, W]``, and the image filled at half the size,
+          enlarged.
         """
         center = hole & (depth > self.trusted_depth)
         half, half_known = halve(values, known)
         half_depth = self.fill(half, half_known, ~half_known)
-        values[center] = double(half, hole.shape)[center]
+        coarse = double(half, hole.shape)
+        values[center] = coarse[center]
         half_depth = double(half_depth, hole.shape, interpolation=cv2.INTER_NEAREST)
         depth[center] = np.maximum(half_depth, self.trusted_depth)[center] + 1
         known |= center
-        return center
+        return center, coarse
 
     def _apply(
         self, values: np.ndarray, known: np.ndarray, valid: np.ndarray, tile: Tile
