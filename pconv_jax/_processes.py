@@ -1,5 +1,7 @@
-"""Processes that end with the process that started them."""
+"""Processes that end with the one that started them, and give back memory."""
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import threading
@@ -15,3 +17,14 @@ def _wait_for_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)  # Python's resource tracker then frees the shared memory.
+
+
+def give_back_memory() -> None:
+    """Let the C library give back what is freed, where it is glibc.
+
+    By default it keeps hundreds of megabytes for later: the network's activations,
+    while the search for detail takes as much.
+    """
+    trim_threshold = -1  # M_TRIM_THRESHOLD of malloc.h.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**20)

@@ -26,8 +26,7 @@ from PIL import Image
 from pconv_jax import masks
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.inpaint import image_io
-from pconv_jax.inpaint.files import variant_path
-from pconv_jax.inpaint.formats import SUFFIXES
+from pconv_jax.inpaint.formats import SUFFIXES, variant_path
 from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask, resize_hole
 from pconv_jax.inpaint.image_io import ImageFile
 from pconv_jax.inpaint.inpainter import Inpainter

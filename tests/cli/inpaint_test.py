@@ -271,6 +271,17 @@ def test_variants_detail_and_exclude(network, tmp_path):
             assert (result != other).any()
 
 
+def test_variants_of_two_images_never_get_one_name(network, folder):
+    os.rename(folder / "photos" / "b.webp", folder / "photos" / "a-2.png")
+    with pytest.raises(SystemExit, match="a-2.png and a.png.*same name, a-2.png"):
+        inpaint(
+            network,
+            *("--image", folder / "photos", "--mask", folder / "masks" / "a.png"),
+            *("--output", folder / "results", "--variants=2", "--force"),
+        )
+    assert not (folder / "results").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
