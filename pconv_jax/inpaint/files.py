@@ -74,8 +74,7 @@ def repair_file(
       UserError: If the image cannot be read or repaired, or the file exists.
       RunError: If the file cannot be written.
     """
-    if output.exists() and not force:
-        raise UserError(f"there is a file {output} already; --force replaces it.")
+    _check_free(output, force)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         opened, info = image_io.read(image, max_pixels=max_pixels)
@@ -98,6 +97,7 @@ def repair_file(
             return_depth=True,
         )
         del opened, hole  # Writing a large image takes memory, too.
+        _check_free(output, force)  # Meanwhile, another process may have written it.
         image_io.write(output, image_io.ImageFile(repaired, info))
     messages = list(dict.fromkeys(str(warning.message) for warning in caught))
     return Repaired(bool(depth.any()), messages)
@@ -154,6 +154,11 @@ class Journal:
     def finish(self) -> None:
         """Delete the journal: the run has come to its end."""
         self._path.unlink(missing_ok=True)
+
+
+def _check_free(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise UserError(f"there is a file {output} already; --force replaces it.")
 
 
 def _line(path: Path) -> bytes:
