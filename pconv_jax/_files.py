@@ -73,7 +73,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 partial.chmod(stat.S_IMODE(target.stat().st_mode))
             _sync(partial, os.O_RDWR)
             partial.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     finally:
         # An error here, such as a file above the folder, would hide the one before it.
         with contextlib.suppress(OSError):
@@ -117,10 +117,11 @@ def _make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of a folder's files are on disk."""
     # What is in it is already there. Some file systems cannot sync a folder.
     with contextlib.suppress(OSError):
         _sync(folder, os.O_RDONLY)

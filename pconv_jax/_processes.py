@@ -1,7 +1,10 @@
-"""Processes that end with the process that started them."""
+"""Processes that end with the one that started them, and give back memory."""
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
+import signal
 import threading
 
 
@@ -10,8 +13,25 @@ def end_with_parent() -> None:
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
+def start_worker() -> None:
+    """Let a process that works for another one be ended by that one, also at Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
 def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)  # Python's resource tracker then frees the shared memory.
+
+
+def give_back_memory() -> None:
+    """Let the C library give back what is freed, where it is glibc.
+
+    By default it keeps hundreds of megabytes for later: the network's activations,
+    while the search for detail takes as much.
+    """
+    trim_threshold = -1  # M_TRIM_THRESHOLD of malloc.h.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**20)

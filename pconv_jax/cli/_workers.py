@@ -102,9 +102,8 @@ def _work(
     pairs: Pairs,
     first: int,
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The first process ends this one,
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which then tidies up.
-    _processes.end_with_parent()
+    _processes.start_worker()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # It then tidies up.
     try:
         for message in repair(arguments, pairs, first):
             sender.send(message)

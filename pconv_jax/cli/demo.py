@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 
+from pconv_jax import _processes
 from pconv_jax._errors import UserError
 from pconv_jax.cli._cache import add_cache, use_cache
 from pconv_jax.cli._options import Subparsers, add_weights
@@ -80,6 +81,7 @@ def _run(arguments: argparse.Namespace) -> None:
     _use_temporary_folder()
     from pconv_jax.inpaint.inpainter import Inpainter
 
+    _processes.give_back_memory()
     use_cache(arguments)
     inpainter = Inpainter.from_pretrained(arguments.weights)
     _forget_proxies()

@@ -6,13 +6,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pconv_jax import _processes
 from pconv_jax._errors import RunError, UserError
 from pconv_jax._files import as_path
 from pconv_jax.cli import _workers
 from pconv_jax.cli._cache import add_cache, use_cache
 from pconv_jax.cli._options import Subparsers, add_force, add_weights
 from pconv_jax.cli._workers import Outcome
-from pconv_jax.inpaint.formats import MAX_PIXELS, SUFFIXES, check_suffix, find_images
+from pconv_jax.inpaint.formats import (
+    MAX_PIXELS,
+    SUFFIXES,
+    check_suffix,
+    find_images,
+    variant_path,
+)
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -176,6 +183,7 @@ def _add_detail(command: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     pairs, skipped = _pair_files(arguments.image, arguments.output)
+    _check_outputs(pairs, arguments.variants)
 
     many = arguments.image.is_dir()
     # Where JAX is loaded, as in a notebook, another process would load it once more.
@@ -209,6 +217,7 @@ def _repair_all(
 
     from pconv_jax.inpaint.inpainter import Inpainter
 
+    _processes.give_back_memory()
     use_cache(arguments)
     inpainter = Inpainter.from_pretrained(
         arguments.weights,
@@ -257,7 +266,7 @@ def _repair(
     progress: "Progress",
 ) -> "Repaired":
     """Repair an image, once for each variant."""
-    from pconv_jax.inpaint.files import Repaired, repair_file, variant_path
+    from pconv_jax.inpaint.files import Repaired, repair_file
     from pconv_jax.inpaint.progress import share
 
     filled, messages = False, []
@@ -337,6 +346,20 @@ def _pair_files(
         _report_skipped(skipped)
         raise UserError(f"--image: there is no image in the folder {image}.")
     return [(path, output / path.name) for path in found], skipped
+
+
+def _check_outputs(pairs: Sequence[tuple[Path, Path]], variants: int) -> None:
+    """Check that no two results get the same name."""
+    images: dict[Path, Path] = {}
+    for image, output in pairs:
+        for number in range(variants):
+            path = variant_path(output, number)
+            other = images.setdefault(path, image)
+            if other != image:
+                raise UserError(
+                    f"--variants: results of {other.name} and {image.name} would have "
+                    f"the same name, {path.name}; rename one of these images."
+                )
 
 
 def _report_skipped(paths: list[Path]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from pconv_jax.inpaint.progress import Progress, ignore, share
 
-MAX_PIXELS = 2_500_000
+MAX_PIXELS = 2_150_000
 """Larger images are filled in blocks of at most this number of pixels."""
 
 # Fills, in place, the hole of colors [H, W, C], given where they are known, the hole,

@@ -74,20 +74,19 @@ def repair_file(
       UserError: If the image cannot be read or repaired, or the file exists.
       RunError: If the file cannot be written.
     """
-    if output.exists() and not force:
-        raise UserError(f"there is a file {output} already; --force replaces it.")
+    _check_free(output, force)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        file = image_io.read(image, max_pixels=max_pixels)
+        opened, info = image_io.read(image, max_pixels=max_pixels)
         if mask_color is not None:
-            hole = hole_from_color(file.image, mask_color, tolerance=tolerance)
+            hole = hole_from_color(opened, mask_color, tolerance=tolerance)
         else:
             hole = _find_mask(image, mask)
         if mask_label is not None and isinstance(hole, Path):
             labels = image_io.read(hole, max_pixels=max_pixels).image
             hole = hole_from_label(labels, mask_label)
         repaired, depth = inpainter(
-            file.image,
+            opened,
             hole,
             invert_mask=invert_mask,
             resize_mask=resize_mask,
@@ -97,14 +96,11 @@ def repair_file(
             progress=progress,
             return_depth=True,
         )
-        image_io.write(output, file._replace(image=repaired))
+        del opened, hole  # Writing a large image takes memory, too.
+        _check_free(output, force)  # Meanwhile, another process may have written it.
+        image_io.write(output, image_io.ImageFile(repaired, info))
     messages = list(dict.fromkeys(str(warning.message) for warning in caught))
     return Repaired(bool(depth.any()), messages)
-
-
-def variant_path(path: Path, number: int) -> Path:
-    """Name the file of a variant: a.png, a-2.png, a-3.png, ... from number 0 on."""
-    return path.with_stem(f"{path.stem}-{number + 1}") if number else path
 
 
 class Journal:
@@ -135,6 +131,7 @@ class Journal:
             if self._path.exists():
                 _files.remove_partials(folder)
             self._path.touch()
+            _files.sync_folder(folder)
             self._started = set(self._path.read_bytes().split())
 
     def is_done(self, output: Path) -> bool:
@@ -149,12 +146,19 @@ class Journal:
         Files appear complete or not at all. So one that was started and exists is done.
         """
         if not output.exists():
-            with self._path.open("ab") as file:
+            with _files.write_errors(self._path), self._path.open("ab") as file:
                 file.write(_line(output) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Delete the journal: the run has come to its end."""
         self._path.unlink(missing_ok=True)
+
+
+def _check_free(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise UserError(f"there is a file {output} already; --force replaces it.")
 
 
 def _line(path: Path) -> bytes:

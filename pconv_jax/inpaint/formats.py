@@ -48,6 +48,11 @@ def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
     return images, [f for f in files if f not in images and _may_be_image(f)]
 
 
+def variant_path(path: Path, number: int) -> Path:
+    """Name the file of a variant: a.png, a-2.png, a-3.png, ... from number 0 on."""
+    return path.with_stem(f"{path.stem}-{number + 1}") if number else path
+
+
 def _may_be_image(path: Path) -> bool:
     kind, _ = mimetypes.guess_type(path.name)
     return path.is_dir() or kind is None or kind.startswith(("image/", "video/"))

@@ -4,6 +4,7 @@ An image is a `PIL.Image.Image`. Where Pillow has no mode, as for 16-bit color a
 data from ``.npy`` files, it is an array ``[H, W]`` or ``[H, W, C]``.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -142,6 +143,13 @@ def read(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image
         raise UserError(f"cannot read {path}: {_reason(path, error)}") from error
 
 
+def try_to_read(path: str, max_pixels: int) -> None:
+    """Read a file, and forget it: for a process of its own, which it may kill."""
+    with contextlib.suppress(UserError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read(path, max_pixels=max_pixels)
+
+
 def write(path: str | os.PathLike[str], file: ImageFile) -> None:
     """Write an image file of the kind that its suffix names, complete or not at all.
 
@@ -277,12 +285,16 @@ def _read_npy(path: Path, max_pixels: int) -> np.ndarray:
 def _read_image(data: bytes, max_pixels: int) -> ImageFile:
     if tags_lib.is_tiff(data):
         return _read_tiff(data, max_pixels)
-    image = _open(data)
+    with io.BytesIO(data) as stream:  # Pillow would keep it with the image.
+        return _read_opened(_open(stream), data, max_pixels)
+
+
+def _read_opened(image: Image.Image, data: bytes, max_pixels: int) -> ImageFile:
     _check_size(*image.size, max_pixels)
     frames = _count_frames(image, data)
     image.load()
     if frames:
-        warnings.warn(f"it has {frames} frames; only the first is taken.", stacklevel=3)
+        warnings.warn(f"it has {frames} frames; only the first is taken.", stacklevel=4)
     tags = tags_lib.read(_exif_of(image))
     info = _read_info(image, tags)
     info |= _read_parts(image, data)
@@ -294,13 +306,18 @@ def _read_image(data: bytes, max_pixels: int) -> ImageFile:
         info["qtables"] = [table.ravel().tolist() for table in tables]
         info["subsampling"] = max(JpegImagePlugin.get_sampling(image), 0)
     # The header of a PNG file has the depth and the color type.
-    if image.format == "PNG" and data[24] == 16 and data[25] != 0:
+    clear = image.info.get("transparency")
+    if image.format == "PNG" and data[24] == 16 and (data[25] or clear is not None):
         if not is_whole_png(data):
             raise ValueError("it is truncated or damaged")
-        return ImageFile(_turn(_decode_with_opencv(data), orientation), info)
+        array = _decode_with_opencv(data)
+        if array.ndim == 2:  # Gray, with one value that stands for transparency.
+            alpha = np.where(array == clear, 0, 65_535).astype(np.uint16)
+            array = np.stack([array, array, array, alpha], axis=-1)
+        return ImageFile(_turn(array, orientation), info)
     if _is_deep(data):
         warnings.warn(
-            "its channels have more than 8 bits, and 8 are kept.", stacklevel=3
+            "its channels have more than 8 bits, and 8 are kept.", stacklevel=4
         )
     return ImageFile(_finish(image, orientation, info), info)
 
@@ -327,16 +344,17 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
         array = _decode_tiff(data, tags, kind)
         info = _read_info(None, tags)
         return ImageFile(_turn(array, tags.orientation()), info)
-    try:
-        image = _open(data)
-    except Image.UnidentifiedImageError as error:
-        compression = tags.numbers(259, default=(1,))[0]
-        raise ValueError(
-            f"it is damaged, or its kind of TIFF is not known: {samples} band(s) of "
-            f"{kind}, compression {compression}"
-        ) from error
-    _check_size(*image.size, max_pixels)
-    image.load()
+    with io.BytesIO(data) as stream:
+        try:
+            image = _open(stream)
+        except Image.UnidentifiedImageError as error:
+            compression = tags.numbers(259, default=(1,))[0]
+            raise ValueError(
+                f"it is damaged, or its kind of TIFF is not known: {samples} band(s) "
+                f"of {kind}, compression {compression}"
+            ) from error
+        _check_size(*image.size, max_pixels)
+        image.load()
     info = _read_info(image, tags)
     compression = image.info.get("compression")
     if compression != "raw":
@@ -426,14 +444,14 @@ def _finish(
     return image
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(stream: io.BytesIO) -> Image.Image:
     """Open an image of any size without decoding it; the caller checks the size."""
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     with _PILLOW_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(io.BytesIO(data), formats=formats)
+            return Image.open(stream, formats=formats)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 

@@ -4,8 +4,10 @@ The page shows images at a size that suits a browser; the downloaded image has i
 size, and only its hole has changed. Nothing leaves the machine that serves the page.
 """
 
+import functools
 import importlib.util
 import ipaddress
+import multiprocessing
 import re
 import shutil
 import socket
@@ -15,6 +17,8 @@ import time
 import urllib.parse
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +27,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pconv_jax import masks
+from pconv_jax import _processes, masks
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.inpaint import image_io
-from pconv_jax.inpaint.files import variant_path
-from pconv_jax.inpaint.formats import SUFFIXES
+from pconv_jax.inpaint.formats import SUFFIXES, variant_path
 from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask, resize_hole
 from pconv_jax.inpaint.image_io import ImageFile
 from pconv_jax.inpaint.inpainter import Inpainter
@@ -579,9 +582,28 @@ def _error(message: str) -> gr.Error:
     return gr.Error(re.sub(rf"{folder}(/\w+)*/", "", message), print_exception=False)
 
 
+@functools.cache
+def _decoder() -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, initializer=_processes.start_worker)
+
+
+@functools.lru_cache(maxsize=1000)  # Gradio never gives two files one path.
+def _can_be_decoded(path: str) -> bool:
+    """Return whether a process that decodes a file survives it."""
+    try:
+        _decoder().submit(image_io.try_to_read, path, _MAX_PIXELS).result()
+    except BrokenProcessPool:
+        _decoder.cache_clear()
+        return False
+    return True
+
+
 def _read(path: str) -> ImageFile:
     try:
         with _CATCHING:
+            if not _can_be_decoded(path):
+                raise UserError(f"cannot read {path}: its decoder crashes.")
             return image_io.read(path, max_pixels=_MAX_PIXELS)
     except UserError as error:
         raise _error(str(error)) from error

@@ -13,6 +13,7 @@ checkpoint can be read on any number of devices and without the optimizer's clas
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import logging
 import math
@@ -304,17 +305,19 @@ class Checkpoints:
 
     def _put_aside_damaged_notes(self) -> None:
         """Rename the steps at whose notes Orbax would stop."""
-        for step in sorted(self._directory.glob(f"[0-9]*/{_NOTES_FILE}")):
-            if problem := _notes_problem(step):
-                self._put_aside(int(step.parent.name), f"{step}: {problem}")
+        for notes in sorted(self._directory.glob(f"[0-9]*/{_NOTES_FILE}")):
+            step = notes.parent.name  # Or what was put aside before.
+            if step.isdecimal() and (problem := _notes_problem(notes)):
+                self._put_aside(int(step), f"{notes}: {problem}")
 
     def _put_aside(self, step: int, reason: str) -> None:
         """Rename the folder of a damaged step, on the first process."""
         folder = self._directory / str(step)
-        others = len(list(self._directory.glob(f"{step}.unreadable*")))
-        place = folder.with_name(
-            f"{step}.unreadable" + (f"-{others}" if others else "")
-        )
+        place = folder.with_name(f"{step}.unreadable")
+        for number in itertools.count(1):
+            if not place.exists():
+                break
+            place = folder.with_name(f"{step}.unreadable-{number}")
         if parallel.process_index() == 0:
             try:
                 folder.rename(place)

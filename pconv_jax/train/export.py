@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from pconv_jax._errors import UserError
-from pconv_jax._files import write_bytes
+from pconv_jax._files import as_path, write_bytes
 from pconv_jax.runs.settings import ExportSettings
 from pconv_jax.train.step import TrainState
 from pconv_jax.unet import PConvUNet
@@ -43,7 +43,7 @@ class Export:
           enabled: Whether this process writes.
         """
         self._workdir = workdir
-        self._folder = pathlib.Path(settings.folder or workdir)
+        self._folder = as_path(settings.folder or workdir)
         self._settings = settings
         self._model = model
         self._info = info

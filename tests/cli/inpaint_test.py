@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pconv_jax import cli
+from pconv_jax._errors import UserError
 from pconv_jax.inpaint import files
 from pconv_jax.inpaint.files import repair_file
 from pconv_jax.inpaint.hole import resize_hole
@@ -269,6 +270,29 @@ def test_variants_detail_and_exclude(network, tmp_path):
         np.testing.assert_array_equal(result[hole == 0], image[hole == 0])
         for other in results[:number]:
             assert (result != other).any()
+
+
+def test_a_file_that_appears_meanwhile_is_kept(network, folder):
+    image, out = folder / "photos" / "a.png", folder / "out.png"
+    with pytest.raises(UserError, match="there is a file .*out.png already"):
+        repair_file(
+            Inpainter.from_pretrained(network),
+            *(image, out),
+            mask=folder / "masks" / "a.png",
+            progress=lambda fraction: out.write_text("Hello"),
+        )
+    assert out.read_text() == "Hello"
+
+
+def test_variants_of_two_images_never_get_one_name(network, folder):
+    os.rename(folder / "photos" / "b.webp", folder / "photos" / "a-2.png")
+    with pytest.raises(SystemExit, match="a-2.png and a.png.*same name, a-2.png"):
+        inpaint(
+            network,
+            *("--image", folder / "photos", "--mask", folder / "masks" / "a.png"),
+            *("--output", folder / "results", "--variants=2", "--force"),
+        )
+    assert not (folder / "results").exists()
 
 
 @pytest.mark.parametrize(

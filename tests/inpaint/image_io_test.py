@@ -1,5 +1,6 @@
 import io
 import struct
+import tracemalloc
 import zlib
 
 import cv2
@@ -128,6 +129,31 @@ def test_a_color_that_stands_for_transparency(mode, key, tmp_path):
     alpha[1, 2] = 0
     np.testing.assert_array_equal(image_io.to_array(read)[..., -1], alpha)
     assert read.mode == mode + "A"
+
+
+def test_a_value_of_16_bits_that_stands_for_transparency(tmp_path):
+    gray = np.arange(30, dtype=np.uint16).reshape(5, 6) * 2000
+    Image.fromarray(gray).save(tmp_path / "a.png", transparency=16_000)
+    read = image_io.read(tmp_path / "a.png")
+    np.testing.assert_array_equal(read.image[..., :3], np.stack([gray] * 3, axis=-1))
+    np.testing.assert_array_equal(read.image[..., 3], 65_535 * (gray != 16_000))
+    written = round_trip(tmp_path / "b.png", read)
+    np.testing.assert_array_equal(written.image, read.image)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.webp", "a.gif"])
+def test_an_image_does_not_keep_its_file(name, tmp_path):
+    image = Image.fromarray(noise(300, 300, 3))
+    image.save(tmp_path / name)
+    size = (tmp_path / name).stat().st_size
+    image_io.read(tmp_path / name)
+    tracemalloc.start()
+    try:
+        read = image_io.read(tmp_path / name)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < size / 2 and read.image.copy().size == (300, 300)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

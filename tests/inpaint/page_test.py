@@ -25,7 +25,7 @@ from pconv_jax.inpaint import image_io, page
 from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.weights import pretrained
-from tests.helpers import ROOT
+from tests.helpers import ROOT, images
 from tests.helpers.networks import make_network
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -203,6 +203,18 @@ def test_errors_show_no_folder(inpainter, tmp_path):
     Image.fromarray(photo()).save(path)
     with pytest.raises(gr.Error, match="looks like one of labels"):
         page.show(str(path), mask=str(tmp_path / "labels.png"))
+
+
+def test_a_file_that_crashes_its_decoder_does_not_end_the_page(tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for path in paths:
+        Image.fromarray(photo()).save(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_io, "try_to_read", images.crash)
+        for path in paths[:2]:
+            with pytest.raises(gr.Error, match=r"cannot read .*: its decoder crashes"):
+                page.show(str(path))
+    assert page.show(str(paths[2])).size == (80, 60)
 
 
 def test_large_images_are_refused(tmp_path, monkeypatch):

@@ -33,9 +33,12 @@ def make_export(workdir, *, enabled=True, **settings):
     return Export(workdir, settings, model=MODEL, info=info, enabled=enabled)
 
 
-def test_the_average_is_written_in_parts_that_make_the_whole(tmp_path, state):
+def test_the_average_is_written_in_parts_that_make_the_whole(
+    tmp_path, state, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
     ones = jax.tree.map(lambda x: x + 1, state.average)
-    write = make_export(tmp_path / "run", folder=str(tmp_path / "out"), part_mib=0.001)
+    write = make_export(tmp_path / "run", folder="~/out", part_mib=0.001)
     write(state.replace(average=ones, step=state.step + 7), phase="pixels")
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == ["weights-pixels.safetensors", "weights.safetensors"]
