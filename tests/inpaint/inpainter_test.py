@@ -17,7 +17,7 @@ from pconv_jax.unet import Normalization, PConvUNet, Stage, fill_depth
 from pconv_jax.weights import pretrained, project_names
 from tests.helpers.networks import make_network
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = pytest.mark.usefixtures("fast_computation")
 
 
 def averaging_network(depth=2, channels=3):
