@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 SIZE = 16
 
-MODEL = PConvUNet(depth=3, width=4)
+MODEL = PConvUNet(depth=2, width=4)
 
 OPTIMIZER = optim.make_optimizer(1e-3)
 
@@ -71,12 +71,18 @@ def make_step(**options):
     return functools.partial(train_step, **(defaults | options))
 
 
+@functools.cache
+def jitted_step():
+    """The step of several tests, compiled once for each shape of its batches."""
+    return jax.jit(make_step())
+
+
 EXTRA = {"gain": np.float32(0.5)}
 
 
 def test_scalars_are_the_terms_of_the_loss_and_the_update_is_adams():
     state, batch = make_state(), make_batch()
-    new_state, scalars = jax.jit(make_step())(state, batch, EXTRA)
+    new_state, scalars = jitted_step()(state, batch, EXTRA)
 
     images, mask = prepare_batch(batch, draw_mask=draw)
 
@@ -110,7 +116,7 @@ def test_scalars_are_the_terms_of_the_loss_and_the_update_is_adams():
 def test_four_devices_do_what_one_does(with_mask):
     assert jax.device_count() == 4
     batch = make_batch(8, with_mask=with_mask)
-    one, scalars_one = jax.jit(make_step())(make_state(), batch, EXTRA)
+    one, scalars_one = jitted_step()(make_state(), batch, EXTRA)
     compiled = parallel.compile_train_step(make_step())
     four, scalars_four = compiled(parallel.replicate(make_state()), batch, EXTRA)
     for name in scalars_one:
@@ -194,13 +200,18 @@ def test_feature_terms_of_a_part_of_the_batch():
     state = state.replace(opt_state=optax.sgd(0.0).init(state.params))
     _, scalars = step(state, batch, EXTRA)
     images, mask = prepare_batch(batch, draw_mask=draw)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    (output, _), _ = MODEL.apply(
-        variables, images, mask, train=True, mutable=["batch_stats"]
-    )
-    terms = losses.inpainting_loss(
-        output, images, mask, features_fn=lambda x: features(EXTRA, x)
-    )
+
+    @jax.jit
+    def loss(params, images, mask):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        (output, _), _ = MODEL.apply(
+            variables, images, mask, train=True, mutable=["batch_stats"]
+        )
+        return losses.inpainting_loss(
+            output, images, mask, features_fn=lambda x: features(EXTRA, x)
+        )
+
+    terms = loss(state.params, images, mask)
     seen = {"perceptual": 2, "style_out": 2, "style_comp": 2}
     for name in terms.keys() - {"total"}:
         expected = terms[name][: seen.get(name, 4)].mean()
@@ -232,15 +243,16 @@ def test_several_updates_of_a_call_are_those_of_several_calls():
 
 
 def test_order_in_the_batch_does_not_matter():
-    batch = make_batch(4)
-    shuffled = {name: x[[2, 0, 3, 1]] for name, x in batch.items()}
-    step = jax.jit(make_step())
+    order = np.array([2, 0, 3, 1, 6, 7, 5, 4])
+    batch = make_batch(8)
+    shuffled = {name: x[order] for name, x in batch.items()}
+    step = jitted_step()
     _, a = step(make_state(), batch, EXTRA)
     _, b = step(make_state(), shuffled, EXTRA)
     chex.assert_trees_all_close(a, b, rtol=1e-4)
     _, mask = prepare_batch(batch, draw_mask=draw)
     _, shuffled_mask = prepare_batch(shuffled, draw_mask=draw)
-    np.testing.assert_array_equal(mask[jnp.array([2, 0, 3, 1])], shuffled_mask)
+    np.testing.assert_array_equal(mask[order], shuffled_mask)
 
 
 def test_steps_are_traced_once():
@@ -274,7 +286,7 @@ def test_mapped_steps_are_traced_once():
 
 def test_second_phase_leaves_the_encoders_normalization_alone():
     frozen = MODEL.encoder_norms
-    assert frozen == ("bn2", "bn3")
+    assert frozen == ("bn2",)
     state = make_state()
     optimizer = optim.make_optimizer(1e-2, frozen=frozen)
     step = jax.jit(make_step(optimizer=optimizer, freeze_encoder_norm=True))
@@ -314,7 +326,7 @@ def test_fill_step_gives_images_as_they_are_saved():
     expected = (np.clip(output, -1, 1) + 1) * 127.5
     assert filled["output"].dtype == np.uint8 and filled["finite"].all()
     assert np.abs(filled["output"] - expected).max() < 0.501
-    variables["params"]["pconv6"]["bias"] = np.array([0, np.inf, 0], np.float32)
+    variables["params"]["pconv4"]["bias"] = np.array([0, np.inf, 0], np.float32)
     assert not step(variables, batch)["finite"].any()
 
 
