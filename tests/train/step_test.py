@@ -127,6 +127,7 @@ def test_four_devices_do_what_one_does(with_mask):
     chex.assert_trees_all_close(four.opt_state, one.opt_state, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_four_devices_update_as_one_does_by_gradient_descent():
     step = make_step(optimizer=optax.sgd(0.01))
     batch, state = make_batch(8), make_state().replace(opt_state=optax.EmptyState())
@@ -155,6 +156,7 @@ def test_the_average_forgets_the_first_weights_and_follows_the_others():
     assert make_state().variables.keys() == {"params", "batch_stats"}
 
 
+@pytest.mark.slow
 def test_scales_scale_the_update_and_the_terms_of_the_features():
     state, batch = make_state(), make_batch(4)
     step = jax.jit(make_step(optimizer=optax.sgd(0.1)))
@@ -194,6 +196,7 @@ def test_colors_change_by_the_three_factors_alone():
     np.testing.assert_allclose(same, images, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_feature_terms_of_a_part_of_the_batch():
     state, batch = make_state(), make_batch(4)
     step = jax.jit(make_step(feature_fraction=0.5, optimizer=optax.sgd(0.0)))
@@ -221,6 +224,7 @@ def test_feature_terms_of_a_part_of_the_batch():
     np.testing.assert_allclose(scalars["total"], total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_updates_of_a_call_are_those_of_several_calls():
     batches = [make_batch(4, number=n) for n in range(3)]
     scales = [Scales(np.float32(rate), np.float32(0.5)) for rate in (1, 0.5, 0.1)]
@@ -379,6 +383,7 @@ def test_parts_of_a_batch_give_its_gradient():
     assert parts.step == 1
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_normalized_one_after_the_other():
     batch, step = make_batch(8), make_step(optimizer=optax.sgd(0.0))
     state = make_state().replace(opt_state=optax.sgd(0.0).init(make_state().params))
@@ -415,6 +420,7 @@ def test_losses_in_bfloat16_are_those_in_float32():
     np.testing.assert_allclose(half["gradient_norm"], full["gradient_norm"], rtol=0.05)
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_follows_that_in_float32():
     def train(model):
         step, state = jax.jit(make_step(model=model)), make_state()
