@@ -16,7 +16,7 @@ from pconv_jax import ops
 from pconv_jax.layers import PartialConv, PartialConvTranspose
 
 # They compile much; the older Python leaves them out.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_compilation")]
 
 CHANNELS = 4
 

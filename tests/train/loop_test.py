@@ -662,7 +662,7 @@ def test_killed_and_stopped_runs_end_as_one_that_never_was(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    fields = {"phase1.steps": 3, "phase2.steps": 1, "masks.kind": "blobs"}
+    fields = {"phase1.steps": 3, "phase2.steps": 1}
     result = run(command(tmp_path / "one", **fields))
     assert result.returncode == 0, result.stderr
     for process in start_two(tmp_path / "two", fields):
