@@ -43,9 +43,10 @@ print(len(list((folder / "photos").iterdir())), "photos")
 # %% [markdown]
 # ## Settings
 #
-# `default_config` holds the recipe of the paper. All settings are listed in the guide
-# to training. `vgg = None` leaves out the perceptual and style terms of the loss,
-# which take most of the time and need a trained VGG16. Phase 2, which freezes the batch
+# `default_config` holds the recipe of the paper. The
+# [guide to training](../train.md#all-settings) lists all settings. `vgg = None` leaves
+# out the perceptual and style terms of the loss, which take most of the time and need a
+# trained VGG16. Phase 2, which freezes the batch
 # normalization of the encoder, is left out too.
 
 # %%
