@@ -19,6 +19,7 @@ from pconv_jax.train.step import (
     train_step,
 )
 from pconv_jax.unet import PConvUNet
+from tests.helpers.cases import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -112,7 +113,7 @@ def test_scalars_are_the_terms_of_the_loss_and_the_update_is_adams():
     assert all(0 < m <= 1.001e-3 for m in jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("with_mask", mostly_slow([False, True], every=2))
 def test_four_devices_do_what_one_does(with_mask):
     assert jax.device_count() == 4
     batch = make_batch(8, with_mask=with_mask)
@@ -138,6 +139,7 @@ def test_four_devices_update_as_one_does_by_gradient_descent():
     chex.assert_trees_all_close(four.params, one.params, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_average_forgets_the_first_weights_and_follows_the_others():
     state = make_state()
     weights = {"params": state.params, "batch_stats": state.batch_stats}
@@ -274,6 +276,7 @@ def test_steps_are_traced_once():
     assert state.step == 3
 
 
+@pytest.mark.slow
 def test_mapped_steps_are_traced_once():
     traces = []
 
@@ -364,6 +367,7 @@ def test_images_are_scaled_to_the_ends_of_the_range():
     np.testing.assert_array_equal(mask.ravel(), [1.0, 0.0, 1.0])
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_give_its_gradient():
     stages = [
         [stage._replace(batch_norm=False) for stage in side]
