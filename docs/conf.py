@@ -44,7 +44,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]  # "Variables" otherwise.
 napoleon_attr_annotations = False
 
 myst_enable_extensions = ["colon_fence", "deflist"]

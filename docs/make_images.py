@@ -1,16 +1,19 @@
 """Makes the images of the documentation: ``python docs/make_images.py``.
 
-The photos are those of ``docs/photos`` and of scikit-image. Masks are drawn here, and
-the bundled network fills them, as ``pconv inpaint`` does.
+The photos are those of ``docs/photos`` and of scikit-image. For the guide to repair,
+masks are drawn here, and the bundled network fills them, as ``pconv inpaint`` does. For
+the guide to evaluation, random masks are filled by three methods, as by ``pconv eval``.
 """
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from skimage import data
 
-from pconv_jax import Inpainter
+from pconv_jax import Inpainter, evaluate_run
+from pconv_jax.evaluate.runner import EvalData
 
 IMAGES = Path(__file__).parent / "images"
 PHOTOS = Path(__file__).parent / "photos"
@@ -155,6 +158,29 @@ def draw_masks(size: tuple[int, int]) -> dict[str, Image.Image]:
     }
 
 
+def examples() -> dict[str, Image.Image]:
+    """Evaluate the bundled network, and take the median and the worst examples.
+
+    The same as ``pconv eval --weights photos --images FOLDER --image_size 256
+    --examples 5 --methods network,telea,patchmatch --no-learned``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        photos, out = Path(folder, "photos"), Path(folder, "out")
+        photos.mkdir()
+        for name in ("astronaut", "chelsea", "coffee", "rocket"):
+            Image.fromarray(getattr(data, name)()).save(photos / f"{name}.png")
+        Image.fromarray(data.stereo_motorcycle()[0]).save(photos / "motorcycle.png")
+        evaluate_run(
+            weights="photos",
+            methods=["network", "telea", "patchmatch"],
+            data=EvalData(images=str(photos), image_size=256, examples=5),
+            learned=False,
+            out=out,
+        )
+        files = {"gallery": "pictures.png", "gallery-worst": "worst.png"}
+        return {name: Image.open(out / file).copy() for name, file in files.items()}
+
+
 def gallery(inpainter: Inpainter) -> Image.Image:
     """Repair the photos of ``docs/photos``, three pairs a row."""
     pairs = []
@@ -195,9 +221,10 @@ def main() -> None:
         "repair": gallery(inpainter),
         "mask": strip([astronaut, patch, inpainter(astronaut, patch)]),
         "failures": rows((coffee, spoon), (astronaut, face)),
+        **examples(),
     }
     for name, image in images.items():
-        image.save(IMAGES / f"{name}.jpg", quality=88)
+        image.convert("RGB").save(IMAGES / f"{name}.jpg", quality=88)
 
 
 if __name__ == "__main__":

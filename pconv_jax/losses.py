@@ -40,6 +40,7 @@ class LossWeights(NamedTuple):
 
 
 PAPER_WEIGHTS = LossWeights()
+"""The weights of equation 7 of the paper."""
 
 
 def inpainting_loss(

@@ -69,6 +69,13 @@ def fast_compilation():
         yield
 
 
+@pytest.fixture(scope="module")
+def fast_computation():
+    """For modules that compute long, such as the search for detail."""
+    with _optimizations(disabled=False):
+        yield
+
+
 @pytest.fixture
 def fast_compilation_once():
     """For a test that compiles long, in a module that is optimized."""

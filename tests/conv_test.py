@@ -8,6 +8,7 @@ import pytest
 from jax import export
 
 from pconv_jax import _conv
+from tests.helpers.cases import mostly_slow
 
 
 def make_case(spatial, size, *, channels=4, features=6):
@@ -74,17 +75,20 @@ def test_maps_smaller_than_the_kernel_are_a_matrix_product(spatial, size, option
 
 GEOMETRIES = pytest.mark.parametrize(
     ("spatial", "size", "options"),
-    [
-        ((9, 8), (3, 3), dict()),
-        ((9, 8), (5, 5), dict(padding=2, strides=2)),
-        ((8, 9), (7, 5), dict(padding=((4, 2), "CIRCULAR"), strides=(3, 2))),
-        ((9, 8), (3, 2), dict(padding=((2, -1), (0, 1)), kernel_dilation=(3, 2))),
-        ((13, 14), (3, 4), dict(strides=(4, 6), kernel_dilation=(2, 4))),
-        ((9, 9), (1, 1), dict(strides=3)),
-        ((2, 20), (2, 2), dict(strides=(5, 1), padding=((4, 0), (0, 0)))),
-        ((30,), (5,), dict(strides=2)),
-        ((6, 5, 7), (3, 3, 3), dict(strides=(1, 2, 1))),
-    ],
+    mostly_slow(
+        [
+            ((9, 8), (3, 3), dict()),
+            ((9, 8), (5, 5), dict(padding=2, strides=2)),
+            ((8, 9), (7, 5), dict(padding=((4, 2), "CIRCULAR"), strides=(3, 2))),
+            ((9, 8), (3, 2), dict(padding=((2, -1), (0, 1)), kernel_dilation=(3, 2))),
+            ((13, 14), (3, 4), dict(strides=(4, 6), kernel_dilation=(2, 4))),
+            ((9, 9), (1, 1), dict(strides=3)),
+            ((2, 20), (2, 2), dict(strides=(5, 1), padding=((4, 0), (0, 0)))),
+            ((30,), (5,), dict(strides=2)),
+            ((6, 5, 7), (3, 3, 3), dict(strides=(1, 2, 1))),
+        ],
+        every=3,
+    ),
     ids=str,
 )
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 from pconv_jax import ops
 from pconv_jax.layers import PartialConv, PartialConvTranspose, PartialPadConv
+from tests.helpers.cases import mostly_slow
 
 
 def make_inputs(*shape, planes=1, seed=0):
@@ -114,7 +115,7 @@ def test_fields_of_the_transposed_layer_are_those_of_conv_transpose():
             assert field.default == theirs[name].default, name
 
 
-@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("transpose_kernel", mostly_slow([False, True], every=2))
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", 2, ((1, 2), (3, 0))])
 @pytest.mark.parametrize(
     ("size", "strides", "dilation"),

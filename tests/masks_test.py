@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pconv_jax import masks
+from tests.helpers.cases import mostly_slow
 
 KEY = jax.random.key(0)
 
@@ -82,7 +83,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind, border, shape", CASES)
+@pytest.mark.parametrize("kind, border, shape", mostly_slow(CASES, every=4))
 def test_hole_area_and_border_are_as_asked(kind, border, shape):
     height, width = shape
     pixels = height * width
@@ -204,6 +205,7 @@ def test_holes_are_solid_rather_than_scattered_pixels():
     assert np.mean(np.equal(eroded, 0)) > 0.5 * 0.3
 
 
+@pytest.mark.slow
 def test_ragged_holes_have_many_times_as_many_islands():
     """Count the islands of up to 4 pixels."""
 
@@ -220,7 +222,9 @@ def test_ragged_holes_have_many_times_as_many_islands():
     assert (ragged < ragged.mean() / 4).any()  # Not all are ragged.
 
 
-@pytest.mark.parametrize("kind", ["lines", "text", "dots", "thin"])
+@pytest.mark.parametrize(
+    "kind", mostly_slow(["lines", "text", "dots", "thin"], every=4)
+)
 def test_thin_holes_are_a_few_pixels_wide(kind):
     draw = functools.partial(
         masks.random_mask, shape=(128, 128), hole_ratio=0.02, kind=kind
@@ -234,6 +238,7 @@ def test_thin_holes_are_a_few_pixels_wide(kind):
     assert np.mean(near) > 0.04 and deep.sum() < 0.1 * np.equal(batch, 0).sum()
 
 
+@pytest.mark.slow
 def test_letters_are_as_high_as_promised():
     """The first rows alone: 0.6 % of the pixels are less than eight letters."""
     draw = functools.partial(
@@ -282,6 +287,7 @@ def same_but_for_rounding(a, b):
     assert np.mean(np.asarray(a) != np.asarray(b)) < 0.005
 
 
+@pytest.mark.slow
 def test_eager_equals_jit():
     options = dict(hole_ratio=0.3, kind="rectangles", border=True)
     jitted = masks.random_mask(KEY, (17, 24), **options)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 import pconv_jax.nnx
 from pconv_jax import layers, ops
 from pconv_jax.nnx import PartialConv, PartialConvTranspose, PartialPadConv
+from tests.helpers.cases import mostly_slow
 
 
 def make_inputs(*shape, planes=1, seed=0):
@@ -60,7 +61,10 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("spatial", "options", "batch"),
-    [*((*case, (2,)) for case in CASES), (*CASES[0], ()), (*CASES[0], (2, 1))],
+    mostly_slow(
+        [*((*case, (2,)) for case in CASES), (*CASES[0], ()), (*CASES[0], (2, 1))],
+        every=5,
+    ),
     ids=str,
 )
 def test_it_computes_what_the_linen_layer_does_from_the_same_arrays(
@@ -94,12 +98,17 @@ def test_parameters_and_numbers_are_those_of_conv(spatial, options):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        dict(strides=(2, 3), padding="VALID", transpose_kernel=True, use_bias=False),
-        dict(strides=2, kernel_dilation=3, padding="CIRCULAR"),
-        dict(padding=1, dtype=jnp.bfloat16),
-    ],
+    mostly_slow(
+        [
+            {},
+            dict(
+                strides=(2, 3), padding="VALID", transpose_kernel=True, use_bias=False
+            ),
+            dict(strides=2, kernel_dilation=3, padding="CIRCULAR"),
+            dict(padding=1, dtype=jnp.bfloat16),
+        ],
+        every=4,
+    ),
     ids=str,
 )
 def test_the_transposed_layer_computes_what_that_of_linen_does(options):

@@ -122,10 +122,10 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_results_do_not_depend_on_the_settings(name):
     with settings(x64=False, strict=False):
-        expected = CALLS[name]()
+        expected = jax.jit(CALLS[name])()
     for x64, strict in ((True, False), (True, True)):
         with settings(x64, strict):
-            actual = CALLS[name]()
+            actual = jax.jit(CALLS[name])()
         chex.assert_trees_all_equal_dtypes(actual, expected)
         chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
 

@@ -15,6 +15,7 @@ from jax.test_util import check_grads
 
 from pconv_jax import ops
 from tests.helpers import TESTDATA, reference
+from tests.helpers.cases import mostly_slow
 
 GOLDEN = np.load(TESTDATA / "nvidia_partialconv.npz")
 
@@ -67,7 +68,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
-@pytest.mark.parametrize("number", range(len(CASES)))
+@pytest.mark.parametrize("number", mostly_slow(range(len(CASES)), every=4))
 def test_equals_nvidia_partialconv(number, x64):
     case, dtype = CASES[number], np.float64 if x64 else np.float32
     golden = {
@@ -543,7 +544,7 @@ UPSAMPLED = [
 @pytest.mark.parametrize(
     "geometry, planes",
     [
-        *[(geometry, ONE_PLANE) for geometry in UPSAMPLED],
+        *mostly_slow([(geometry, ONE_PLANE) for geometry in UPSAMPLED], every=4),
         *[(UPSAMPLED[2], planes) for planes in (EACH_CHANNEL, NO_MASK)],
     ],
 )

@@ -16,7 +16,7 @@ from pconv_jax import ops
 from pconv_jax.layers import PartialConv, PartialConvTranspose
 
 # They compile much; the older Python leaves them out.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_compilation")]
 
 CHANNELS = 4
 
@@ -133,7 +133,7 @@ def test_vmap_of_gradients(layer):
     mapped = jax.jit(jax.vmap(gradient(layer), (None, 0, 0)))
     actual = mapped(params, np.stack(xs), np.stack(masks))
     for i, (x, mask) in enumerate(zip(xs, masks)):
-        expected = gradient(layer)(params, x, mask)
+        expected = jax.jit(gradient(layer))(params, x, mask)
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], actual), expected)
 
 
@@ -165,7 +165,7 @@ def test_hessian_vector_products(layer):
 
         def moved(by):
             at = jax.tree.map(lambda a, t: a + by * t, (params, x), tangents)
-            return gradient(layer)(*at, mask)
+            return jax.jit(gradient(layer))(*at, mask)
 
         step = 1e-5
         ends = moved(step), moved(-step)
@@ -192,7 +192,7 @@ def test_shard_map_over_examples(layer, check_vma):
     )
     sharded = jax.shard_map(total, **specs, out_specs=P())
     actual = jax.jit(jax.grad(sharded, argnums=(0, 1)))(params, x, mask)
-    assert_close(actual, gradient(layer)(params, x, mask))
+    assert_close(actual, jax.jit(gradient(layer))(params, x, mask))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -207,7 +207,8 @@ def test_gradients_taken_inside_of_shard_map(check_vma):
 
     specs = dict(mesh=mesh, in_specs=(P(), P("data"), P("data")), check_vma=check_vma)
     sharded = jax.jit(jax.shard_map(of_inputs, **specs, out_specs=P("data")))
-    assert_close(sharded(params, x, mask), gradient(layer)(params, x, mask)[1])
+    expected = jax.jit(gradient(layer))(params, x, mask)[1]
+    assert_close(sharded(params, x, mask), expected)
 
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, "data")], ids=["batch", "rows"])
@@ -279,7 +280,7 @@ def test_export_of_symbolic_sizes_works_where_that_of_conv_does(
     assert attempt(theirs).out_avals[0].shape == exported.out_avals[0].shape
     for batch, side in ((1, 16), (2, 19)):
         actual = exported.call(*(a.astype("f") for a in make_inputs(batch, side)))
-        assert_close(actual, ours(*make_inputs(batch, side)))
+        assert_close(actual, jax.jit(ours)(*make_inputs(batch, side)))
     # Not even the gradient of nn.Conv can be exported for some strides.
     gradients = [
         attempt(jax.grad(lambda x, m, f=f: jnp.sum(jax.tree.leaves(f(x, m))[0])))
@@ -288,7 +289,8 @@ def test_export_of_symbolic_sizes_works_where_that_of_conv_does(
     assert isinstance(gradients[0], type(gradients[1])) or gradients[0] is gradients[1]
     if isinstance(gradients[0], export.Exported):
         actual = gradients[0].call(*(a.astype("f") for a in make_inputs(2, 19)))
-        expected = jax.grad(lambda x, m: ours(x, m)[0].sum())(*make_inputs(2, 19))
+        total = jax.jit(jax.grad(lambda x, m: ours(x, m)[0].sum()))
+        expected = total(*make_inputs(2, 19))
         assert_close(actual, expected)
 
 

@@ -325,6 +325,7 @@ def apply_and_capture(model, variables, images, mask, *, train, freeze=False):
     )
 
 
+@pytest.mark.slow
 def test_batch_normalization_in_training():
     model, variables = make_model()
     images, mask = make_inputs()
@@ -369,6 +370,7 @@ def test_frozen_encoder_norms_use_their_running_statistics():
     chex.assert_trees_all_equal(apply(train=False, freeze=True), apply(train=False))
 
 
+@pytest.mark.slow
 def test_statistics_are_shared_by_devices():
     model, variables = make_model()
     synced, _ = make_model(axis_name="batch")
@@ -524,6 +526,7 @@ def test_folded_batch_normalization_computes_the_same(fields):
     assert {x.dtype for x in jax.tree.leaves(constants)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_decoder_at_low_resolution_equals_the_plain_one(monkeypatch):
     model, variables = make_model(depth=3)
     images, mask = make_inputs(size=24)

@@ -3,6 +3,7 @@
 So a name that is added to the package gets its entry by itself.
 """
 
+import dataclasses
 import importlib
 import inspect
 import pathlib
@@ -12,27 +13,43 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
 
 import pconv_jax
+from pconv_jax import layers, unet
 
 DOCS = pathlib.Path(__file__).parents[1]
 
-# Public modules whose names are not attributes of the package.
-_OTHER_MODULES = (
-    "data.tfds_source",
-    "inpaint.detail",
-    "metrics",
-    "nnx",
-    "metrics.lpips",
-    "metrics.inception",
-)
+# Public modules whose names are not attributes of the package, and what each follows.
+_OTHER_MODULES = {
+    "nnx": "layers",
+    "data.tfds_source": "data.sources",
+    "metrics": "data.tfds_source",
+    "metrics.lpips": "metrics",
+    "metrics.inception": "metrics.lpips",
+    "weights.lpips": "weights.vgg",
+    "weights.inception": "weights.lpips",
+    "inpaint.detail": "inpaint.inpainter",
+    "runs.config": "inpaint.detail",
+    "runs.opening": "runs.config",
+}
+
+# Fields of Flax's modules. Docstrings list them; those with defaults are members too.
+_FIELDS = {
+    field.name
+    for module in (layers.PartialConv, layers.PartialConvTranspose, unet.PConvUNet)
+    for field in dataclasses.fields(module)
+    if field.name != "name"
+}
 
 
 def _write_pages(app: Sphinx) -> None:
     names: dict[str, list[str]] = {}
     for name, module in pconv_jax._MODULES.items():
         names.setdefault(module, []).append(name)
-    names |= {module: [] for module in _OTHER_MODULES}
+    order = list(names)
+    for module, before in _OTHER_MODULES.items():
+        order.insert(order.index(before) + 1, module)
     folder = DOCS / "api"
     folder.mkdir(exist_ok=True)
     index = [
@@ -40,47 +57,48 @@ def _write_pages(app: Sphinx) -> None:
         "",
         "Every name in these tables is an attribute of the package, such as",
         "`pconv_jax.PartialConv`. Each links to its entry on the page of its module,",
-        "with arguments, shapes and errors.",
+        "with arguments, shapes and errors. The names of a module without a table are",
+        "attributes of the module.",
         "",
     ]
-    for module, members in names.items():
-        page = module.lstrip("_").replace(".", "_")
+    pages = [module.lstrip("_").replace(".", "_") for module in order]
+    for module, page in zip(order, pages):
         _write(folder / f"{page}.md", _module_page(module))
-        index += [f"## [`pconv_jax.{module}`]({page}.md)", "", _summary(module), ""]
-        if members:
+        index += [f"## [{_title(module)}]({page}.md)", "", _summary(module), ""]
+        if module in names:
             index += ["| Name | |", "|---|---|"]
             index += [
                 f"| {{py:obj}}`{name} <pconv_jax.{module}.{name}>` "
                 f"| {_summary(module, name)} |"
-                for name in members
+                for name in names[module]
             ]
             index += [""]
-    pages = [f"{module.lstrip('_').replace('.', '_')}" for module in names]
-    index += ["```{toctree}", ":hidden:", "", *pages, "```", ""]
+    entries = [f"{_title(m).strip('`')} <{page}>" for m, page in zip(order, pages)]
+    entries = [entry.removeprefix("pconv_jax.") for entry in entries]
+    index += ["```{toctree}", ":hidden:", "", *entries, "```", ""]
     _write(folder / "index.md", "\n".join(index))
 
 
+def _title(module: str) -> str:
+    return "Errors" if module == "_errors" else f"`pconv_jax.{module}`"
+
+
 def _module_page(module: str) -> str:
-    return "\n".join(
-        [
-            "# Errors" if module == "_errors" else f"# `pconv_jax.{module}`",
-            "",
-            "```{eval-rst}",
-            f".. automodule:: pconv_jax.{module}",
-            "```",
-            "",
-        ]
-    )
+    directive = f".. automodule:: pconv_jax.{module}"
+    if module == "metrics":  # It only imports its names.
+        directive += "\n   :imported-members:"
+    return f"# {_title(module)}\n\n```{{eval-rst}}\n{directive}\n```\n"
 
 
 def _summary(module: str, name: str | None = None) -> str:
-    """Take the first sentence of a docstring; constants have none of their own."""
+    """Take the first sentence of a docstring."""
     thing = importlib.import_module(f"pconv_jax.{module}")
-    if name:
-        thing = getattr(thing, name)
-        if not (inspect.isclass(thing) or inspect.isfunction(thing)):
-            return f"`{thing!r}`"
-    first = (inspect.getdoc(thing) or "").partition("\n\n")[0]
+    constants = ModuleAnalyzer.for_module(thing.__name__).find_attr_docs()
+    if ("", name) in constants:
+        text = "\n".join(constants["", name])
+    else:
+        text = inspect.getdoc(getattr(thing, name) if name else thing) or ""
+    first = text.partition("\n\n")[0]
     return " ".join(first.split()).replace("``", "`").replace("|", "\\|")
 
 
@@ -111,7 +129,7 @@ def _skip_member(
 ) -> bool | None:
     """Leave out what says nothing: the generated members of tuples and modules."""
     generated = (inspect.getdoc(obj) or "").startswith("Alias for field number")
-    return True if generated or name in ("parent", "scope") else None
+    return True if generated or (kind == "class" and name in _FIELDS) else None
 
 
 def _shorten_signature(

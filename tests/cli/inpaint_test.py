@@ -24,7 +24,7 @@ from tests.helpers import ROOT
 from tests.helpers.commands import pconv
 from tests.helpers.networks import make_network
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = pytest.mark.usefixtures("fast_computation")
 
 
 @pytest.fixture(scope="module")

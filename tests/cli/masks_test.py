@@ -8,6 +8,8 @@ from pconv_jax.cli import masks as masks_command
 from pconv_jax.inpaint import image_io
 from pconv_jax.inpaint.hole import hole_from_mask
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 def run(*arguments):
     cli.main([str(argument) for argument in arguments])

@@ -10,6 +10,8 @@ from pconv_jax.data import device_cache
 from pconv_jax.data.device_cache import DeviceCache, IndexBatches
 from pconv_jax.data.sources import FolderSource
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 def write_folder(folder, images):
     for number, image in enumerate(images):

@@ -77,6 +77,7 @@ def test_masks_of_any_shape_become_squares(tmp_path):
     assert pairs.masks(np.arange(1), BINS[0], False).shape == (1, SIZE, SIZE, 1)
 
 
+@pytest.mark.slow
 def test_different_eval_sets_have_different_fingerprints(tmp_path, monkeypatch):
     write_mask_folder(tmp_path / "m", [(BINS[1], False)])
     folder = MaskFolder(tmp_path / "m")

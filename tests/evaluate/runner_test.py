@@ -306,6 +306,7 @@ def test_weights_are_evaluated_on_the_bundled_images(variables, tmp_path):
         runner.evaluate_run(**options, config=config)
 
 
+@pytest.mark.slow
 def test_vgg_distance_uses_the_given_weights(run, tmp_path):
     params = jax.tree.map(np.asarray, vgg.random_params(jax.random.key(1)))
     weights = tmp_path / "vgg.safetensors"

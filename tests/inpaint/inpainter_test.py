@@ -17,7 +17,7 @@ from pconv_jax.unet import Normalization, PConvUNet, Stage, fill_depth
 from pconv_jax.weights import pretrained, project_names
 from tests.helpers.networks import make_network
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = pytest.mark.usefixtures("fast_computation")
 
 
 def averaging_network(depth=2, channels=3):
@@ -202,7 +202,9 @@ def test_pixels_outside_the_image_do_not_matter():
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 9), (9, 2), (3, 700), (1300, 5), (257, 255), (300, 1100)]
+    "shape",
+    [(1, 9), (9, 2), (3, 700), (1300, 5)]
+    + [pytest.param(s, marks=pytest.mark.slow) for s in ((257, 255), (150, 1100))],
 )
 def test_a_plain_image_becomes_whole(shape, averaging):
     """At any size, and however wide the hole is: no gray, no seam, no rim."""
@@ -483,6 +485,7 @@ def test_fill_depth_is_that_of_the_paper():
     assert all(closed[w] <= n + 1 for w, n in zip((7, 15, 31, 47), (1, 2, 3, 4)))
 
 
+@pytest.mark.slow
 def test_fill_depth_is_where_the_network_has_a_mask():
     model, variables = make_network(depth=3)
     rng = np.random.default_rng(0)
@@ -490,7 +493,7 @@ def test_fill_depth_is_where_the_network_has_a_mask():
     for top, left, size in rng.integers((0, 0, 3), (128, 128, 30), (20, 3)):
         mask[:, top : top + size, left : left + size] = 0
     mask[:, 40:110, 30:110] = 0
-    _, new_mask = model.apply(variables, np.zeros((1, 128, 128, 3)), mask)
+    _, new_mask = jax.jit(model.apply)(variables, np.zeros((1, 128, 128, 3)), mask)
     depth = np.asarray(fill_depth(model, mask))
     assert np.all(np.asarray(new_mask)[..., 0][depth <= 3] == 1)
     inpainter = Inpainter(model, variables)

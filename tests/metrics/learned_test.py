@@ -126,6 +126,7 @@ def test_lpips_of_the_smallest_images(net, size):
         shape(size - 1)
 
 
+@pytest.mark.slow
 def test_vgg_distance_is_the_formula_of_lpips_without_weights():
     # 26 is not a multiple of 8: the pools are of 13, 6 and 3 pixels.
     a, b = np.random.default_rng(0).random((2, 3, 26, 16, 3), np.float32)
@@ -193,6 +194,7 @@ def inception_params(tmp_path_factory, fast_compilation):
         return load_inception_params()
 
 
+@pytest.mark.slow
 def test_inception_equals_pytorch_fid(inception_params):
     outputs = [
         compiled_inception(inception_params, learned_golden.make_images(shape, seed))

@@ -74,6 +74,7 @@ def run_release(settings, tmp_path, **fields):
     return json.loads((tmp_path / "out" / "release.json").read_text())["events"]
 
 
+@pytest.mark.slow
 def test_every_failure_has_a_remedy_and_training_goes_on(tmp_path, monkeypatch, start):
     runs = Runs(
         (NO_ALGORITHM, None),

@@ -8,6 +8,7 @@ import pytest
 
 from pconv_jax.unet import PConvUNet, Stage
 from pconv_jax.weights import pretrained
+from tests.helpers.cases import mostly_slow
 from tools import widen
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 KEY = jax.random.key(0)
 
 
+@functools.cache
 def make_network(**fields):
     """A network with statistics and biases that are not those of a new one."""
     model = PConvUNet(depth=2, width=4, **fields)
@@ -42,7 +44,7 @@ def apply(model, variables, mask, **options):
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("width", [6, 8])
+@pytest.mark.parametrize("width", mostly_slow([6, 8], every=2))
 @pytest.mark.parametrize("conv", ["partial", "standard"])
 def test_the_output_stays(conv, width, train):
     model, variables = make_network(conv=conv)

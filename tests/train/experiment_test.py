@@ -9,6 +9,8 @@ from pconv_jax import masks
 from pconv_jax.runs.settings import MaskSettings
 from pconv_jax.train import experiment
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 @pytest.fixture
 def marked_masks(monkeypatch):
@@ -67,7 +69,8 @@ def test_masks_of_a_pool_are_turned_and_mirrored_in_all_eight_ways():
 
 
 def test_a_pool_holds_masks_of_the_sampler():
-    draw = experiment.mask_sampler(MaskSettings(kind="rectangles", thin=0.3), 16)
+    settings = MaskSettings(kind="rectangles", thin=0.3)
+    draw = jax.jit(experiment.mask_sampler(settings, 16))
     pool = experiment.draw_pool(jax.random.key(3), draw, count=70)
     assert pool.shape == (70, 16, 16, 1) and pool.dtype == bool
     for number, key in enumerate(jax.random.split(jax.random.key(3), 70)[:5]):

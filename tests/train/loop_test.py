@@ -357,6 +357,7 @@ def test_a_network_of_another_class_is_told_apart(tmp_path):
     loop.train_and_evaluate(tiny(**fields), tmp_path / "next", model=other)
 
 
+@pytest.mark.slow
 def test_a_network_is_told_apart_by_what_no_array_shows(tmp_path):
     fields = {"phase1.steps": 1, "phase2.steps": 0}
     other = PConvUNet(depth=2, width=4, normalization=IMAGENET)
@@ -524,6 +525,7 @@ def test_unreadable_images_are_in_the_summary(tmp_path):
     assert summary["warnings"] == [f"1 unreadable image(s): {name}"]
 
 
+@pytest.mark.slow
 def test_random_features_are_warned_of_until_the_end(tmp_path, monkeypatch):
     def no_network():
         raise hub.DownloadError("no network")
@@ -660,7 +662,7 @@ def test_killed_and_stopped_runs_end_as_one_that_never_was(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    fields = {"phase1.steps": 3, "phase2.steps": 1, "masks.kind": "blobs"}
+    fields = {"phase1.steps": 3, "phase2.steps": 1}
     result = run(command(tmp_path / "one", **fields))
     assert result.returncode == 0, result.stderr
     for process in start_two(tmp_path / "two", fields):

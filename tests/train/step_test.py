@@ -19,13 +19,14 @@ from pconv_jax.train.step import (
     train_step,
 )
 from pconv_jax.unet import PConvUNet
+from tests.helpers.cases import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 SIZE = 16
 
-MODEL = PConvUNet(depth=3, width=4)
+MODEL = PConvUNet(depth=2, width=4)
 
 OPTIMIZER = optim.make_optimizer(1e-3)
 
@@ -71,12 +72,18 @@ def make_step(**options):
     return functools.partial(train_step, **(defaults | options))
 
 
+@functools.cache
+def jitted_step():
+    """The step of several tests, compiled once for each shape of its batches."""
+    return jax.jit(make_step())
+
+
 EXTRA = {"gain": np.float32(0.5)}
 
 
 def test_scalars_are_the_terms_of_the_loss_and_the_update_is_adams():
     state, batch = make_state(), make_batch()
-    new_state, scalars = jax.jit(make_step())(state, batch, EXTRA)
+    new_state, scalars = jitted_step()(state, batch, EXTRA)
 
     images, mask = prepare_batch(batch, draw_mask=draw)
 
@@ -106,11 +113,11 @@ def test_scalars_are_the_terms_of_the_loss_and_the_update_is_adams():
     assert all(0 < m <= 1.001e-3 for m in jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("with_mask", mostly_slow([False, True], every=2))
 def test_four_devices_do_what_one_does(with_mask):
     assert jax.device_count() == 4
     batch = make_batch(8, with_mask=with_mask)
-    one, scalars_one = jax.jit(make_step())(make_state(), batch, EXTRA)
+    one, scalars_one = jitted_step()(make_state(), batch, EXTRA)
     compiled = parallel.compile_train_step(make_step())
     four, scalars_four = compiled(parallel.replicate(make_state()), batch, EXTRA)
     for name in scalars_one:
@@ -121,6 +128,7 @@ def test_four_devices_do_what_one_does(with_mask):
     chex.assert_trees_all_close(four.opt_state, one.opt_state, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_four_devices_update_as_one_does_by_gradient_descent():
     step = make_step(optimizer=optax.sgd(0.01))
     batch, state = make_batch(8), make_state().replace(opt_state=optax.EmptyState())
@@ -131,6 +139,7 @@ def test_four_devices_update_as_one_does_by_gradient_descent():
     chex.assert_trees_all_close(four.params, one.params, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_average_forgets_the_first_weights_and_follows_the_others():
     state = make_state()
     weights = {"params": state.params, "batch_stats": state.batch_stats}
@@ -149,6 +158,7 @@ def test_the_average_forgets_the_first_weights_and_follows_the_others():
     assert make_state().variables.keys() == {"params", "batch_stats"}
 
 
+@pytest.mark.slow
 def test_scales_scale_the_update_and_the_terms_of_the_features():
     state, batch = make_state(), make_batch(4)
     step = jax.jit(make_step(optimizer=optax.sgd(0.1)))
@@ -188,19 +198,25 @@ def test_colors_change_by_the_three_factors_alone():
     np.testing.assert_allclose(same, images, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_feature_terms_of_a_part_of_the_batch():
     state, batch = make_state(), make_batch(4)
     step = jax.jit(make_step(feature_fraction=0.5, optimizer=optax.sgd(0.0)))
     state = state.replace(opt_state=optax.sgd(0.0).init(state.params))
     _, scalars = step(state, batch, EXTRA)
     images, mask = prepare_batch(batch, draw_mask=draw)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    (output, _), _ = MODEL.apply(
-        variables, images, mask, train=True, mutable=["batch_stats"]
-    )
-    terms = losses.inpainting_loss(
-        output, images, mask, features_fn=lambda x: features(EXTRA, x)
-    )
+
+    @jax.jit
+    def loss(params, images, mask):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        (output, _), _ = MODEL.apply(
+            variables, images, mask, train=True, mutable=["batch_stats"]
+        )
+        return losses.inpainting_loss(
+            output, images, mask, features_fn=lambda x: features(EXTRA, x)
+        )
+
+    terms = loss(state.params, images, mask)
     seen = {"perceptual": 2, "style_out": 2, "style_comp": 2}
     for name in terms.keys() - {"total"}:
         expected = terms[name][: seen.get(name, 4)].mean()
@@ -210,6 +226,7 @@ def test_feature_terms_of_a_part_of_the_batch():
     np.testing.assert_allclose(scalars["total"], total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_updates_of_a_call_are_those_of_several_calls():
     batches = [make_batch(4, number=n) for n in range(3)]
     scales = [Scales(np.float32(rate), np.float32(0.5)) for rate in (1, 0.5, 0.1)]
@@ -232,15 +249,16 @@ def test_several_updates_of_a_call_are_those_of_several_calls():
 
 
 def test_order_in_the_batch_does_not_matter():
-    batch = make_batch(4)
-    shuffled = {name: x[[2, 0, 3, 1]] for name, x in batch.items()}
-    step = jax.jit(make_step())
+    order = np.array([2, 0, 3, 1, 6, 7, 5, 4])
+    batch = make_batch(8)
+    shuffled = {name: x[order] for name, x in batch.items()}
+    step = jitted_step()
     _, a = step(make_state(), batch, EXTRA)
     _, b = step(make_state(), shuffled, EXTRA)
     chex.assert_trees_all_close(a, b, rtol=1e-4)
     _, mask = prepare_batch(batch, draw_mask=draw)
     _, shuffled_mask = prepare_batch(shuffled, draw_mask=draw)
-    np.testing.assert_array_equal(mask[jnp.array([2, 0, 3, 1])], shuffled_mask)
+    np.testing.assert_array_equal(mask[order], shuffled_mask)
 
 
 def test_steps_are_traced_once():
@@ -258,6 +276,7 @@ def test_steps_are_traced_once():
     assert state.step == 3
 
 
+@pytest.mark.slow
 def test_mapped_steps_are_traced_once():
     traces = []
 
@@ -274,7 +293,7 @@ def test_mapped_steps_are_traced_once():
 
 def test_second_phase_leaves_the_encoders_normalization_alone():
     frozen = MODEL.encoder_norms
-    assert frozen == ("bn2", "bn3")
+    assert frozen == ("bn2",)
     state = make_state()
     optimizer = optim.make_optimizer(1e-2, frozen=frozen)
     step = jax.jit(make_step(optimizer=optimizer, freeze_encoder_norm=True))
@@ -314,7 +333,7 @@ def test_fill_step_gives_images_as_they_are_saved():
     expected = (np.clip(output, -1, 1) + 1) * 127.5
     assert filled["output"].dtype == np.uint8 and filled["finite"].all()
     assert np.abs(filled["output"] - expected).max() < 0.501
-    variables["params"]["pconv6"]["bias"] = np.array([0, np.inf, 0], np.float32)
+    variables["params"]["pconv4"]["bias"] = np.array([0, np.inf, 0], np.float32)
     assert not step(variables, batch)["finite"].any()
 
 
@@ -348,6 +367,7 @@ def test_images_are_scaled_to_the_ends_of_the_range():
     np.testing.assert_array_equal(mask.ravel(), [1.0, 0.0, 1.0])
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_give_its_gradient():
     stages = [
         [stage._replace(batch_norm=False) for stage in side]
@@ -367,6 +387,7 @@ def test_parts_of_a_batch_give_its_gradient():
     assert parts.step == 1
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_normalized_one_after_the_other():
     batch, step = make_batch(8), make_step(optimizer=optax.sgd(0.0))
     state = make_state().replace(opt_state=optax.sgd(0.0).init(make_state().params))
@@ -403,6 +424,7 @@ def test_losses_in_bfloat16_are_those_in_float32():
     np.testing.assert_allclose(half["gradient_norm"], full["gradient_norm"], rtol=0.05)
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_follows_that_in_float32():
     def train(model):
         step, state = jax.jit(make_step(model=model)), make_state()

@@ -16,6 +16,8 @@ from pconv_jax.weights.formats.arrays import read_arrays
 from tests.helpers import TESTDATA, reference, torch_writer
 from tests.helpers.networks import small_mmagic
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 DATA = TESTDATA
 
 UNETS = np.load(DATA / "unets.npz")
