@@ -162,7 +162,7 @@ def examples() -> dict[str, Image.Image]:
     """Evaluate the bundled network, and take the median and the worst examples.
 
     The same as ``pconv eval --weights photos --images FOLDER --image_size 256
-    --examples 5 --methods network,telea,patchmatch --no-learned``.
+    --examples 5 --methods network,repair,telea --no-learned``.
     """
     with tempfile.TemporaryDirectory() as folder:
         photos, out = Path(folder, "photos"), Path(folder, "out")
@@ -172,7 +172,7 @@ def examples() -> dict[str, Image.Image]:
         Image.fromarray(data.stereo_motorcycle()[0]).save(photos / "motorcycle.png")
         evaluate_run(
             weights="photos",
-            methods=["network", "telea", "patchmatch"],
+            methods=["network", "repair", "telea"],
             data=EvalData(images=str(photos), image_size=256, examples=5),
             learned=False,
             out=out,
