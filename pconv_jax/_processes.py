@@ -4,19 +4,12 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
-import signal
 import threading
 
 
 def end_with_parent() -> None:
     """End this process when the one that started it ends, however that ends."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def start_worker() -> None:
-    """Let a process that works for another one be ended by that one, also at Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
 
 
 def _wait_for_parent() -> None:

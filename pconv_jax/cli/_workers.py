@@ -102,8 +102,9 @@ def _work(
     pairs: Pairs,
     first: int,
 ) -> None:
-    _processes.start_worker()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # It then tidies up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The first process ends this one,
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which then tidies up.
+    _processes.end_with_parent()
     try:
         for message in repair(arguments, pairs, first):
             sender.send(message)

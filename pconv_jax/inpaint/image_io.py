@@ -4,7 +4,6 @@ An image is a `PIL.Image.Image`. Where Pillow has no mode, as for 16-bit color a
 data from ``.npy`` files, it is an array ``[H, W]`` or ``[H, W, C]``.
 """
 
-import contextlib
 import io
 import math
 import os
@@ -141,13 +140,6 @@ def read(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image
         return _read_image(_files.read_regular(path), max_pixels)
     except _CODEC_ERRORS as error:
         raise UserError(f"cannot read {path}: {_reason(path, error)}") from error
-
-
-def try_to_read(path: str, max_pixels: int) -> None:
-    """Read a file, and forget it: for a process of its own, which it may kill."""
-    with contextlib.suppress(UserError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        read(path, max_pixels=max_pixels)
 
 
 def write(path: str | os.PathLike[str], file: ImageFile) -> None:

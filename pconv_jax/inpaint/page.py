@@ -7,7 +7,6 @@ size, and only its hole has changed. Nothing leaves the machine that serves the 
 import functools
 import importlib.util
 import ipaddress
-import multiprocessing
 import re
 import shutil
 import socket
@@ -17,8 +16,6 @@ import time
 import urllib.parse
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +24,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pconv_jax import _processes, masks
+from pconv_jax import masks
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.inpaint import image_io
+from pconv_jax.inpaint.decoder import Decoder
 from pconv_jax.inpaint.formats import SUFFIXES, variant_path
 from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask, resize_hole
 from pconv_jax.inpaint.image_io import ImageFile
@@ -60,6 +58,7 @@ _EXAMPLES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 _SUFFIXES = [suffix for suffix in SUFFIXES if suffix != ".npy"]
 _MAX_UPLOAD = "200mb"
 _MAX_PIXELS = 40_000_000
+_DECODER = Decoder()  # Files may crash it, and not the page.
 _MAX_WAITING = 30
 _MAX_VARIANTS = 4
 
@@ -582,21 +581,9 @@ def _error(message: str) -> gr.Error:
     return gr.Error(re.sub(rf"{folder}(/\w+)*/", "", message), print_exception=False)
 
 
-@functools.cache
-def _decoder() -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, context, initializer=_processes.start_worker)
-
-
 @functools.lru_cache(maxsize=1000)  # Gradio never gives two files one path.
 def _can_be_decoded(path: str) -> bool:
-    """Return whether a process that decodes a file survives it."""
-    try:
-        _decoder().submit(image_io.try_to_read, path, _MAX_PIXELS).result()
-    except BrokenProcessPool:
-        _decoder.cache_clear()
-        return False
-    return True
+    return _DECODER.survives(path, max_pixels=_MAX_PIXELS)
 
 
 def _read(path: str) -> ImageFile:

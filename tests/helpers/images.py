@@ -1,7 +1,6 @@
 """Images and image files."""
 
 import io
-import os
 import tarfile
 
 import cv2
@@ -21,11 +20,6 @@ def photo(height=40, width=60, seed=0):
     """A smooth color image, which JPEG changes little."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
-def crash(path, max_pixels):
-    """Stand in for a decoder that ends its process."""
-    os.abort()
 
 
 def write_tar(path, files, mode="w"):

@@ -22,10 +22,11 @@ import pconv_jax
 from pconv_jax import cli
 from pconv_jax.cli import demo
 from pconv_jax.inpaint import image_io, page
+from pconv_jax.inpaint.decoder import Decoder
 from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.weights import pretrained
-from tests.helpers import ROOT, images
+from tests.helpers import ROOT
 from tests.helpers.networks import make_network
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -209,12 +210,19 @@ def test_a_file_that_crashes_its_decoder_does_not_end_the_page(tmp_path, monkeyp
     paths = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
     for path in paths:
         Image.fromarray(photo()).save(path)
+    crash = "import os; input(); os.abort()"
     with monkeypatch.context() as patch:
-        patch.setattr(image_io, "try_to_read", images.crash)
+        patch.setattr(page, "_DECODER", Decoder([sys.executable, "-c", crash]))
         for path in paths[:2]:
             with pytest.raises(gr.Error, match=r"cannot read .*: its decoder crashes"):
                 page.show(str(path))
     assert page.show(str(paths[2])).size == (80, 60)
+
+
+def test_an_error_of_the_package_is_no_crash(tmp_path):
+    error = "input(); raise RuntimeError"
+    decoder = Decoder([sys.executable, "-c", error])
+    assert decoder.survives(str(tmp_path / "a.png"), max_pixels=1)
 
 
 def test_large_images_are_refused(tmp_path, monkeypatch):
