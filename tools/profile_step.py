@@ -10,7 +10,6 @@ Perfetto.
 
 import argparse
 import collections
-import contextlib
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +19,8 @@ from jax.profiler import ProfileData
 
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.cli import config_options
-from pconv_jax.runs import parallel
 from pconv_jax.runs.config import read_settings
+from pconv_jax.train import plan
 from pconv_jax.train.experiment import Experiment, Phase, open_experiment
 
 
@@ -54,29 +53,19 @@ def measure(
       Seconds until the first call returns, seconds of a step after that, and the
       kernels of a call, the longest first.
     """
-    count = experiment.settings.steps_per_call
-    state = parallel.replicate(experiment.create_state())
-    scales = [phase.scales(phase.start)] * count
-    with contextlib.closing(experiment.open_batches(0)) as batches:
-
-        def call() -> None:
-            nonlocal state
-            batch = [next(batches) for _ in range(count)]
-            state, _ = step(state, batch, scales)
-
+    started = time.perf_counter()
+    step = experiment.compile_step(phase)
+    first = time.perf_counter() - started
+    state, count = experiment.create_state(), experiment.settings.steps_per_call
+    with plan.open_calls(experiment, phase, state, step) as call:
         started = time.perf_counter()
-        step = experiment.compile_step(phase)
-        call()
-        jax.block_until_ready(state)
-        first = time.perf_counter() - started
+        jax.block_until_ready(call())
+        first += time.perf_counter() - started
         started = time.perf_counter()
-        for _ in range(calls):
-            call()
-        jax.block_until_ready(state)
+        jax.block_until_ready([call() for _ in range(calls)])
         seconds = (time.perf_counter() - started) / (calls * count)
         with jax.profiler.trace(str(out)):
-            call()
-            jax.block_until_ready(state)
+            jax.block_until_ready(call())
     return first, seconds, read_kernels(out)
 
 

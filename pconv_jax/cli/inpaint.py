@@ -282,11 +282,7 @@ def _repair(
             image,
             path,
             seed=arguments.seed + number,
-            progress=share(
-                progress,
-                number / arguments.variants,
-                (number + 1) / arguments.variants,
-            ),
+            progress=share(progress, number, number + 1, total=arguments.variants),
             **_repair_options(arguments),
         )
         filled |= repaired.filled

@@ -1,9 +1,9 @@
 """Large images, filled block by block, so that their memory is bounded.
 
-Filling takes about 80 bytes a pixel, and the search for detail about 1000 more for each
-pixel of the hole. A block has a hole and as much of the image around it as there is
-room for. A hole that is too large for a block is filled in its center from the image at
-a lower resolution, and then at its rim in several blocks.
+A block of the largest size, with a hole of a million pixels, takes 0.8 GB: the network
+0.5, and then the search for detail. A block has a hole and as much of the image around
+it as there is room for. A hole that is too large for a block is filled in its center
+from the image at a lower resolution, and then at its rim in several blocks.
 """
 
 import math
@@ -70,7 +70,7 @@ def fill_in_blocks(
     def fill_block(box: Any, part: np.ndarray) -> None:
         nonlocal done
         if count := np.count_nonzero(part):
-            task = share(progress, done / total, (done + count) / total)
+            task = share(progress, done, done + count, total=total)
             block = fill(colors[box], known[box], part, exclude[box], task)
             depth[box][part] = block[part]
             known[box] |= part
@@ -207,7 +207,7 @@ def _fill_centers(
         return rows, columns, center & _enlarge(is_large, box) & ~known[strip]
 
     count = sum(np.count_nonzero(find_center(strip)[-1]) for strip in strips)
-    task = share(progress, 0, count / np.count_nonzero(hole))
+    task = share(progress, 0, count, total=np.count_nonzero(hole))
     small_depth = fill(small_colors, small_known, small_hole, small_exclude, task)
     small_depth += math.ceil(math.log2(factor))
     for strip in strips:

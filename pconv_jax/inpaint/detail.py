@@ -123,16 +123,17 @@ def add_detail(
     result = image.copy()
     done, total = 0, np.count_nonzero(hole)
     for number, (window, part) in enumerate(regions(hole)):
-        before, done = done / total, done + np.count_nonzero(part)
+        before, done = done, done + np.count_nonzero(part)
+        task = share(progress, before, done, total=total)
         start = np.where(hole[window][..., None], guide[window], image[window]).astype(
             np.float32
         )
         scale = _Scale(start, part, ~excluded[window])
         if not _centers(scale.source).any():  # Nothing to copy: the guide is all.
             result[window][part] = guide[window][part]
+            task(1)
             continue
-        rng = np.random.default_rng((seed, number))
-        filled = _fill_window(scale, rng, share(progress, before, done / total))
+        filled = _fill_window(scale, np.random.default_rng((seed, number)), task)
         if image.dtype == np.uint8:
             filled = np.clip(np.rint(filled), 0, 255)
         result[window][part] = filled[part].astype(image.dtype)
@@ -495,23 +496,23 @@ def _refine(
     """
     state, problem = jax.device_put(((image, match), problem))
     for number in range(rounds):
-        key_of_round = jax.random.fold_in(key, number)
-        state = jax.block_until_ready(_search_and_vote(key_of_round, *state, problem))
+        state = jax.block_until_ready(_search_and_vote(key, number, *state, problem))
         progress((number + 1) / rounds)
     return jax.device_get(state)
 
 
-@functools.partial(jax.jit, donate_argnums=(1, 2))
+@functools.partial(jax.jit, donate_argnames=("image", "match"))
 def _search_and_vote(
-    key: jax.Array, image: jax.Array, match: jax.Array, problem: _Problem
+    key: jax.Array, number: int, image: jax.Array, match: jax.Array, problem: _Problem
 ) -> tuple[jax.Array, jax.Array]:
+    key_of_round = jax.random.fold_in(key, number)
     chunks = -(-problem.total // _CHUNK)
     exists = jnp.arange(len(match)) < problem.total
 
-    def search(number: jax.Array, state: Any) -> Any:
-        key_of_chunk = jax.random.fold_in(key, number)
+    def search(chunk: jax.Array, state: Any) -> Any:
+        key_of_chunk = jax.random.fold_in(key_of_round, chunk)
         match, distance = state
-        start = number * _CHUNK
+        start = chunk * _CHUNK
         return _search(key_of_chunk, image, match, distance, start, problem)
 
     distance = jnp.zeros(len(match))
@@ -521,8 +522,8 @@ def _search_and_vote(
     weight = problem.targets.rim_weight * (jnp.exp(-distance / (2 * spread)) + 1e-6)
     weight = jnp.where(exists, weight, 0)
 
-    def vote(number: jax.Array, new: jax.Array) -> jax.Array:
-        targets = _cut(problem.targets, number * _CHUNK)
+    def vote(chunk: jax.Array, new: jax.Array) -> jax.Array:
+        targets = _cut(problem.targets, chunk * _CHUNK)
         votes = _vote(image, targets, match, weight, problem)
         place = jnp.where(targets.in_hole, targets.pixel, len(image))
         return new.at[place].set(votes, mode="drop")
@@ -608,10 +609,9 @@ def _vote(
     weight: jax.Array,
     problem: _Problem,
 ) -> jax.Array:
-    """Average what the patches around some targets suggest for them: ``[N, C]``."""
+    """Average what the patches around a chunk of targets suggest: ``[N, C]``."""
     target_at, row = problem.target_at, problem.row
     steps = jnp.arange(_SIDE) - RADIUS
-    count = len(targets.pixel)
 
     def add(state: tuple[jax.Array, jax.Array], offset: jax.Array) -> Any:
         total, votes = state
@@ -620,7 +620,7 @@ def _vote(
         color = _take(image, match.at[voter].get(mode="clip") + offset)
         return (total + one, votes + one[:, None] * color), None
 
-    nothing = jnp.full(count, 1e-12), jnp.zeros((count, image.shape[1]))
+    nothing = jnp.full(_CHUNK, 1e-12), jnp.zeros((_CHUNK, image.shape[1]))
     offsets = (steps[:, None] * row + steps).ravel()
     (total, votes), _ = lax.scan(add, nothing, offsets)
     return votes / total[:, None]

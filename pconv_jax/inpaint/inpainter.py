@@ -305,11 +305,10 @@ class Inpainter:
         masks = _split_masks(mask, len(images))
         excluded = _split_masks(options.exclude, len(images))
         pairs = []
-        for number, task in enumerate(zip(images, masks, excluded)):
-            bounds = number / len(images), (number + 1) / len(images)
-            progress = share(options.progress, *bounds)
-            own = options._replace(exclude=task[2], progress=progress)
-            pairs.append(self._repair(task[0], task[1], own))
+        for number, (x, m, e) in enumerate(zip(images, masks, excluded)):
+            task = share(options.progress, number, number + 1, total=len(images))
+            own = options._replace(exclude=e, progress=task)
+            pairs.append(self._repair(x, m, own))
         return [image for image, _ in pairs], [depth for _, depth in pairs]
 
     def _repair_batch(
@@ -520,7 +519,7 @@ def _add_detail(
     done, total = 0, np.count_nonzero(hole)
     for window, part in regions(hole):
         before, done = done, done + np.count_nonzero(part)
-        task = share(progress, before / total, done / total)
+        task = share(progress, before, done, total=total)
         image = np.clip((network_values[window] + 1) * 127.5, 0, 255)
         # Gray images of a color network have equal channels; one of them is searched.
         if (image == image[..., :1]).all():
@@ -528,7 +527,6 @@ def _add_detail(
         guide = refine_guide(image, part, image)
         other = exclude[window] | (hole[window] & ~part)
         filled = add_detail(image, part, guide, seed=seed, exclude=other, progress=task)
-        task(1)
         network_values[window][part] = filled[part] / 127.5 - 1
 
 

@@ -365,7 +365,7 @@ def repair(
             path = _new_file(f"{Path(image).stem}-repaired{_suffix(image)}")
             shown, depth = [], np.zeros(hole.shape, np.uint8)
             for seed in range(variants):
-                task = share(progress, seed / variants, (seed + 1) / variants)
+                task = share(progress, seed, seed + 1, total=variants)
                 result, depth = inpainter(
                     file.image,
                     hole,
@@ -398,17 +398,8 @@ def repair(
 def _repair_with_bar(inpainter: Inpainter) -> Callable[..., tuple[Any, ...]]:
     """Return `repair` with the progress bar that Gradio gives to a function."""
 
-    def run(
-        image: str | None,
-        mask: str | None,
-        drawing: dict[str, Any] | None,
-        margin: int,
-        invert: bool,
-        previous: str | None,
-        variants: int,
-        bar: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it.
-    ) -> tuple[Any, ...]:
-        inputs = image, mask, drawing, margin, invert, previous, variants
+    # Gradio looks for a default of this type, and puts its bar before the inputs.
+    def run(bar: gr.Progress = gr.Progress(), *inputs: Any) -> tuple[Any, ...]:  # noqa: B008
         return repair(inpainter, *inputs, progress=bar)
 
     return run
@@ -590,7 +581,10 @@ def _read(path: str) -> ImageFile:
     try:
         with _CATCHING:
             if not _can_be_decoded(path):
-                raise UserError(f"cannot read {path}: its decoder crashes.")
+                raise UserError(
+                    f"cannot read {path}: its decoder crashes. Convert it in another "
+                    "program."
+                )
             return image_io.read(path, max_pixels=_MAX_PIXELS)
     except UserError as error:
         raise _error(str(error)) from error

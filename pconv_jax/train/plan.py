@@ -9,7 +9,7 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,19 +82,43 @@ def measure_paces(
     for phase in experiment.phases:
         if phase.start == phase.stop:
             continue
-        call, copy = compile_step(phase), parallel.replicate(state)
-        scales = [phase.scales(phase.start)] * count
-        with contextlib.closing(experiment.open_batches(0)) as batches:
+        with open_calls(experiment, phase, state, compile_step(phase)) as call:
             started, number = 0.0, 0
             while number <= 50 and (number < 3 or _since(started) < _SECONDS):
-                batch = [next(batches) for _ in range(count)]
-                copy, scalars = call(copy, batch, scales)
-                jax.block_until_ready(scalars)
+                jax.block_until_ready(call())
                 number += 1
                 if number == 1:  # This one was compiled.
                     started = time.monotonic()
         paces[phase.name] = _since(started) / ((number - 1) * count)
     return paces
+
+
+@contextlib.contextmanager
+def open_calls(
+    experiment: Experiment, phase: Phase, state: TrainState, step: Callable[..., Any]
+) -> Iterator[Callable[[], Any]]:
+    """Open the batches of a phase, to measure its step on a copy of a state.
+
+    Args:
+      experiment: The experiment.
+      phase: The phase.
+      state: The state; it does not change.
+      step: The phase's compiled step.
+
+    Yields:
+      A function that calls the step on the next batches, and returns its scalars.
+    """
+    count, copy = experiment.settings.steps_per_call, parallel.replicate(state)
+    scales = [phase.scales(phase.start)] * count
+    with contextlib.closing(experiment.open_batches(0)) as batches:
+
+        def call() -> Any:
+            nonlocal copy
+            batch = [next(batches) for _ in range(count)]
+            copy, scalars = step(copy, batch, scales)
+            return scalars
+
+        yield call
 
 
 def _since(started: float) -> float:
