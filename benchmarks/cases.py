@@ -172,7 +172,7 @@ def _unet_case(
         _jax_and_torch(settings, platform, modes),
         items=(batch, "images"),
         flops=batch * unet_flops(size, **network),
-        large=size**2 * batch > 2**21,
+        large=platform == "cpu" and size**2 * batch > 2**21,
     )
 
 
@@ -190,7 +190,7 @@ def _train(platform: str, smoke: bool) -> list[Case]:
                 _jax_and_torch(fields, platform, TORCH_MODES),
                 items=(batch, "images"),
                 flops=batch * train_flops(size, **network),
-                large=size**2 * batch > 2**20,
+                large=platform == "cpu" and size**2 * batch > 2**20,
             )
         )
     return cases
@@ -265,6 +265,31 @@ def _profile(platform: str, smoke: bool) -> list[Case]:
     return [inference, train]
 
 
+def _decoder(platform: str, smoke: bool) -> list[Case]:
+    """Make the cases of the forms of the convolution of upsampled features."""
+    network = {"depth": 2, "width": 4} if smoke else {"depth": 7, "width": 64}
+    dtype = _dtypes(platform)[-1]
+    part = {"program": "part", "part": "network forward and backward"}
+    programs = {
+        "inference": ({"program": "inference"}, 512, 1 if platform == "cpu" else 8),
+        "forward and backward": (part, 256, 2 if platform == "cpu" else 32),
+    }
+    cases = []
+    for title, (program, size, batch) in programs.items():
+        size = 16 if smoke else size
+        settings = {"size": size, "batch": batch, "dtype": dtype, **network}
+        variants = {
+            f"jax {form}": {"framework": "jax", **program, **settings, "decoder": form}
+            for form in ("repeated", "taps", "phases")
+        }
+        name = f"{title}, {size} x {size}, batch {batch}, {dtype}"
+        flops = batch * unet_flops(size, **network)
+        flops *= 3 if program is part else 1
+        items = (batch, "images")
+        cases.append(Case("decoder", name, variants, items=items, flops=flops))
+    return cases
+
+
 def _start(platform: str, smoke: bool) -> list[Case]:
     """Make the cases of what people wait for when they start a command."""
     fields = {"framework": "jax", "program": "start"}
@@ -315,6 +340,7 @@ _SUITES: Mapping[str, Callable[[str, bool], list[Case]]] = {
     "data": _data,
     "growth": _growth,
     "profile": _profile,
+    "decoder": _decoder,
     "start": _start,
 }
 

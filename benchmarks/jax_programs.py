@@ -19,7 +19,7 @@ from jax import lax
 
 from benchmarks import cases, inputs
 from benchmarks.worker import Program
-from pconv_jax import layers, ops, unet
+from pconv_jax import _conv, layers, ops, unet
 
 
 def describe() -> dict[str, Any]:
@@ -40,8 +40,21 @@ def peak_device_memory() -> int | None:
     return stats and stats.get("peak_bytes_in_use")
 
 
-def build(program: str, **settings: Any) -> Program:
-    """Build and compile a program."""
+def build(program: str, *, decoder: str | None = None, **settings: Any) -> Program:
+    """Build and compile a program.
+
+    Args:
+      program: Its name.
+      decoder: Form in which upsampled features are convolved on any platform:
+        'repeated', 'taps' or 'phases'. None (the default) is the package's choice.
+      **settings: Settings of the program.
+    """
+    if decoder == "repeated":
+        _conv._stays_small = lambda *_: False
+    elif decoder == "taps":
+        _conv._UPSAMPLED = _conv._UPSAMPLED._replace(elsewhere=_conv._conv_narrow_taps)
+    elif decoder == "phases":
+        _conv._UPSAMPLED = _conv._Method(*[_conv._conv_phases_of_outputs] * 4)
     return _PROGRAMS[program](**settings)
 
 
@@ -196,12 +209,14 @@ def _train(
     return Program(call, seconds)
 
 
-def _part(part: str, size: int, batch: int, depth: int, width: int) -> Program:
+def _part(
+    part: str, size: int, batch: int, depth: int, width: int, dtype: str = "float32"
+) -> Program:
     """Build one part of the training step."""
     from pconv_jax import losses
     from pconv_jax.runs.inference import prepare_batch
 
-    state, data, vgg, step = _training(size, batch, depth, width, "float32")
+    state, data, vgg, step = _training(size, batch, depth, width, dtype)
     model, optimizer = step.keywords["model"], step.keywords["optimizer"]
     features = functools.partial(step.keywords["apply_features"], vgg)
     images, mask = prepare_batch(data)

@@ -8,7 +8,8 @@ It prints a table for each case. After each case, it writes all measurements and
 conditions to one JSON file. The variants of a case take turns, each in its own process.
 The suites `growth` and `inference` together also plot how the time grows with pixels,
 batch size and hole ratio. The suite `profile` times the parts of the network and of a
-training step. The suite `start` times whole commands, from the start of Python.
+training step; the suite `decoder`, forms of the decoder's convolutions. The suite
+`start` times whole commands, from the start of Python.
 
 With `--check`, the command names what became slower than in an earlier report by more
 than its spread, and then exits with 1.
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     rounds=arguments.rounds,
                     seconds=arguments.seconds,
                     timeout=arguments.timeout,
+                    jobs=arguments.jobs,
                 )
             finally:  # Results are kept when the command is stopped.
                 rates = report["matrix_product_flops_per_s"]
@@ -172,6 +174,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="seconds that compilation or a turn may take (default: 300)",
     )
     add(
+        "--jobs",
+        default=1,
+        type=int,
+        help="processes that start, and compile, at the same time; more than 1 saves "
+        "minutes where there are many cores and the work is a GPU's (default: 1)",
+    )
+    add(
         "--limit",
         type=float,
         help="start no case after this many seconds (default: no limit)",
@@ -190,8 +199,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="JSON file to write (default: runs/benchmarks/DATE-TIME.json)",
     )
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 1:
-        parser.error(f"--rounds must be positive, got {arguments.rounds}.")
+    for name in ("rounds", "jobs"):
+        if (value := getattr(arguments, name)) < 1:
+            parser.error(f"--{name} must be positive, got {value}.")
     if arguments.out is None:
         now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
         arguments.out = Path("runs/benchmarks") / f"{now}.json"
@@ -286,14 +296,15 @@ def _note_conditions(report: dict[str, Any], entry: dict[str, Any]) -> None:
 def _format(case: cases.Case, results: dict[str, Any]) -> str:
     """Format the table of a case."""
     width = max(len(name) for name in results)
-    first = next(iter(results))
+    first = next(iter(case.variants))
     kind = case.items[1]
     lines = [
         f"\n{case.suite}: {case.name}",
         f"{'':{width}} {'ms':>9} {'quartiles':>17} {'CPU ms':>9} {kind + '/s':>9} "
         f"{'GFLOP/s':>8} {'share':>6} {'compile':>8} {'memory':>8}  x {first}",
     ]
-    for name, r in results.items():
+    for name in (n for n in case.variants if n in results):
+        r = results[name]
         if "error" in r:
             lines.append(f"{name:{width}} not measured: {r['error']}")
             continue

@@ -1,5 +1,6 @@
 """Measures variants in turns, A B A B, each in its own process."""
 
+import concurrent.futures
 import json
 import pathlib
 import select
@@ -81,6 +82,7 @@ def compare(
     rounds: int,
     seconds: float,
     timeout: float,
+    jobs: int = 1,
 ) -> None:
     """Measure the variants of a case in turns.
 
@@ -93,23 +95,35 @@ def compare(
       rounds: Number of turns of each variant.
       seconds: Length of a turn, which has at least one call.
       timeout: Seconds that the start of a process or a turn may take.
+      jobs: Number of processes that start, and compile, at the same time. The default
+        is 1. Turns are never taken at the same time.
     """
     workers: dict[str, Worker] = {}
+
+    def start(name: str) -> None:
+        variant = case.variants[name]
+        try:
+            python = pythons[variant["framework"]]
+            workers[name] = Worker(python, variant, timeout=timeout)
+        except WorkerError as error:
+            results[name] = {"error": str(error)}
+
     try:
+        if jobs > 1 and not case.large:
+            with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(start, case.variants))
         for _ in range(rounds):
-            for name, variant in case.variants.items():
-                if "error" in results.get(name, {}):
+            for name in case.variants:
+                if name not in workers and "error" not in results.get(name, {}):
+                    start(name)
+                if name not in workers:
                     continue
+                worker = workers[name]
                 try:
-                    if name not in workers:
-                        python = pythons[variant["framework"]]
-                        workers[name] = Worker(python, variant, timeout=timeout)
-                    worker = workers[name]
                     turn = worker.measure(seconds)
                 except WorkerError as error:
                     results[name] = {"error": str(error)}
-                    if name in workers:
-                        workers.pop(name).close()
+                    workers.pop(name).close()
                     continue
                 times = {k: turn.pop(k) for k in ("wall_s", "cpu_s", "others")}
                 result = results.setdefault(name, worker.about | {"rounds": []})

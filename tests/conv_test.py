@@ -199,6 +199,40 @@ def test_gradients_are_chosen_for_the_platform_that_a_program_is_made_for(
         )
 
 
+@pytest.mark.parametrize(
+    ("spatial", "size", "options"),
+    mostly_slow(
+        [
+            ((5, 6), (3, 3), dict()),
+            ((5, 4), (5, 4), dict()),
+            ((4, 5), (4, 3), dict(padding=((3, 0), (0, 2)))),
+            ((5, 4), (3, 2), dict(kernel_dilation=(2, 3))),
+            ((5, 4), (1, 3), dict()),
+            ((9,), (27,), dict()),
+            ((3, 4, 2), (3, 3, 3), dict()),
+        ],
+        every=3,
+    ),
+    ids=str,
+)
+def test_forms_of_the_convolution_of_upsampled_features(spatial, size, options):
+    primals = make_case(spatial, size)
+    window = make_window([2 * n for n in spatial], size, **options)
+
+    def derivatives(form):
+        y, pull_back = jax.vjp(
+            lambda x, kernel: form(x, kernel, window, None), *primals
+        )
+        return y, pull_back(jnp.sin(y))
+
+    expected = derivatives(
+        lambda x, *rest: _conv._conv_by_xla(_conv.upsample(x), *rest)
+    )
+    assert _conv._stays_small(_conv.Upsampled(primals[0]), window, 1)
+    assert_close(derivatives(_conv._conv_taps), expected)
+    assert_close(derivatives(_conv._conv_phases_of_outputs), expected)
+
+
 def test_a_program_for_several_platforms_computes_the_same():
     x, kernel = make_case((12, 12), (5, 5))
     window = make_window((12, 12), (5, 5), strides=2)
