@@ -280,7 +280,7 @@ def _decoder(platform: str, smoke: bool) -> list[Case]:
         settings = {"size": size, "batch": batch, "dtype": dtype, **network}
         variants = {
             f"jax {form}": {"framework": "jax", **program, **settings, "decoder": form}
-            for form in ("repeated", "taps", "phases")
+            for form in ("repeated", "taps")
         }
         name = f"{title}, {size} x {size}, batch {batch}, {dtype}"
         flops = batch * unet_flops(size, **network)

@@ -40,21 +40,17 @@ def peak_device_memory() -> int | None:
     return stats and stats.get("peak_bytes_in_use")
 
 
-def build(program: str, *, decoder: str | None = None, **settings: Any) -> Program:
+def build(program: str, *, decoder: str = "taps", **settings: Any) -> Program:
     """Build and compile a program.
 
     Args:
       program: Its name.
-      decoder: Form in which upsampled features are convolved on any platform:
-        'repeated', 'taps' or 'phases'. None (the default) is the package's choice.
+      decoder: Form in which upsampled features are convolved: 'repeated', or 'taps'
+        (the package's form, the default).
       **settings: Settings of the program.
     """
     if decoder == "repeated":
         _conv._stays_small = lambda *_: False
-    elif decoder == "taps":
-        _conv._UPSAMPLED = _conv._UPSAMPLED._replace(elsewhere=_conv._conv_narrow_taps)
-    elif decoder == "phases":
-        _conv._UPSAMPLED = _conv._Method(*[_conv._conv_phases_of_outputs] * 4)
     return _PROGRAMS[program](**settings)
 
 

@@ -42,9 +42,11 @@ def add(commands: Subparsers) -> None:
     )
     add_force(command)
     command.add_argument(
-        "--half",
-        action="store_true",
-        help="store kernels in float16, which halves the file",
+        "--kernels",
+        choices=["float32", "float16", "int8"],
+        default="float32",
+        help="type in which kernels are stored: float16 halves the file, and int8 "
+        "halves it once more (default: %(default)s)",
     )
     command.set_defaults(run=_run)
 
@@ -60,7 +62,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
     network = _read_source(source, arguments.step)
     model, variables, info = network
-    pretrained.save_pretrained(out, model, variables, info=info, half=arguments.half)
+    pretrained.save_pretrained(
+        out, model, variables, info=info, kernels=arguments.kernels
+    )
     print(_describe(network))
     print(f"Written to {out} ({out.stat().st_size / 1e6:.1f} MB).")
 

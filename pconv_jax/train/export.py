@@ -68,7 +68,7 @@ class Export:
         variables = jax.device_get(state.variables)
         info = {**self._info, "step": int(state.step)}
         path = self._workdir / NAME
-        save_pretrained(path, self._model, variables, info=info, half=True)
+        save_pretrained(path, self._model, variables, info=info, kernels="float16")
         if phase:
             write_bytes(path.with_stem(f"{path.stem}-{phase}"), path.read_bytes())
         if size := int(self._settings.part_mib * 2**20):

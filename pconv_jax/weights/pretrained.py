@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.errors
 import jax
@@ -36,7 +36,11 @@ BUNDLED: Mapping[str, Path] = {
 
 _HUB_FILE = "model.safetensors"
 _KEY = "pconv_jax"
-_FORMAT = 1
+# In format 2, kernels may be int8, and have scales.
+_FORMATS = (1, 2)
+_SCALE = "_scale"
+
+KernelDtype = Literal["float32", "float16", "int8"]
 _MAX_STAGES = 100
 
 # What JAX and Flax raise for a network that cannot be built.
@@ -66,7 +70,7 @@ def save_pretrained(
     variables: Mapping[str, Any],
     *,
     info: Mapping[str, Any] | None = None,
-    half: bool = False,
+    kernels: KernelDtype = "float32",
 ) -> None:
     """Write a weights file, complete or not at all.
 
@@ -75,8 +79,10 @@ def save_pretrained(
       model: The network.
       variables: Its ``params`` and ``batch_stats``, in float32.
       info: Facts about it, as for JSON. By default none.
-      half: Whether to store kernels in float16, with 11 of their 24 significant bits,
-        which halves the file. The default is False.
+      kernels: Type in which kernels are stored: ``'float32'`` (the default);
+        ``'float16'``, with 11 of their 24 significant bits, which halves the file; or
+        ``'int8'``, as multiples of 1/127 of the largest value of each feature, which
+        halves it once more.
 
     Raises:
       UserError: If the variables are not float32; if they are not the network's, with a
@@ -90,12 +96,12 @@ def save_pretrained(
     if others:
         raise UserError(f"variables must be float32, but {'; '.join(others)}.")
     _to_variables(arrays, model, "variables")
-    if half:
-        arrays = {
-            n: _halve(a) if n.endswith("/kernel") else a for n, a in arrays.items()
-        }
+    if kernels == "float16":
+        arrays = {n: _halve(a) if _is_kernel(n) else a for n, a in arrays.items()}
+    elif kernels == "int8":
+        arrays = _quantize(arrays)
     header = {
-        "format": _FORMAT,
+        "format": _FORMATS[kernels == "int8"],
         "model": model_config(model),
         "info": dict(info or {}),
         "arrays_sha256": checksum(arrays),
@@ -124,7 +130,7 @@ def from_pretrained(name_or_path: str | Path | None = None) -> Pretrained:
     model = _read_model(header, path)
     info = _read_info(header, path)
     arrays = read_arrays(path)
-    variables = _to_variables(arrays, model, path)
+    variables = _to_variables(_dequantize(arrays, path), model, path)
     expected = header.get("arrays_sha256")
     if expected and expected != checksum(arrays):
         raise UserError(
@@ -189,10 +195,10 @@ def _read_header(path: Path) -> dict[str, Any]:
             f"{path} is no weights file of pconv_jax: its metadata lacks {_KEY!r}, or "
             "is damaged. If it is another project's, see 'pconv convert'."
         ) from error
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+    if not isinstance(header, dict) or header.get("format") not in _FORMATS:
         raise UserError(
             f"{path} is a weights file of another version of pconv_jax; this one reads "
-            f"format {_FORMAT}."
+            f"formats {' and '.join(map(str, _FORMATS))}."
         )
     return header
 
@@ -242,9 +248,42 @@ def _to_variables(
     return to_tree(arrays, shapes, source, strict=True)
 
 
+def _is_kernel(name: str) -> bool:
+    return name.endswith("/kernel")
+
+
 def _halve(kernel: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         half = kernel.astype(np.float16)
     if not np.isfinite(half).all():
-        raise UserError("half: there are kernels beyond 65504, float16's largest.")
+        raise UserError("kernels: there are some beyond 65504, float16's largest.")
     return half
+
+
+def _quantize(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Replace kernels by int8 and the scales of their features, by name."""
+    found = dict(arrays)
+    for name in filter(_is_kernel, arrays):
+        kernel = arrays[name]
+        largest = np.abs(kernel).max(tuple(range(kernel.ndim - 1)), initial=0)
+        scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+        found[name] = np.rint(kernel / scale).astype(np.int8)
+        found[name + _SCALE] = scale
+    return found
+
+
+def _dequantize(
+    arrays: Mapping[str, np.ndarray], source: Path
+) -> dict[str, np.ndarray]:
+    """Undo `_quantize`."""
+    found = {n: a for n, a in arrays.items() if not n.endswith("/kernel" + _SCALE)}
+    for name in arrays.keys() - found.keys():
+        kernel, scale = found.get(name.removesuffix(_SCALE)), arrays[name]
+        if (
+            kernel is None
+            or (kernel.dtype, scale.dtype) != (np.int8, np.float32)
+            or scale.shape != kernel.shape[-1:]
+        ):
+            raise UserError(f"{source} is damaged: {name} does not fit its kernel.")
+        found[name.removesuffix(_SCALE)] = kernel * scale
+    return found

@@ -65,7 +65,7 @@ def test_kernels_in_half_the_bytes(tmp_path):
     model, variables = make_network()
     whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
     pretrained.save_pretrained(whole, model, variables)
-    pretrained.save_pretrained(half, model, variables, half=True)
+    pretrained.save_pretrained(half, model, variables, kernels="float16")
     kernels = [
         leaf
         for path, leaf in jax.tree.leaves_with_path(variables)
@@ -82,8 +82,60 @@ def test_kernels_in_half_the_bytes(tmp_path):
         rtol = 2.0**-11 if path[-1].key == "kernel" else 0
         np.testing.assert_allclose(a, b, rtol=rtol)
     variables["params"]["pconv1"]["kernel"][0, 0, 0, 0] = 7e4
-    with pytest.raises(ValueError, match="half: there are kernels beyond 65504"):
-        pretrained.save_pretrained(half, model, variables, half=True)
+    with pytest.raises(ValueError, match="kernels: there are some beyond 65504"):
+        pretrained.save_pretrained(half, model, variables, kernels="float16")
+
+
+def test_kernels_in_a_quarter_of_the_bytes(tmp_path):
+    model, variables = make_network()
+    variables["params"]["pconv2"]["kernel"][..., 1] = 0
+    path = tmp_path / "int8.safetensors"
+    pretrained.save_pretrained(path, model, variables, kernels="int8")
+    stored = read_arrays(path)
+    read = pretrained.from_pretrained(path).variables
+    for (keys, a), b in zip(
+        jax.tree.leaves_with_path(read), jax.tree.leaves(variables), strict=True
+    ):
+        assert a.dtype == np.float32
+        if keys[-1].key != "kernel":
+            np.testing.assert_array_equal(a, b)
+            continue
+        kernel = stored["/".join(key.key for key in keys)]
+        assert kernel.dtype == np.int8 and kernel.shape == b.shape
+        # Half a step of 1/127 of the largest value of the feature, and rounding.
+        largest = np.abs(b).max((0, 1, 2))
+        assert (np.abs(a - b) <= (0.5 / 127 + 1e-6) * largest).all()
+        np.testing.assert_allclose(np.abs(a).max((0, 1, 2)), largest, rtol=1e-6)
+    again = tmp_path / "again.safetensors"
+    pretrained.save_pretrained(again, model, read, kernels="int8")
+    for name, array in read_arrays(again).items():
+        np.testing.assert_allclose(array, stored[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(scale=np.ones(5, np.float32)),
+        dict(scale=np.ones(4, np.float16)),
+        dict(kernel=np.ones((7, 7, 3, 4), np.float32)),
+        dict(kernel=None),
+    ],
+    ids=["shape", "dtype", "no int8", "no kernel"],
+)
+def test_scales_that_do_not_fit_are_damage(change, tmp_path):
+    model, variables = make_network()
+    path = tmp_path / "model.safetensors"
+    pretrained.save_pretrained(path, model, variables, kernels="int8")
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    arrays = read_arrays(path)
+    name = "params/pconv1/kernel"
+    assert arrays[name].shape == (7, 7, 3, 4)
+    arrays |= {name: change.get("kernel", arrays[name])}
+    arrays |= {f"{name}_scale": change.get("scale", arrays[f"{name}_scale"])}
+    save_file({n: a for n, a in arrays.items() if a is not None}, path, metadata)
+    with pytest.raises(UserError, match="kernel_scale does not fit its kernel"):
+        pretrained.from_pretrained(path)
 
 
 def test_what_only_says_how_it_is_computed_is_left_out(tmp_path):
@@ -172,7 +224,7 @@ def write(path, metadata, arrays=None):
         ({"pconv_jax": "{"}, "is no weights file of pconv_jax"),
         ({"pconv_jax": "[" * 100_000}, "is no weights file of pconv_jax"),
         ({"pconv_jax": "[]"}, "weights file of another version"),
-        ({"pconv_jax": '{"format": 2}'}, "weights file of another version"),
+        ({"pconv_jax": '{"format": 3}'}, "weights file of another version"),
         ({"pconv_jax": '{"format": 1}'}, "the configuration of no network"),
         (
             {"pconv_jax": '{"format": 1, "model": {}}'},
