@@ -65,7 +65,7 @@ _DEPTH_PER_SIGMA = 16  # Depth of a hole, in pixels, for a sigma of 1.
 # At the end, all but the finest detail moves towards the guide: by the larger part as
 # far as this depth, in pixels, and by the smaller one deep in the hole, where more of
 # the guide would look soft. In between, the part falls by e each so many pixels.
-_BLEND = (0.2, 1.0)
+_BLEND = (0.2, 0.8)
 _BLEND_DEPTH = 12.0
 _MAX_DECAY = 30  # Pixels of depth from which on this factor stays the same.
 _MIN_SIDE = 48  # Pixels. Smaller images are not halved.
