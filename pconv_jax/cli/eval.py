@@ -93,6 +93,15 @@ def add(commands: Subparsers) -> None:
     command.add_argument(
         "--vgg", type=expand, help="weights file of another VGG for the distance"
     )
+    command.add_argument(
+        "--device_batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images that a device computes at a time; accelerators are faster with "
+        "more, but only with 1 are results the same on any number of devices "
+        "(default: 1)",
+    )
     command.add_argument("--out", type=expand, help="directory of the results")
     add_cache(command, option="--no_cache")
     config_options.add_config_options(command, required=False)
@@ -130,6 +139,7 @@ def _run(arguments: argparse.Namespace) -> None:
         time_budget=arguments.time_budget,
         learned=arguments.learned,
         vgg=arguments.vgg,
+        device_batch=arguments.device_batch,
         out=arguments.out,
     )
     print(evaluation)

@@ -39,6 +39,7 @@ class LearnedMetrics:
         image_size: int,
         published: bool = True,
         vgg_weights: str | None = None,
+        device_batch: int = 1,
     ):
         """Load the weights, downloading them if that is possible.
 
@@ -48,11 +49,14 @@ class LearnedMetrics:
             available (the default).
           vgg_weights: Other weights than ImageNet's for `lpips.vgg_distance`, see
             `load_vgg_params`. None by default.
+          device_batch: Number of images that a device computes at a time. The default
+            is 1.
 
         Raises:
           UserError: If ``vgg_weights`` cannot be read.
         """
         self.left_out: list[str] = []
+        self._device_batch = device_batch
         self._lpips = self._inception = None
         self._vgg = None if vgg_weights is None else load_vgg_params(vgg_weights)
         if published:
@@ -60,6 +64,8 @@ class LearnedMetrics:
         digest = hashlib.blake2b(digest_size=16)
         for leaf in jax.tree.leaves([self._lpips, self._inception, self._vgg]):
             digest.update(np.asarray(leaf).tobytes())
+        if device_batch > 1:  # It changes the last bits.
+            digest.update(f"{device_batch} at a time".encode())
         self.fingerprint = digest.hexdigest()
         self._lpips = self._lpips and parallel.replicate(self._lpips)
         self._inception = self._inception and parallel.replicate(self._inception)
@@ -76,14 +82,17 @@ class LearnedMetrics:
           The distances by name, ``[N]`` each.
         """
         pair = {"a": images, "b": truth}
-        found = {}
-        if self._lpips is not None:
-            found["lpips"] = _compile_distance(lpips.distance)(self._lpips, pair)
-        if self._vgg is not None:
-            found["vgg_distance"] = _compile_distance(lpips.vgg_distance)(
-                self._vgg, pair
+        known = {
+            "lpips": (lpips.distance, self._lpips),
+            "vgg_distance": (lpips.vgg_distance, self._vgg),
+        }
+        return {
+            name: _compile_distance(distance)(
+                params, pair, at_a_time=self._device_batch
             )
-        return found
+            for name, (distance, params) in known.items()
+            if params is not None
+        }
 
     def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Compute ``features``, ``[N, F]``, for `set_metrics`; {} without weights.
@@ -93,7 +102,8 @@ class LearnedMetrics:
         """
         if self._inception is None:
             return {}
-        return {"features": _compile_inception()(self._inception, {"images": images})}
+        step = functools.partial(_compile_inception(), at_a_time=self._device_batch)
+        return {"features": step(self._inception, {"images": images})}
 
     def _load_published(self, image_size: int) -> None:
         if image_size < _SMALLEST_LPIPS:

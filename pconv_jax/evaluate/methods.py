@@ -79,7 +79,7 @@ class Method(Protocol):
 
 
 class Network:
-    """A network that fills one image at a time on each device."""
+    """A network that fills one image at a time on each device, by default."""
 
     def __init__(
         self,
@@ -89,6 +89,7 @@ class Network:
         *,
         description: str = "",
         info: Mapping[str, Any] | None = None,
+        device_batch: int = 1,
     ):
         """Put the network on the devices.
 
@@ -98,10 +99,13 @@ class Network:
           variables: Its ``params`` and ``batch_stats``.
           description: A sentence about it; by default one that names its convolutions.
           info: Facts of its weights file, for `Inpainter`. By default there are none.
+          device_batch: Number of images that a device fills at a time. The default is
+            1, with which results do not depend on the other images.
         """
         self.name = name
         self.description = description or f"A network ({model.conv} convolutions)."
         self.model = model
+        self.device_batch = device_batch
         self._info = info
         self._variables = parallel.replicate(variables)
         self._shapes: set[tuple[int, ...]] = set()
@@ -110,7 +114,9 @@ class Network:
     def fingerprint(self) -> str:
         """See `Method`."""
         digest = hashlib.blake2b(digest_size=16)
-        config = unet.model_config(self.model), str(self.model.dtype)
+        config = [unet.model_config(self.model), str(self.model.dtype)]
+        if self.device_batch > 1:  # It changes the last bits.
+            config.append(f"{self.device_batch} at a time")
         digest.update(json.dumps(config).encode())
         for path, leaf in jax.tree.leaves_with_path(self._variables):
             digest.update(jax.tree_util.keystr(path).encode())
@@ -121,11 +127,12 @@ class Network:
         """See `Method`."""
         # Flax modules are hashable, but Flax's annotations hide it.
         step = compile_fill_step(self.model)  # pyright: ignore[reportArgumentType]
+        fill = functools.partial(step, self._variables, at_a_time=self.device_batch)
         if images.shape[1:] not in self._shapes:  # The time is without compilation.
-            step(self._variables, {"image": images[:1], "mask": mask[:1]})
+            fill({"image": images[:1], "mask": mask[:1]})
             self._shapes.add(images.shape[1:])
         start = time.perf_counter()
-        filled = step(self._variables, {"image": images, "mask": mask})
+        filled = fill({"image": images, "mask": mask})
         seconds = (time.perf_counter() - start) / len(images)
         errors = ["" if ok else "its output is not finite" for ok in filled["finite"]]
         return InpaintResult(filled["output"], np.full(len(images), seconds), errors)
@@ -261,7 +268,12 @@ def _get_method(
         other = load_network(path)
         about = f"A network ({other.model.conv} convolutions) from {path}."
         return Network(
-            name, other.model, other.variables, description=about, info=other.info
+            name,
+            other.model,
+            other.variables,
+            description=about,
+            info=other.info,
+            device_batch=network.device_batch if network else 1,
         )
     if network and name == network.name:
         return network

@@ -79,6 +79,7 @@ def compare(
     *,
     learned: LearnedMetrics | None = None,
     directory: str | Path | None = None,
+    device_batch: int = 1,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate methods on the same pairs of images and masks.
@@ -92,6 +93,8 @@ def compare(
       learned: The networks of learned metrics. None (the default) leaves these out.
       directory: Directory for records, from which the same call resumes after an
         interruption. None (the default) keeps no records.
+      device_batch: Largest number of images that the methods fill on a device at a
+        time. The default is 1.
       progress: Whether to show a progress bar (the default).
 
     Raises:
@@ -110,7 +113,8 @@ def compare(
             # Reading all images for a fingerprint takes long, and only files need it.
             about = _fingerprint(method, eval_set, learned) if directory else ""
             store.open(method.name, about)
-        _evaluate_all(methods, eval_set, store, learned, progress=progress)
+        size = max(_BATCH, device_batch * parallel.device_count())
+        _evaluate_all(methods, eval_set, store, learned, size=size, progress=progress)
         evaluation = _collect(methods, eval_set, store)
         if learned:
             evaluation.left_out.extend(learned.left_out)
@@ -159,6 +163,7 @@ def evaluate_run(
     time_budget: float = 60.0,
     learned: bool = True,
     vgg: str | None = None,
+    device_batch: int = 1,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -189,6 +194,9 @@ def evaluate_run(
         available or can be downloaded.
       vgg: Weights of another VGG for the perceptual distance, see `load_vgg_params`.
         They do not depend on ``learned``. There are none by default.
+      device_batch: Number of images that a device computes at a time, for networks and
+        learned metrics. With 1, the default, results are the same on any number of
+        devices. Accelerators are faster with more.
       out: Output directory. By default ``evaluation`` in the workdir, or for weights
         ``runs/NAME-evaluation``.
       progress: Whether to show a progress bar (the default).
@@ -198,6 +206,8 @@ def evaluate_run(
         invalid, or as `compare`.
       RunError: If a file cannot be written.
     """
+    if device_batch < 1:
+        raise UserError(f"device_batch must be positive, got {device_batch}.")
     # It needs matplotlib and Jinja2, which validation during training does not. A
     # missing one should be noticed before hours of work.
     from pconv_jax.evaluate import output
@@ -211,13 +221,22 @@ def evaluate_run(
         settings = config if isinstance(config, Settings) else read_settings(config)
     eval_set = _open_eval_set(settings, data, bundled=bundled)
     name = network_name(trained.model)
-    network = Network(name, trained.model, trained.variables, info=trained.info)
+    network = Network(
+        name,
+        trained.model,
+        trained.variables,
+        info=trained.info,
+        device_batch=device_batch,
+    )
     specs = [name if spec == "network" else spec for spec in methods]
     chosen = methods_lib.get_methods(specs, network, time_budget=time_budget)
     networks = None
     if learned or vgg:
         networks = LearnedMetrics(
-            image_size=eval_set.image_size, published=learned, vgg_weights=vgg
+            image_size=eval_set.image_size,
+            published=learned,
+            vgg_weights=vgg,
+            device_batch=device_batch,
         )
     out = Path(out or default_out)
     try:
@@ -226,6 +245,7 @@ def evaluate_run(
             eval_set,
             learned=networks,
             directory=out / "records",
+            device_batch=device_batch,
             progress=progress,
         )
         about = {"step": trained.step, "config": settings.to_dict()}
@@ -322,11 +342,12 @@ def _evaluate_all(
     store: Store,
     learned: LearnedMetrics | None,
     *,
+    size: int,
     progress: bool,
 ) -> None:
     """Evaluate all examples that the store does not have yet."""
     devices = parallel.device_count()
-    size = -(-_BATCH // devices) * devices
+    size = -(-size // devices) * devices
     total = len(methods) * len(eval_set.classes) * eval_set.examples
     # None hides the bar if standard error is not a terminal.
     disable = None if progress else True

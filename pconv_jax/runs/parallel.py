@@ -153,16 +153,17 @@ def compile_train_step(
 def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """Compile ``step(variables, batch)``, whose results have a leading batch axis.
 
-    Each device computes one example at a time. So the result for an example depends
-    neither on the other examples nor on the number of devices; on CPUs, not even in
-    the last bit.
+    By default each device computes one example at a time. So the result for an example
+    depends neither on the other examples nor on the number of devices; on CPUs, not
+    even in the last bit. Accelerators are faster with more at a time.
 
     Args:
       step: The function of one device.
 
     Returns:
       A function of the same arguments, for this process's share of a batch, which may
-      have any size. Its results are NumPy arrays.
+      have any size, and of ``at_a_time``, the number of examples that a device computes
+      at a time, by default 1. Its results are NumPy arrays.
     """
     local = jax.local_device_count()
     if local == 1:
@@ -174,12 +175,12 @@ def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
             results = jax.device_get(mapped(variables, _divide(batch)))
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
-    def run_all(variables, batch):
-        size = len(jax.tree.leaves(batch)[0])
+    def run_all(variables, batch, *, at_a_time=1):
+        size, together = len(jax.tree.leaves(batch)[0]), local * at_a_time
         # The last round repeats the last example.
-        rounds = np.minimum(np.arange(size + -size % local), size - 1)
+        rounds = np.minimum(np.arange(size + -size % together), size - 1)
         results = []
-        for number in rounds.reshape(-1, local):
+        for number in rounds.reshape(-1, together):
             examples = jax.tree.map(operator.itemgetter(number), batch)
             results.append(jax.device_get(run(variables, examples)))
         return jax.tree.map(lambda *x: np.concatenate(x)[:size], *results)

@@ -291,6 +291,26 @@ def test_equal_networks_from_a_run_and_from_weights_agree(run, variables, tmp_pa
     assert numbers[0] == numbers[1] == numbers[2]
 
 
+def test_images_may_be_computed_together(run, tmp_path):
+    options = dict(methods=["pconv"], learned=False)
+    options["data"] = EvalData(examples=3, classes=["thin", "wide"])
+    alone = runner.evaluate_run(run, **options, out=tmp_path / "out")
+    together = runner.evaluate_run(
+        run, **options, device_batch=2, out=tmp_path / "together"
+    )
+    for a, b in zip(alone.examples, together.examples, strict=True):
+        assert (a["hole"], a["index"]) == (b["hole"], b["index"])
+        assert a["psnr"] == pytest.approx(b["psnr"], abs=1e-3)
+    with pytest.raises(ValueError, match="device_batch must be positive, got 0"):
+        runner.evaluate_run(run, **options, device_batch=0)
+    # What was computed otherwise is computed again.
+    records = tmp_path / "out" / "records"
+    before = {p: p.read_bytes() for p in records.iterdir() if p.is_file()}
+    runner.evaluate_run(run, **options, device_batch=2, out=tmp_path / "out")
+    after = {p: p.read_bytes() for p in records.iterdir() if p.is_file()}
+    assert before and before != after
+
+
 def test_weights_are_evaluated_on_the_bundled_images(variables, tmp_path):
     config = tiny_config()
     config.data.source, config.data.path = "folder", ("photos/of/whoever/trained/it",)

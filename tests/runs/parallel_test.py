@@ -61,6 +61,22 @@ def test_eval_steps_take_any_number_and_see_one_example_at_a_time(size):
     np.testing.assert_array_equal(results["z"], x + 1)
 
 
+@pytest.mark.parametrize("size", [1, 8, 11])
+def test_eval_steps_may_see_several_examples_at_a_time(size):
+    seen = []
+
+    def count(v, batch):
+        seen.append(batch["x"].shape)
+        return {"count": jnp.ones(len(batch["x"])).cumsum(), "x": batch["x"]}
+
+    step = parallel.compile_eval_step(count)
+    x = np.arange(2.0 * size).reshape(size, 2)
+    results = step(None, {"x": x}, at_a_time=2)
+    assert set(seen) == {(2, 2)}  # On each of the four devices.
+    np.testing.assert_array_equal(results["x"], x)
+    np.testing.assert_array_equal(results["count"], np.arange(size) % 2 + 1)
+
+
 def test_gather_and_own_share_of_a_single_process():
     x = np.arange(6)
     np.testing.assert_array_equal(parallel.own_share(x), x)
