@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.errors
 import jax
@@ -87,10 +87,14 @@ def save_pretrained(
     Raises:
       UserError: If the variables are not float32; if they are not the network's, with a
         list of all arrays that are missing, unexpected, of another shape or not finite;
-        or if ``info`` cannot be written as JSON.
+        if ``kernels`` is no such type; or if ``info`` cannot be written as JSON.
       RunError: If the file cannot be written.
     """
     path = _check_suffix(path)
+    if kernels not in get_args(KernelDtype):
+        raise UserError(
+            f"kernels must be {', '.join(get_args(KernelDtype))}, got {kernels!r}."
+        )
     arrays = {n: np.ascontiguousarray(a) for n, a in flatten(variables).items()}
     others = [f"{n} is {a.dtype}" for n, a in arrays.items() if a.dtype != np.float32]
     if others:
@@ -265,8 +269,8 @@ def _quantize(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     found = dict(arrays)
     for name in filter(_is_kernel, arrays):
         kernel = arrays[name]
-        largest = np.abs(kernel).max(tuple(range(kernel.ndim - 1)), initial=0)
-        scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+        scale = np.abs(kernel).max(tuple(range(kernel.ndim - 1)), initial=0) / 127
+        scale = np.where(scale > 0, scale, 1).astype(np.float32)
         found[name] = np.rint(kernel / scale).astype(np.int8)
         found[name + _SCALE] = scale
     return found
@@ -277,13 +281,17 @@ def _dequantize(
 ) -> dict[str, np.ndarray]:
     """Undo `_quantize`."""
     found = {n: a for n, a in arrays.items() if not n.endswith("/kernel" + _SCALE)}
-    for name in arrays.keys() - found.keys():
-        kernel, scale = found.get(name.removesuffix(_SCALE)), arrays[name]
+    quantized = {n for n, a in found.items() if _is_kernel(n) and a.dtype == np.int8}
+    for name in quantized | {
+        n.removesuffix(_SCALE) for n in arrays.keys() - found.keys()
+    }:
+        scale = arrays.get(name + _SCALE)
         if (
-            kernel is None
-            or (kernel.dtype, scale.dtype) != (np.int8, np.float32)
-            or scale.shape != kernel.shape[-1:]
+            name not in quantized
+            or scale is None
+            or scale.dtype != np.float32
+            or scale.shape != found[name].shape[-1:]
         ):
-            raise UserError(f"{source} is damaged: {name} does not fit its kernel.")
-        found[name.removesuffix(_SCALE)] = kernel * scale
+            raise UserError(f"{source} is damaged: {name} and its scale do not fit.")
+        found[name] = found[name] * scale
     return found

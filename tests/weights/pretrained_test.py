@@ -84,6 +84,8 @@ def test_kernels_in_half_the_bytes(tmp_path):
     variables["params"]["pconv1"]["kernel"][0, 0, 0, 0] = 7e4
     with pytest.raises(ValueError, match="kernels: there are some beyond 65504"):
         pretrained.save_pretrained(half, model, variables, kernels="float16")
+    with pytest.raises(UserError, match="kernels must be .*int8, got 'half'"):
+        pretrained.save_pretrained(half, model, variables, kernels="half")
 
 
 def test_kernels_in_a_quarter_of_the_bytes(tmp_path):
@@ -119,8 +121,9 @@ def test_kernels_in_a_quarter_of_the_bytes(tmp_path):
         dict(scale=np.ones(4, np.float16)),
         dict(kernel=np.ones((7, 7, 3, 4), np.float32)),
         dict(kernel=None),
+        dict(scale=None),
     ],
-    ids=["shape", "dtype", "no int8", "no kernel"],
+    ids=["shape", "dtype", "no int8", "no kernel", "no scale"],
 )
 def test_scales_that_do_not_fit_are_damage(change, tmp_path):
     model, variables = make_network()
@@ -134,7 +137,7 @@ def test_scales_that_do_not_fit_are_damage(change, tmp_path):
     arrays |= {name: change.get("kernel", arrays[name])}
     arrays |= {f"{name}_scale": change.get("scale", arrays[f"{name}_scale"])}
     save_file({n: a for n, a in arrays.items() if a is not None}, path, metadata)
-    with pytest.raises(UserError, match="kernel_scale does not fit its kernel"):
+    with pytest.raises(UserError, match="pconv1/kernel and its scale do not fit"):
         pretrained.from_pretrained(path)
 
 
