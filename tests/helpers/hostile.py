@@ -127,12 +127,15 @@ def _read_mask_folder(path):
     folder.sample(np.random.default_rng(0), 16)
 
 
-def _weights_file():
+def _weights_files():
     model, variables = make_network()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "a.safetensors")
-        pretrained.save_pretrained(path, model, variables, info={"notes": ["a"]})
-        return path.read_bytes()
+        for kernels in ("float32", "int8"):
+            path = Path(folder, "a.safetensors")
+            pretrained.save_pretrained(
+                path, model, variables, info={"notes": ["a"]}, kernels=kernels
+            )
+            yield path.read_bytes()
 
 
 def _h5():
@@ -198,7 +201,7 @@ def readers() -> dict[str, Reader]:
             torch_writer.dump_tar,
         )
     ]
-    weights = _weights_file()
+    weights = list(_weights_files())
     result = {
         f"image{suffix}": Reader(f"a{suffix}", _repair, seeds)
         for suffix, seeds in images.items()
@@ -215,7 +218,7 @@ def readers() -> dict[str, Reader]:
             [data for seeds in images.values() for data in seeds[:2]],
         ),
         "tar": Reader("a.tar", _read_source, list(_tar())),
-        "weights file": Reader("a.safetensors", pretrained.from_pretrained, [weights]),
+        "weights file": Reader("a.safetensors", pretrained.from_pretrained, weights),
         "safetensors": Reader(
             "a.safetensors", read_arrays, [save({"a": np.ones((3, 4), np.float32)})]
         ),
