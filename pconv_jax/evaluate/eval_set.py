@@ -45,16 +45,16 @@ class MaskClass(NamedTuple):
 
 
 BINS = tuple(f"{low:.0%}-{high:.0%}" for low, high in masks.HOLE_BINS)
-"""Names of the hole bins: ``'1%-10%'`` and so on."""
+"""Names of the hole bins, such as ``'1%-10%'``."""
 
 SHAPES = tuple(masks.HOLE_RATIOS)
-"""Names of the other holes, kinds of `masks.random_mask`: ``'thin'`` and ``'wide'``."""
+"""Names of the other holes, ``'thin'`` and ``'wide'``; see `masks.random_mask`."""
 
 HOLES = BINS + SHAPES
 """Names of all holes."""
 
 BIN_CLASSES = tuple(MaskClass(b, border) for border in (False, True) for b in BINS)
-"""The classes of the paper: hole bins without holes at the border, then those with."""
+"""The classes of the paper, first the bins without holes at the border."""
 
 SHAPE_CLASSES = tuple(MaskClass(shape, None) for shape in SHAPES)
 """The classes of thin and of wide holes."""
@@ -198,7 +198,7 @@ class EvalSet:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A digest of all that determines the pairs: images, masks, sizes and seed."""
+        """A digest of images, masks, sizes and seed, which determine the pairs."""
         digest = hashlib.blake2b(digest_size=16)
         about = [self.image_size, self.examples, self.seed, self._mask_digest]
         about += [self.classes]

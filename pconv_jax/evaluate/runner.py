@@ -41,7 +41,7 @@ _BATCH = 4  # Images per batch; more if there are more devices.
 _ERROR_LENGTH = 200
 
 DEFAULT_METHODS = ("network", "mean", "telea", "navier_stokes")
-"""The methods that `evaluate_run` compares by default: the fast ones."""
+"""The methods that `evaluate_run` compares by default, the fast ones."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Repair of images of any size and kind, in Python.
 
+For example::
+
     inpainter = Inpainter.from_pretrained()
     inpainter("photo.jpg", "mask.png").save("repaired.png")
 

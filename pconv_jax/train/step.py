@@ -61,7 +61,7 @@ class TrainState:
 
     @property
     def variables(self) -> Any:
-        """Variables of the network for evaluation: the average, if there is one."""
+        """Variables of the network for evaluation, the average if there is one."""
         return self.average or {
             "params": self.params,
             "batch_stats": self.batch_stats,
