@@ -698,6 +698,7 @@ def _sum_taps(y: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     i + (a + t - low) // 2 of the map.
     """
     ndim = len(window.size)
+    lengths = y.shape[1 : 1 + ndim]
     # The barrier stops XLA from fusing the sums into the product, which would slow the
     # product on CPUs.
     y = lax.optimization_barrier(y)
@@ -716,14 +717,9 @@ def _sum_taps(y: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
             )
             for a in (0, 1)
         ]
-        y = _interleave(phases, axis)
+        y = jnp.stack(phases, axis + 1)
+        y = y.reshape(*y.shape[:axis], 2 * lengths[axis - 1], *y.shape[axis + 2 :])
     return y.astype(kernel.dtype)
-
-
-def _interleave(phases: Sequence[jax.Array], axis: int) -> jax.Array:
-    """Put the two phases of the outputs along an axis together."""
-    y = jnp.stack(phases, axis + 1)
-    return y.reshape(*y.shape[:axis], 2 * y.shape[axis], *y.shape[axis + 2 :])
 
 
 def _shift(x: jax.Array, by: int, axis: int) -> jax.Array:

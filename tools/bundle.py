@@ -3,8 +3,8 @@
     python -m tools.bundle RUN/weights.safetensors OUT.safetensors --trusted_depth 4
 
 The parts of a file, ``weights.safetensors.1`` and so on, are joined first. The kernels
-are stored in int8. Of the paths in the description of the run, only the names of the
-files stay.
+are stored in int8. Of absolute paths in the description of the run, only the names of
+the files stay.
 """
 
 import argparse
@@ -43,7 +43,8 @@ def bundle(source: Path, out: Path, *, trusted_depth: int | None = None) -> None
         }
     except (LookupError, TypeError) as error:
         raise UserError(
-            f"{source} has no description of a run: {error!r} is missing."
+            f"{source} has no description of a run: {error!r}. Give the file that a "
+            "run writes as it goes (config.export)."
         ) from error
     if trusted_depth is not None:
         description["trusted_depth"] = trusted_depth

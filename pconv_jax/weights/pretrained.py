@@ -105,7 +105,7 @@ def save_pretrained(
     elif kernels == "int8":
         arrays = _quantize(arrays)
     header = {
-        "format": _FORMATS[kernels == "int8"],
+        "format": 2 if kernels == "int8" else 1,
         "model": model_config(model),
         "info": dict(info or {}),
         "arrays_sha256": checksum(arrays),
