@@ -37,8 +37,12 @@ _MOST_TAPS = 49
 # 3 x 3 x 3. For larger kernels, moving the products takes longer than it saves.
 _MOST_PRODUCTS = 27
 
-# The largest number of values that the gradient of a kernel copies at once.
+# The largest number of values of windows that are copied at once.
 _MOST_COPIED = 2**21
+
+# The least number of channels for which convolutions in bfloat16 copy windows on CPUs.
+# With fewer, copying takes longer than it saves.
+_LEAST_CHANNELS = 32
 
 
 @jax.tree_util.register_dataclass
@@ -324,6 +328,30 @@ def convolve(
     return functools.reduce(operator.add, results)
 
 
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: Sequence[_Pair],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int,
+    precision: lax.PrecisionLike,
+) -> jax.Array:
+    """Convolve by the fastest algorithm, as the function that `nn.Conv` calls."""
+    del dimension_numbers  # Those of this module.
+    window = make_window(
+        lhs.shape[1:-1],
+        rhs.shape[:-2],
+        tuple(window_strides),
+        tuple(padding),
+        tuple(rhs_dilation),
+        input_dilation=tuple(lhs_dilation),
+    )
+    return _conv(lhs, rhs, window, feature_group_count, precision)
+
+
 def window_sum(counts: jax.Array, window: Window) -> jax.Array:
     """Sum over each window: ``[N, *spatial, C]`` to ``[N, *spatial', C]``."""
     # On CPUs, a box filter is about ten times faster as a reduction than as a
@@ -465,7 +493,10 @@ def _choose_method(x: jax.Array, window: Window, groups: int) -> _Method | None:
         return None
     if outputs < taps:
         return _SMALL_MAPS
-    return _LARGE_MAPS if all(map(_is_int, x.shape)) else None
+    if not all(map(_is_int, x.shape)):
+        return None
+    narrow = x.dtype == jnp.bfloat16 and x.shape[-1] >= _LEAST_CHANNELS
+    return _LARGE_BFLOAT16_MAPS if narrow else _LARGE_MAPS
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
@@ -608,7 +639,8 @@ def _conv_strips(
 
     XLA's gradient with respect to the kernel is a convolution with windows as large as
     the map, which is slow on CPUs. The transposes of these products are matrix products
-    too; their sum is the gradient of the kernel.
+    too; their sum is the gradient of the kernel. In bfloat16, the products are up to
+    twice as fast on CPUs as XLA's convolution, which computes in float32.
     """
     rows, *others = _output_lengths(x, window)
     (size, *_), (stride, *_), (dilation, *_), ((low, _), *pads), *_ = window
@@ -735,6 +767,10 @@ def _pad(x: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
 
 # XLA's own convolution on all platforms; on CPUs, with other gradients.
 _LARGE_MAPS = _Method(_conv_by_xla, _conv_phases, _conv_strips, _conv_by_xla)
+
+# On CPUs with instructions for bfloat16, matrix products use them, and XLA's convolutions
+# do not.
+_LARGE_BFLOAT16_MAPS = _Method(_conv_strips, _conv_phases, _conv_strips, _conv_by_xla)
 
 _SMALL_MAPS = _Method(_conv_patches, _conv_patches, _conv_patches, _conv_by_xla)
 

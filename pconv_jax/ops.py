@@ -265,6 +265,10 @@ def _convolve_valid(
     valid_inputs = jax.tree.map(
         lambda m, x: jnp.where(m, x.astype(dtype), 0), masks, operands
     )
+    if len(operands) > 1:
+        # The kernel is split for several inputs. Without this dependency, XLA splits
+        # the kernels of all layers first and keeps the parts in memory.
+        _, kernel = lax.optimization_barrier((lax.stop_gradient(valid_inputs), kernel))
     outputs = _conv.convolve(
         valid_inputs, kernel.astype(dtype), window, groups=groups, precision=precision
     )

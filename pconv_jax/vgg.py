@@ -16,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax import lax
 from jax.typing import ArrayLike
 
+from pconv_jax import _conv
 from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 
 Params = Mapping[str, Any]
@@ -80,12 +82,13 @@ class VGGFeatures(nn.Module):
                     padding=1,
                     dtype=self.dtype,
                     kernel_init=nn.initializers.he_normal(),
+                    conv_general_dilated=_conv.conv_general_dilated,
                     name=f"conv{block}_{conv}",
                 )(x)
                 if conv == convs:
                     # Before the ReLU, which then has fewer values to process.
                     x = _max_pool(x)
-                x = nn.relu(x)
+                x = _relu(x)
             pools.append(x)
         return tuple(pools)
 
@@ -100,6 +103,22 @@ class VGG19Features(VGGFeatures):
     """VGG19 up to ``pool3``."""
 
     convs: Sequence[int] = (2, 2, 4)
+
+
+@jax.custom_jvp
+def _relu(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, 0)
+
+
+@_relu.defjvp
+def _relu_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    # The gradient of `nn.relu`. With the barrier, XLA keeps the booleans; without, it
+    # compares in the backward pass, and keeps the floats for it.
+    positive = lax.optimization_barrier(x > 0)
+    return _relu(x), jnp.where(positive, dx, 0)
 
 
 @jax.custom_jvp
@@ -120,7 +139,7 @@ def _max_pool_jvp(
     # instead of floats, in a quarter of the memory.
     (x,), (dx,) = primals, tangents
     y = _max_pool(x)
-    largest = _squares(x) == y[:, :, None, :, None]
+    largest = lax.optimization_barrier(_squares(x) == y[:, :, None, :, None])
     count = largest.sum((2, 4)).astype(x.dtype)
     return y, jnp.where(largest, _squares(dx), 0).sum((2, 4)) / count
 

@@ -233,6 +233,26 @@ def test_forms_of_the_convolution_of_upsampled_features(spatial, size, options):
         assert_close(derivatives(form, *primals), expected)
 
 
+def test_bfloat16_is_multiplied_in_strips_on_cpus(monkeypatch):
+    monkeypatch.setattr(_conv, "_MOST_COPIED", 2**16)
+    rng = np.random.default_rng(0)
+    # Products and sums of these integers are exact in float32.
+    x = rng.integers(-8, 9, (2, 24, 20, 32)).astype(jnp.bfloat16)
+    kernel = rng.integers(-8, 9, (3, 5, 32, 4)).astype(jnp.bfloat16)
+    window = make_window((24, 20), (3, 5), strides=(1, 2), padding="SAME")
+
+    def compute(x, kernel):
+        return convolve(x, kernel, window=window)
+
+    wide = reference(x.astype(np.float32), kernel.astype(np.float32), window=window)
+    outputs = jax.jit(compute)(x, kernel)
+    np.testing.assert_array_equal(outputs, wide.astype(jnp.bfloat16))
+    for platform, (convolution, product) in {"cpu": (0, 1), "cuda": (1, 0)}.items():
+        exported = export.export(jax.jit(compute), platforms=[platform])(x, kernel)
+        text = exported.mlir_module()
+        assert (text.count(CONVOLUTION), text.count(PRODUCT)) == (convolution, product)
+
+
 def test_a_program_for_several_platforms_computes_the_same():
     x, kernel = make_case((12, 12), (5, 5))
     window = make_window((12, 12), (5, 5), strides=2)

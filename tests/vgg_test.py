@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,3 +124,29 @@ def test_gradient_of_pooling_is_that_of_the_maximum():
     np.testing.assert_array_equal(
         pull_back(jnp.cos(y))[0], expected_pull_back(jnp.cos(y))[0]
     )
+
+
+def test_gradient_of_relu_is_that_of_flax():
+    x = jnp.array([-2.0, -0.0, 0.0, 3.0, jnp.nan])
+    (y, pull_back), (expected, expected_pull_back) = (
+        jax.vjp(f, x) for f in (vgg._relu, nn.relu)
+    )
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(pull_back(x + 1)[0], expected_pull_back(x + 1)[0])
+
+
+def test_backward_pass_keeps_booleans_instead_of_floats(monkeypatch):
+    images = jnp.zeros((1, 64, 64, 3))
+    params = identity_params(vgg.VGG16Features())
+
+    def temporary():
+        def loss(images):
+            return sum(map(jnp.sum, vgg.vgg16_features(params, images)))
+
+        # A function of its own, since JAX caches traces.
+        compiled = jax.jit(jax.grad(loss)).lower(images).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    kept = temporary()
+    monkeypatch.setattr(vgg, "_relu", nn.relu)
+    assert kept < 0.8 * temporary()
