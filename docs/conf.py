@@ -46,6 +46,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Attributes", "params_style")]  # "Variables" otherwise.
 napoleon_attr_annotations = False
+napoleon_use_rtype = False  # What comes before a colon is not always a type.
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

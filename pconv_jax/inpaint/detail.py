@@ -1,7 +1,7 @@
 """Detail for filled holes: patches of the same image, chosen by a guide.
 
 A network knows what belongs in a hole, but not how this image's grass, grain or brick
-looks. The image knows. `add_detail` combines the two. From coarse to fine, every patch
+looks. The image does. `add_detail` combines the two. From coarse to fine, every patch
 that touches the hole searches for the most similar patch outside it (PatchMatch), and
 every pixel of the hole becomes the weighted mean of what these patches suggest. Two
 images decide which patches are similar:
