@@ -61,6 +61,7 @@ html_theme = "furo"
 html_title = f"pconv_jax {release}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
+html_use_index = html_domain_indices = False  # The API reference is the index.
 html_theme_options = {"navigation_with_keys": True}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
