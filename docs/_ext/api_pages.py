@@ -154,7 +154,7 @@ def _shorten_signature(
         r"\1",
         signature,
     )
-    return signature, returns
+    return signature.replace("mappingproxy({})", "{}"), returns
 
 
 def _init_signature(cls: Any) -> str:

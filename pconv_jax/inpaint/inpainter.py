@@ -273,9 +273,9 @@ class Inpainter:
             rim. The default is 0.
           seed: Seed of the search for detail. In wide holes, seeds give visibly
             different results. The default is 0.
-          exclude: Mask, **white where not to copy detail from**, such as the rest of an
-            object that is removed. Like ``mask``; by default there is none.
-          progress: Called, now and then, with the fraction that is done. By default
+          exclude: Mask, **white where no detail may be copied from**, such as the rest
+            of a removed object. Like ``mask``; by default there is none.
+          progress: Called now and then with the fraction that is done. By default
             nothing is reported.
           return_depth: Whether to return the fill depth, too. The default is False.
 
