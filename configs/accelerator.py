@@ -1,10 +1,10 @@
-"""Minutes of one GPU: images in its memory, and a schedule that fits the time.
+"""Minutes on one GPU: images in its memory, and a schedule that fits the time.
 
     python train.py --config configs/accelerator.py --config.data.path=PHOTOS \
         --config.minutes=12
 
 PHOTOS is a tar file of images; for several files, repeat --config.data.path. The phases
-take about 35 %, 50 % and 15 % of the time if features make a step twice as long: first
+take about 35 %, 50 % and 15 % of the time if the VGG makes a step twice as long: first
 the pixel terms alone, then the whole loss, then the same with the encoder's batch
 normalization frozen. tools/release.py does the same, and survives failures.
 """

@@ -1,7 +1,7 @@
 """The paper's recipe on CelebA-HQ (Karras et al. 2018), as TFDS's celeb_a_hq/512.
 
-TFDS prepares it from ``data512x512.tar``. Make that file by hand, as the TFDS catalog
-describes, and put it into ``~/tensorflow_datasets/downloads/manual``:
+TFDS prepares it from ``data512x512.tar``. Make that file as the TFDS catalog describes,
+and put it into ``~/tensorflow_datasets/downloads/manual``:
 
     pip install tensorflow-cpu importlib-resources
     python -c "import tensorflow_datasets as tfds; tfds.builder('celeb_a_hq/512',

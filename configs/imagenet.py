@@ -1,6 +1,6 @@
 """The paper's recipe on ImageNet (Russakovsky et al. 2015), as TFDS's imagenet2012.
 
-TFDS prepares it from the two original archives. Download them by hand into
+TFDS prepares it from the two original archives. Download them manually into
 ``~/tensorflow_datasets/downloads/manual``:
 
     pip install tensorflow-cpu importlib-resources

@@ -6,14 +6,14 @@ loss.
 
     python train.py --config configs/pconv.py
 
-runs anywhere. It needs no download: if there is no trained VGG, it uses random features
-and warns. The paper's results need the paper's data: see places2.py, imagenet.py and
-celeba_hq.py. For your own images, see folder.py.
+runs anywhere. It needs no download: if there is no trained VGG, it warns and uses
+random features. The paper's results need the paper's data: see places2.py, imagenet.py
+and celeba_hq.py. For your own images, see folder.py.
 
     python train.py --config configs/pconv.py:quickstart
 
 runs the same code with a small network on small crops. It takes under 5 minutes on two
-CPU cores. The README shows its results.
+CPU cores. docs/train.md shows its results.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,8 @@
 """The paper's recipe on Places2 (Zhou et al. 2017), as TFDS's places365_small.
 
-It has 1.8 million images of 256 x 256, so crops have that size and the network has 7
-levels; the paper uses 512 x 512. Get the data once (29 GB, with TensorFlow):
+Its 1.8 million images have 256 x 256 pixels, so crops have that size and the network
+has 7 levels; the paper uses 512 x 512. Download and prepare the data once, with
+TensorFlow (29 GiB, according to the TFDS catalog):
 
     pip install tensorflow-cpu importlib-resources
     python -c "import tensorflow_datasets as tfds; tfds.builder('places365_small',

@@ -1,9 +1,9 @@
-"""The network of version 0.1, which the bundled one started from.
+"""The network of version 0.1, from which the bundled one was started.
 
 It was trained on two CPU cores. So it is small (width 32), and its loss lacks the terms
-that need a VGG, which take six times as long as all the rest. It is trained in four
-runs, and each starts from the weights of the previous one. PHOTOS is a tar file of
-images; for several files, repeat --config.data.path:
+that need a VGG, which would take most of the time. It is trained in four runs, each of
+which starts from the weights of the previous one. PHOTOS is a tar file of images; for
+several files, repeat --config.data.path:
 
     python train.py --config configs/release.py:coarse --config.data.path=PHOTOS
     python train.py --config configs/release.py:fine --config.data.path=PHOTOS
@@ -11,19 +11,19 @@ images; for several files, repeat --config.data.path:
     python train.py --config configs/release.py:ragged --config.data.path=PHOTOS
 
 `coarse` has a large learning rate, and crops of up to the whole image. `fine` has crops
-near the photos' own resolution, and both phases of the paper. `longer` has both phases
-once more. `ragged` has them too, with holes that are not always smooth.
+near the photos' own resolution, and both phases of the paper. `longer` repeats both
+phases. `ragged` repeats them again, with holes that are not always smooth.
 
-After these runs, the network has almost stopped learning. A wider network continues
-from there. It minimizes the logarithm of the squared error, which is PSNR in other
-units:
+A wider network continued from there. It minimizes the logarithm of the squared error,
+which is PSNR in other units:
 
     python tools/widen.py runs/release-ragged runs/release-widened.safetensors \
         --width=48
     python train.py --config configs/release.py:wide --config.data.path=PHOTOS
 
-So far the wider network is 0.1 dB better and takes twice the time, so it is not in the
-package.
+The bundled network did not use that last run. It was trained on a GPU, from the result
+of `ragged` and `tools/widen.py`; see configs/accelerator.py and
+pconv_jax/weights/bundled/README.md.
 """
 
 from ml_collections import ConfigDict

@@ -46,6 +46,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Attributes", "params_style")]  # "Variables" otherwise.
 napoleon_attr_annotations = False
+napoleon_use_rtype = False  # What comes before a colon is not always a type.
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -60,6 +61,7 @@ html_theme = "furo"
 html_title = f"pconv_jax {release}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
+html_use_index = html_domain_indices = False  # The API reference is the index.
 html_theme_options = {"navigation_with_keys": True}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

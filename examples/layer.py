@@ -1,9 +1,9 @@
 # %% [markdown]
 # # The layer in your own model
 #
-# A partial convolution takes images *and a mask*, 1 = valid and 0 = hole. It returns
-# features and the mask of these features, in which holes are smaller. Here a small
-# network learns to fill holes in images of sine waves, in Linen and then in NNX.
+# A partial convolution takes images *and a mask*, where 1 = valid and 0 = hole. It
+# returns features and their mask, in which the holes are smaller. Here a small network
+# learns to fill holes in images of sine waves, first in Linen and then in NNX.
 
 # %%
 import flax.linen as nn
@@ -13,14 +13,15 @@ import matplotlib.pyplot as plt
 import optax
 from flax import nnx
 
-from pconv_jax import PartialConv, composite, random_mask
+from pconv_jax import PartialConv, composite, partial_conv, random_mask
+from pconv_jax import nnx as pconv_nnx
 
 # %% [markdown]
 # ## What the layer does
 #
-# `PartialConv` has the fields of `flax.linen.Conv`. Values in the hole never matter:
-# here they are NaN. After one layer with a 5 x 5 kernel, the hole is 2 pixels narrower
-# on each side.
+# `PartialConv` has the fields of `flax.linen.Conv`. Values in the hole never affect the
+# outputs; here they are NaN. After one layer with a 5 x 5 kernel, the hole is 2 pixels
+# narrower on each side.
 
 # %%
 images = jnp.ones((1, 16, 16, 3)).at[:, 5:12, 5:12].set(jnp.nan)
@@ -34,7 +35,7 @@ print("hole pixels:", int((mask == 0).sum()), "->", int((new_mask == 0).sum()))
 # %% [markdown]
 # ## A model in Linen
 #
-# Layers pass the mask on. Four of them, with dilation, close the holes below.
+# Each layer passes its mask to the next. Four layers, with dilation, close the holes.
 
 
 # %%
@@ -76,7 +77,7 @@ def hole_error(outputs, images, mask):
 
 
 # %% [markdown]
-# The loss looks at the holes alone, so the network cannot copy its input.
+# The loss covers only the holes, so the network cannot just copy its input.
 
 # %%
 STEPS = 150
@@ -117,23 +118,58 @@ figure.suptitle("With holes, filled, and the truth")
 figure.tight_layout()
 
 # %% [markdown]
-# ## The same layer in NNX
+# ## A model in NNX
 #
-# Flax's bridge turns the Linen layer into an NNX module, whose parameters are the same.
+# `pconv_jax.nnx` has the same layers for Flax NNX. Here is the same network again.
+
 
 # %%
-bridged = nnx.bridge.ToNNX(PartialConv(24, (3, 3)), rngs=nnx.Rngs(0))
-bridged.lazy_init(images, mask)
-features, new_mask = bridged(images, mask)
-print("features", features.shape, "mask", new_mask.shape)
+class NNXFiller(nnx.Module):
+    """The same four partial convolutions and head."""
+
+    def __init__(self, rngs):
+        self.convs = nnx.List()
+        for channels, dilation in zip((1, 24, 24, 24), (1, 2, 4, 2)):
+            conv = pconv_nnx.PartialConv(
+                channels, 24, (3, 3), kernel_dilation=dilation, rngs=rngs
+            )
+            self.convs.append(conv)
+        self.head = nnx.Conv(24, 1, (1, 1), rngs=rngs)
+
+    def __call__(self, images, mask):
+        x = images
+        for conv in self.convs:
+            x, mask = conv(x, mask)
+            x = nnx.relu(x)
+        return self.head(x)
+
+
+@nnx.jit
+def nnx_train_step(model, optimizer, key):
+    images, mask = draw_batch(key)
+
+    def loss(model):
+        return hole_error(model(images, mask), images, mask)
+
+    error, grads = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, grads)
+    return error
+
+
+nnx_model = NNXFiller(nnx.Rngs(2))
+nnx_optimizer = nnx.Optimizer(nnx_model, optax.adam(3e-3), wrt=nnx.Param)
+errors = []
+for key in jax.random.split(jax.random.key(3), STEPS):
+    errors.append(float(nnx_train_step(nnx_model, nnx_optimizer, key)))
+print(f"error in the holes: {errors[0]:.2f} -> {sum(errors[-10:]) / 10:.2f}")
 
 # %% [markdown]
-# Without Flax, `pconv_jax.partial_conv` is the same as a pure function of arrays and a
-# kernel, for Equinox, Haiku or plain JAX.
+# ## Without Flax
+#
+# `pconv_jax.partial_conv` is a pure function of arrays and a kernel, for Equinox, Haiku
+# or plain JAX.
 
 # %%
-from pconv_jax import partial_conv  # noqa: E402
-
 kernel = jax.random.normal(jax.random.key(4), (3, 3, 1, 24)) / 3
 features, new_mask = partial_conv(images, mask, kernel, strides=2, padding=1)
 print("features", features.shape, "mask", new_mask.shape)

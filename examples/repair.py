@@ -37,8 +37,8 @@ show(photo, mask, repaired)
 # %% [markdown]
 # ## What stays
 #
-# An inpainter takes Pillow images, arrays or paths, and returns what it was given. With
-# arrays it is easy to see that only the hole has changed.
+# An inpainter takes Pillow images, arrays or paths, and returns an image of the same
+# type. This shows that only the hole has changed.
 
 # %%
 before, after = np.asarray(photo), np.asarray(repaired)
@@ -49,8 +49,8 @@ print("hole:", f"{hole.mean():.1%} of the pixels")
 # %% [markdown]
 # ## Removing an object
 #
-# Cover the whole object, and a few pixels more: `dilate` enlarges the hole. What
-# remains of the object, such as its shadow, would be copied into the hole.
+# Cover the whole object and a few pixels around it; `dilate` enlarges the hole. If you
+# leave parts of the object, such as its shadow, they may be copied into the hole.
 
 # %%
 rocket = Image.fromarray(data.rocket())
@@ -63,8 +63,9 @@ show(rocket, mast, removed)
 # %% [markdown]
 # ## With and without detail
 #
-# The network alone fills with smooth colors. By default a search for patches of the
-# same photo adds its grain and texture. `seed` gives another result.
+# The network alone fills holes with smooth colors. By default, a search then copies
+# grain and texture from patches of the same photo. Another `seed` gives another result.
+# From left to right: without detail, with detail, and with another seed.
 
 # %%
 smooth = Inpainter.from_pretrained(detail=False)(photo, mask)

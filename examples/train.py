@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Training an inpainter on a folder
 #
-# The same as `pconv train --config folder --config.data.path=DIR` in a terminal, in
-# Python. The network, the crops and the number of steps are small, so that two CPU
-# cores need less than a minute.
+# This does in Python what `pconv train --config folder --config.data.path=DIR` does in
+# a terminal. The network, the crops and the number of steps are small, so that it takes
+# less than a minute on two CPU cores.
 
 # %%
 import json
@@ -21,8 +21,8 @@ from pconv_jax.runs.opening import load_run
 # %% [markdown]
 # ## Photos
 #
-# Any folder of images will do, with subfolders too. Here it holds crops of photos that
-# scikit-image brings along.
+# Any folder of images will do, and may have subfolders. This one contains crops of
+# photos that come with scikit-image.
 
 # %%
 temporary = tempfile.TemporaryDirectory()
@@ -43,11 +43,11 @@ print(len(list((folder / "photos").iterdir())), "photos")
 # %% [markdown]
 # ## Settings
 #
-# `default_config` holds the recipe of the paper. The
+# `default_config` returns the paper's recipe. The
 # [guide to training](../train.md#all-settings) lists all settings. `vgg = None` leaves
 # out the perceptual and style terms of the loss, which take most of the time and need a
-# trained VGG16. Phase 2, which freezes the batch
-# normalization of the encoder, is left out too.
+# trained VGG16. Phase 2, which freezes the batch normalization of the encoder, is left
+# out as well.
 
 # %%
 config = default_config()
@@ -67,8 +67,8 @@ config.validation_examples = 1
 # %% [markdown]
 # ## Training
 #
-# A twentieth of the images is held out for validation. Started again with the same
-# workdir, training resumes from its last checkpoint.
+# One image in twenty is held out for validation. If you start training again with the
+# same workdir, it resumes from the last checkpoint.
 
 # %%
 workdir = folder / "run"
@@ -77,7 +77,7 @@ print("finished:", summary["finished"], "at step", summary["step"])
 print(f"PSNR of the held-out images: {summary['validation']['psnr']:.1f} dB")
 
 # %% [markdown]
-# `metrics.jsonl` has one line for each event. Runs also write TensorBoard logs, image
+# `metrics.jsonl` has one line per event. A run also writes TensorBoard logs, image
 # grids and `summary.json`.
 
 # %%
@@ -90,8 +90,8 @@ for record in records:
 # %% [markdown]
 # ## The trained network
 #
-# A weights file holds the network and its description. `Inpainter`, `pconv inpaint` and
-# `pconv eval` take it; `pconv convert run out.safetensors` writes the same file.
+# A weights file contains the network and its description. `Inpainter`, `pconv inpaint`
+# and `pconv eval` read it. `pconv convert run out.safetensors` writes the same file.
 
 # %%
 run = load_run(workdir)

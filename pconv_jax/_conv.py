@@ -53,9 +53,9 @@ class Upsampled:
     A convolution of an upsampled map multiplies each pixel by each tap of the kernel
     four times, once for each copy of the pixel. Multiplying once, then moving and
     summing the products for each copy, takes a quarter of the multiplications: for a
-    3x3 kernel, 9 instead of 36 for four outputs. (The map is repeated in memory after
-    all for kernels of more than 27 taps, strides, groups, and any padding other than
-    zeros to the same size.)
+    3x3 kernel, 9 instead of 36 for four outputs. With kernels of more than 27 taps,
+    strides, groups, or any padding other than zeros to the same size, the map is
+    repeated in memory instead.
 
     Attributes:
       x: Features or their mask, ``[N, *spatial, C]``.

@@ -7,11 +7,11 @@ what helps.
 
 
 class UserError(ValueError):
-    """A mistake in what a person gave: an argument, a setting, a file.
+    """A user's mistake: in an argument, a setting or a file.
 
     The message names the argument, what was expected and what was given.
     """
 
 
 class RunError(RuntimeError):
-    """Something that befell a run: a full disk, a dead worker, a loss that is NaN."""
+    """A failure of a run: a full disk, a dead worker, a loss that is NaN."""

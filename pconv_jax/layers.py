@@ -78,7 +78,7 @@ class _PartialConvBase(nn.Module):
 class PartialConv(_PartialConvBase):
     """A convolution of the valid inputs only (Liu et al. 2018, section 3.1).
 
-    It returns the outputs and their mask, which the next layer takes::
+    It returns the outputs and their mask, which is passed to the next layer::
 
       >>> import jax, jax.numpy as jnp
       >>> from pconv_jax.layers import PartialConv
@@ -127,8 +127,8 @@ class PartialConv(_PartialConvBase):
             such arrays, treated as concatenated along C. `ops.Upsampled` arrays are
             treated as upsampled.
           mask: ``[..., *spatial, 1]`` or ``[..., *spatial, C]``, 1 = valid, 0 = hole; a
-            sequence if ``inputs`` is one. None (the default), also in a sequence, if
-            all of the input is valid.
+            sequence if ``inputs`` is one. None (the default), which may also be an item
+            of the sequence, means that all of the input is valid.
           return_coverage: Whether to return sum(M) / sum(1) too. The default is False.
 
         Returns:
@@ -142,7 +142,7 @@ class PartialConv(_PartialConvBase):
 
 
 class PartialPadConv(_PartialConvBase):
-    """A drop-in for `flax.linen.Conv` with partial convolution based padding.
+    """A drop-in replacement for `flax.linen.Conv`, with partial convolution padding.
 
     Zero padding counts as a hole, so outputs at the border are scaled to the inputs
     that exist (Liu et al., "Partial Convolution based Padding", 2018,
@@ -157,10 +157,10 @@ class PartialPadConv(_PartialConvBase):
 class PartialConvTranspose(nn.Module):
     """A transposed convolution of the valid inputs only.
 
-    An output is valid if a valid input reaches it, and scaled by the number of inputs
-    that reach it over that of the valid ones. Without holes, and unless the steps are
-    longer than the kernel, it equals `flax.linen.ConvTranspose`, whose fields and
-    parameters it has::
+    An output is valid if a valid input reaches it. It is scaled by the number of inputs
+    that reach it, divided by the number of valid ones. The fields and parameters are
+    those of `flax.linen.ConvTranspose`. Without holes, the outputs are equal as well,
+    unless strides are longer than the kernel::
 
       >>> import jax, jax.numpy as jnp
       >>> from pconv_jax.layers import PartialConvTranspose
@@ -220,8 +220,8 @@ class PartialConvTranspose(nn.Module):
             such arrays, treated as concatenated along C. `ops.Upsampled` arrays are
             treated as upsampled.
           mask: ``[..., *spatial, 1]`` or ``[..., *spatial, C]``, 1 = valid, 0 = hole; a
-            sequence if ``inputs`` is one. None (the default), also in a sequence, if
-            all of the input is valid.
+            sequence if ``inputs`` is one. None (the default), which may also be an item
+            of the sequence, means that all of the input is valid.
           return_coverage: Whether to return sum(M) / sum(1) too. The default is False.
 
         Returns:

@@ -220,8 +220,8 @@ def log_mse(comp: ArrayLike, target: ArrayLike, *, epsilon: float = 1e-5) -> jax
     Args:
       comp: I_comp, ``[N, H, W, C]``.
       target: I_gt, of the same shape.
-      epsilon: Mean squared error that counts as none. The default, 1e-5, is a PSNR of
-        56 dB.
+      epsilon: Mean squared error below which an improvement hardly counts. The default,
+        1e-5, is a PSNR of 56 dB.
 
     Raises:
       ValueError: If shapes do not fit.

@@ -132,7 +132,7 @@ def random_mask(
         1 to 6 pixels wide), ``'text'`` (letters 10 to 40 pixels high), ``'dots'`` (of
         radius 1 to 4), ``'thin'`` (one of these three), or ``'wide'`` (one square,
         disc, corner or stripe). Thin shapes are added until the area is reached; if
-        they do not suffice for it, they grow.
+        that is not enough, they grow.
       border: If True, the hole touches the border. If False, the outermost 50/512 of
         each side (whole pixels, at least one) are valid. If None (the default), chosen
         at random where the hole area allows both.

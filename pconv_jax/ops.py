@@ -7,14 +7,13 @@ Contract of this module:
 * A mask is binary, **1 = valid and 0 = hole**, of any dtype. Its shape is
   ``[N, *spatial, 1]`` (one plane for all channels) or ``[N, *spatial, C]`` (one plane
   for each channel). Values in a hole, even NaN, affect neither outputs nor gradients.
-* If a mask is not binary, what is above 0.5 is valid, and all else is a hole, under
-  ``jax.jit`` and without. To be told of such a mask, functionalize the checks::
+* If a mask is not binary, values above 0.5 are valid and all others are holes, with and
+  without ``jax.jit``. To detect such a mask, use `jax.experimental.checkify`::
 
       error, result = checkify.checkify(function, errors=checkify.user_checks)(...)
       error.throw()
 
-  Checks cost nothing in a compiled program that is not functionalized, and a bool mask
-  needs none.
+  Without ``checkify``, compiled programs contain no check. A bool mask needs none.
 * Inputs and masks may be sequences of equal length. They are treated as concatenated
   along the channels, but copied only where that is cheap. Each item may be `Upsampled`,
   which is treated as if its pixels were repeated.
@@ -103,8 +102,8 @@ def partial_conv(
       inputs: Features ``[N, *spatial, C_in]``, or a sequence of arrays whose channels
         add up to ``C_in``. Arrays may be `Upsampled` if their masks are too.
       mask: ``[N, *spatial, 1]`` or ``[N, *spatial, C_in]``, 1 = valid, 0 = hole; a
-        sequence if ``inputs`` is one. None, also in a sequence, if all of the input is
-        valid.
+        sequence if ``inputs`` is one. None, which may also be an item of the sequence,
+        means that all of the input is valid.
       kernel: ``[*kernel_size, C_in // feature_group_count, features]``. Its input
         channels follow the order of ``inputs``.
       bias: ``[features]``, added to valid outputs only. None (the default) for no bias.
@@ -182,15 +181,16 @@ def partial_conv_transpose(
     """Apply a transposed convolution to the valid inputs.
 
     Every input adds to the outputs in a window around it. An output is valid if a valid
-    input reaches it. It is scaled by the number of inputs that reach it, over that of
-    the valid ones::
+    input reaches it. It is scaled by the number of inputs that reach it, divided by the
+    number of valid ones::
 
         x' = W^T (X * M) sum(1) / sum(M) + b  and  m' = 1   if sum(M) > 0
         x' = 0                                and  m' = 0   otherwise
 
-    So without holes this equals `flax.linen.ConvTranspose`, at the border too: unlike
-    in `partial_conv`, padding is no hole. Only outputs that no input reaches at all,
-    where steps are longer than kernels, are holes, and thus 0 instead of b.
+    Unlike in `partial_conv`, padding is no hole. So without holes, this equals
+    `flax.linen.ConvTranspose`, also at the border. The exceptions are outputs that no
+    input reaches, where strides are longer than the kernel: they are holes, and thus 0
+    instead of b.
 
     Args:
       inputs: As in `partial_conv`.

@@ -130,7 +130,7 @@ class PConvUNet(nn.Module):
       conv: ``'partial'`` (the default), or ``'standard'`` for the same network of
         standard convolutions, the paper's baseline. It takes the mask as a further
         input channel, and its whole output counts as valid.
-      stages: The encoder's and the decoder's stages. None (the default) for
+      stages: The encoder's and the decoder's stages. None (the default) uses
         `paper_stages`.
       normalization: Normalization of the images inside the network, undone in the
         output; for networks trained on images of another range. None by default.

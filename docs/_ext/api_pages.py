@@ -8,12 +8,14 @@ import importlib
 import inspect
 import pathlib
 import re
+from typing import Any
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.inspect import stringify_signature
 
 import pconv_jax
 from pconv_jax import layers, unet
@@ -144,13 +146,23 @@ def _shorten_signature(
     """Leave out the fields that Flax adds to every module, and addresses."""
     if signature is None:
         return None
-    signature = re.sub(r", parent=.*\)$", ")", signature)
+    if kind == "class" and signature == "(*args, **kwargs)":  # Its metaclass's.
+        signature = _init_signature(obj)
+    signature = re.sub(r"(, )?parent=.*\)$", ")", signature)
     signature = re.sub(
         r"<(?:function|class) '?([\w.]+?)(?:\.<locals>.*?)?'?(?: at \w+)?>",
         r"\1",
         signature,
     )
-    return signature, returns
+    return signature.replace("mappingproxy({})", "{}"), returns
+
+
+def _init_signature(cls: Any) -> str:
+    """Format the arguments of a class's own constructor; none for a protocol."""
+    if getattr(cls, "_is_protocol", False):
+        return ""
+    _, *parameters = inspect.signature(cls.__init__).parameters.values()
+    return stringify_signature(inspect.Signature(parameters), show_annotation=False)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

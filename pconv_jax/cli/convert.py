@@ -21,7 +21,7 @@ def add(commands: Subparsers) -> None:
     """Add the command to those of ``pconv``."""
     command = commands.add_parser(
         "convert",
-        help="make a weights file of a run, or of another project's weights",
+        help="make a weights file from a run or from another project's weights",
         description=(
             "Makes one .safetensors file with a network and its weights, from a "
             "training run or from the weights of another project: "
@@ -38,7 +38,7 @@ def add(commands: Subparsers) -> None:
         "out", metavar="OUT", type=as_path, help="the .safetensors file to write"
     )
     command.add_argument(
-        "--step", type=int, help="checkpoint of a run (default: the newest)"
+        "--step", type=int, help="step of the checkpoint of a run (default: the newest)"
     )
     add_force(command)
     command.add_argument(

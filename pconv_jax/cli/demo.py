@@ -16,7 +16,7 @@ from pconv_jax.cli._options import Subparsers, add_weights
 
 _DESCRIPTION = """\
 Serves a web page where you open an image, paint over the area to fill, and download the
-repaired image. It needs no connection, and uses no proxy.
+repaired image. It needs no internet connection, and uses no proxy.
 """
 
 _EXAMPLES = """\
@@ -66,11 +66,11 @@ def add(commands: Subparsers) -> None:
     access.add_argument(
         "--auth",
         metavar="NAME[:PASSWORD]",
-        help="let in who knows this name and password, which is asked for on the "
+        help="require this name and password; the password is asked for on the "
         "terminal if it is not given",
     )
     access.add_argument(
-        "--no-auth", action="store_true", help="let in everybody who can reach the page"
+        "--no-auth", action="store_true", help="let in everyone who can reach the page"
     )
     add_cache(command)
     command.set_defaults(run=_run)

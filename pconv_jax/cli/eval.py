@@ -7,13 +7,13 @@ from pconv_jax.cli._cache import add_cache, use_cache
 from pconv_jax.cli._options import Subparsers, expand
 
 _DESCRIPTION = """\
-Evaluates a trained network by hole bin, and on thin and wide holes, beside the methods
-that need no network.
+Evaluates a trained network by hole bin, and on thin and wide holes, and compares it
+with methods that need no network.
 
 All methods get the same images and masks. The results go to evaluation/ in the workdir,
 or to --out: report.html, a page with tables, plots and images; results.json, results.md
-and examples.csv; timing.json; pictures.png and worst.png. Started again, it resumes
-where it stopped.
+and examples.csv; timing.json; pictures.png and worst.png. If it is interrupted, the
+same command resumes it.
 """
 
 _EXAMPLES = """\
@@ -28,7 +28,7 @@ def add(commands: Subparsers) -> None:
     """Add the command to those of ``pconv``."""
     command = commands.add_parser(
         "eval",
-        help="evaluate a network beside others and beside baselines",
+        help="compare a network with other networks and baselines",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,7 +46,7 @@ def add(commands: Subparsers) -> None:
         type=_words,
         default=None,
         metavar="NAME,...",
-        help="what to compare: network; repair, the network with detail of the image; "
+        help="what to compare: network; repair, the network and the search for detail; "
         "mean, telea, navier_stokes, biharmonic, patchmatch; NAME=PATH for another "
         "network, by its workdir or weights file; or all, for the network and the "
         "baselines (default: network,mean,telea,navier_stokes)",

@@ -88,7 +88,7 @@ def _add_files(command: argparse.ArgumentParser) -> None:
         required=True,
         help="the file to write, of any of these kinds; or a folder, where files get "
         "the names of the images. JPEG files do not keep pixels exactly, but an image "
-        "from a JPEG file is compressed in the same way, and changes very little",
+        "from a JPEG file is compressed in the same way and changes very little",
     )
     add_weights(command)
     add_force(command)
@@ -97,7 +97,7 @@ def _add_files(command: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=MAX_PIXELS,
-        help="refuse larger images (default: %(default)s)",
+        help="refuse images with more pixels (default: %(default)s)",
     )
     add_cache(command)
 
@@ -114,20 +114,20 @@ def _add_hole(command: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--mask-color",
         metavar="COLOR",
-        help="fill where the image has this color, e.g. '#ff00ff' or magenta",
+        help="fill where the image has this color, such as '#ff00ff' or magenta",
     )
     hole.add_argument(
         "--mask-label",
         metavar="N",
         type=int,
-        help="fill where a mask of labels (0, 1, 2, ...) has this one",
+        help="fill where a mask of labels (0, 1, 2, ...) has this label",
     )
     hole.add_argument(
         "--tolerance",
         metavar="N",
         type=int,
-        help="largest difference of red, green and blue from --mask-color, of 255; "
-        "use about 30 for images that were ever JPEG files (default: 0)",
+        help="largest difference of red, green and blue from --mask-color (0 to 255); "
+        "use about 30 if the painted image was saved as a JPEG file (default: 0)",
     )
     hole.add_argument(
         "--invert-mask", action="store_true", help="fill where the mask is black"
@@ -152,15 +152,15 @@ def _add_detail(command: argparse.ArgumentParser) -> None:
         "--detail",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="copy detail of the image into the hole, guided by the network; without, "
-        "fill with the network's output alone (default: --detail)",
+        help="copy detail from elsewhere in the image into the hole, guided by the "
+        "network; --no-detail uses only the network's output (default: --detail)",
     )
     detail.add_argument(
         "--exclude",
         metavar="MASK",
         type=as_path,
-        help="an image that is white where not to copy detail from, such as the rest "
-        "of a removed object; or a folder of them, as for --mask",
+        help="an image that is white where no detail may be copied from, such as the "
+        "rest of a removed object; or a folder of such images, as for --mask",
     )
     detail.add_argument(
         "--seed",

@@ -12,9 +12,9 @@ from pconv_jax.cli._options import Subparsers, expand
 _DESCRIPTION = """\
 Trains an inpainting network.
 
-Started again with the same workdir, it resumes where it stopped. All GPUs of a machine
-are used. For several machines, start one process on each, on a common file system, with
---distributed; where JAX cannot find the others by itself, also with
+If it is interrupted, the same command resumes it. All GPUs of a machine are used. To
+use several machines, start one process on each with --distributed, on a common file
+system. If JAX cannot find the other processes by itself, also set
 --coordinator_address, --num_processes and --process_id.
 """
 
@@ -44,7 +44,7 @@ def add(commands: Subparsers) -> None:
     command.add_argument(
         "--allow_other_images",
         action="store_true",
-        help="resume a run though its images have changed",
+        help="resume a run even if its images have changed",
     )
     processes = command.add_argument_group("several processes")
     processes.add_argument(

@@ -30,7 +30,7 @@ class ImageSource(abc.ABC):
         """Get the name of an image, for messages."""
 
     def key(self, index: int) -> str:
-        """Get a name of an image that stays the same where its source is moved."""
+        """Get a name of an image that does not change when its source is moved."""
         return self.name(index)
 
     def digest(self) -> str:
@@ -58,7 +58,7 @@ class Span(NamedTuple):
 
 
 def read_span(span: Span) -> bytes:
-    """Read a part of a file; it is shorter than the span where the file ends early."""
+    """Read a part of a file; it is shorter than the span if the file ends early."""
     with open(span.path, "rb") as file:
         room = os.fstat(file.fileno()).st_size - span.offset
         file.seek(span.offset)

@@ -24,7 +24,7 @@ _PILLOW_ERRORS = (
 
 
 class UnreadableImageError(UserError):
-    """An image that cannot be read: empty, truncated, no image, or no permission."""
+    """An image that cannot be read: it is empty, damaged, or access is denied."""
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:

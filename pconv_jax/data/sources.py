@@ -1,4 +1,4 @@
-"""Sources of images: folders, tar files, and the photos that scikit-image carries.
+"""Sources of images: folders, tar files, and the photos that come with scikit-image.
 
 `open_source` opens any of them, or a TFDS data set, for training or validation.
 """
@@ -114,7 +114,7 @@ class TarSource(ImageSource):
 
 
 class BundledSource(ImageSource):
-    """A few photos that scikit-image carries, to try things out.
+    """A few photos that come with scikit-image, to try things out.
 
     Args:
       split: ``'train'`` (three photos) or ``'validation'`` (two others).

@@ -2,7 +2,7 @@
 
 It follows section 4.2 of the paper: six ranges of hole ratio, each with and without
 holes at the image border, and equally many examples of each of these twelve mask
-classes. Two classes more show what the twelve do not: thin holes, such as scratches,
+classes. Two more classes show what the twelve do not: thin holes, such as scratches,
 and wide ones. Example i of every class shows the same image. The pairs depend only on
 the images, the masks and the seed, not on the methods or the devices.
 """
@@ -72,7 +72,7 @@ class EvalSet:
       examples: Number of examples of each class.
       seed: Seed of the drawn masks.
       classes: The classes that have masks.
-      left_out: Sentences about the classes that have none.
+      left_out: Sentences that say which classes have no masks, and why.
     """
 
     def __init__(

@@ -185,7 +185,7 @@ def evaluate_run(
       step: Step of the checkpoint. None (the default) takes the newest.
       config: Settings that select the evaluation data, or a config with them. None
         (the default) takes those of the network, or the paper's if it has none.
-      data: What to change of the evaluation data; nothing by default.
+      data: Changes of the evaluation data. By default there are none.
       methods: Methods to compare; see `methods.get_methods`; ``'network'`` stands for
         the evaluated network. `DEFAULT_METHODS` by default.
       time_budget: Seconds that a baseline may take for an image. The default is 60.

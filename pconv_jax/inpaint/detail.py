@@ -1,7 +1,7 @@
 """Detail for filled holes: patches of the same image, chosen by a guide.
 
 A network knows what belongs in a hole, but not how this image's grass, grain or brick
-looks. The image knows. `add_detail` combines the two. From coarse to fine, every patch
+looks. The image does. `add_detail` combines the two. From coarse to fine, every patch
 that touches the hole searches for the most similar patch outside it (PatchMatch), and
 every pixel of the hole becomes the weighted mean of what these patches suggest. Two
 images decide which patches are similar:
@@ -62,7 +62,7 @@ _RIM_DECAY = 1.3  # A vote loses this factor for each pixel of depth: rims are s
 # texture.
 _GUIDE_SIGMA = (0.8, 1.5)
 _DEPTH_PER_SIGMA = 16  # Depth of a hole, in pixels, for a sigma of 1.
-# At the end, all but the finest detail moves towards the guide: by the larger part as
+# At the end, all but the finest detail moves toward the guide: by the larger part as
 # far as this depth, in pixels, and by the smaller one deep in the hole, where more of
 # the guide would look soft. In between, the part falls by e each so many pixels.
 _BLEND = (0.2, 0.8)
@@ -146,7 +146,7 @@ def refine_guide(image: np.ndarray, hole: np.ndarray, guide: np.ndarray) -> np.n
 
     In holes of a few pixels, biharmonic inpainting (Damelin and Hoang 2018) is more
     accurate than a network, and in all others less. Ten steps of the method of
-    conjugate gradients, from the network's output towards the biharmonic filling, are
+    conjugate gradients, from the network's output toward the biharmonic filling, are
     more accurate than both. In narrow holes they almost reach it. In wide ones they
     smooth the rim.
 

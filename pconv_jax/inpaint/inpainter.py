@@ -66,7 +66,7 @@ class _Options(NamedTuple):
 
 
 class Inpainter:
-    """Fills the holes of images by a network.
+    """Fills the holes of images with a network.
 
     All other pixels stay exactly as they are. Images may have any size and holes any
     width; the content of a hole does not matter. The network's output guides a search
@@ -93,10 +93,11 @@ class Inpainter:
           model: Network with as many output channels as input channels.
           variables: Its ``params`` and ``batch_stats``.
           info: Facts about the network. By default none.
-          value_range: Values of float images that are the network's -1 and 1. By
-            default (0, 1). None gives the network floats as they are, for data that are
-            not images.
-          max_pixels: Files of larger images are refused. The default is 100,000,000.
+          value_range: The values of float images that correspond to the network's -1
+            and 1. The default is (0, 1). None gives the network floats as they are, for
+            data that are not images.
+          max_pixels: Largest number of pixels of an image file. The default is
+            100,000,000.
           detail: Whether to add detail of the image to the network's output. The
             default is True. Data that are not images (see ``value_range``) never get
             it.
@@ -272,9 +273,9 @@ class Inpainter:
             rim. The default is 0.
           seed: Seed of the search for detail. In wide holes, seeds give visibly
             different results. The default is 0.
-          exclude: Mask, **white where not to copy detail from**, such as the rest of an
-            object that is removed. Like ``mask``; by default there is none.
-          progress: Called, now and then, with the fraction that is done. By default
+          exclude: Mask, **white where no detail may be copied from**, such as the rest
+            of a removed object. Like ``mask``; by default there is none.
+          progress: Called now and then with the fraction that is done. By default
             nothing is reported.
           return_depth: Whether to return the fill depth, too. The default is False.
 
@@ -283,8 +284,8 @@ class Inpainter:
           image, or an array if it has 16-bit color or is a ``.npy`` file. A sequence
           gives a list. The EXIF orientation of a Pillow image is ignored.
 
-          With ``return_depth``, a pair of it and uint8 ``[H, W]``: the stage of the
-          network's encoder at which a pixel becomes valid, 0 outside the hole. Where
+          With ``return_depth``, also the fill depth, uint8 ``[H, W]``: the stage of the
+          network's encoder at which a pixel becomes valid, or 0 outside the hole. Where
           the network does not close the hole, halving the image counts as a stage.
 
         Raises:

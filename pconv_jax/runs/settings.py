@@ -45,13 +45,13 @@ class ModelSettings:
 
     depth: int = setting(
         8,
-        "Encoder stages; image_size is a multiple of 2**depth.",
+        "Number of encoder stages; image_size must be a multiple of 2**depth.",
         within="[1, 16]",
     )
     width: int = setting(64, "Features of the first stage.", within="[1, inf)")
     conv: Literal["partial", "standard"] = setting(
         "partial",
-        "Kind of convolution; the paper compares with standard ones.",
+        "Kind of convolution; standard is the paper's baseline.",
     )
     normalization: Literal["imagenet"] | None = setting(
         None, "Normalization of images inside the network."
@@ -68,14 +68,16 @@ class DataSettings:
     """The images."""
 
     source: Literal["bundled", "folder", "tar", "tfds"] = setting(
-        "bundled", "Where images come from; bundled are scikit-image's photos."
+        "bundled", "Where images come from; bundled means scikit-image's photos."
     )
-    path: Paths | None = setting(None, "The folder, or one or several tar files.")
+    path: Paths | None = setting(
+        None, "The folder of images, or one or several tar files."
+    )
     validation_path: Paths | None = setting(
-        None, "The same for validation. None holds out a part of path."
+        None, "Like path, for validation. None holds out a fraction of path."
     )
     validation_fraction: float = setting(
-        0.05, "The part of path that is held out for validation.", within="(0, 1)"
+        0.05, "Fraction of the images of path that is held out.", within="(0, 1)"
     )
     name: str | None = setting(None, "Name of the TFDS data set.")
     data_dir: str | None = setting(
@@ -95,7 +97,7 @@ class DataSettings:
     cache: Literal["none", "device"] = setting(
         "none",
         "Where decoded images are kept: nowhere, or all of them in the memory of every "
-        "device, which crops them within the step.",
+        "device, which crops them in the step.",
     )
     cache_side: int = setting(
         320,
@@ -138,18 +140,20 @@ class MaskSettings:
     ] = setting("mixed", "Kind of hole that is drawn.")
     thin: float = setting(
         0.0,
-        "Part of the drawn masks that are of kind thin instead, with 0.5 % to 10 % of "
-        "the pixels.",
+        "Fraction of the drawn masks that are of kind thin instead, with 0.5 % to 10 % "
+        "of the pixels.",
         within="[0, 1]",
     )
     wide: float = setting(
         0.0,
-        "Part of the drawn masks that are of kind wide instead, with 6 % to 36 % of "
-        "the pixels.",
+        "Fraction of the drawn masks that are of kind wide instead, with 6 % to 36 % "
+        "of the pixels.",
         within="[0, 1]",
     )
     hole_ratio: tuple[float, float] = setting(
-        (0.01, 0.6), "Range of the hole's share of the pixels.", within="(0, 1)"
+        (0.01, 0.6),
+        "Range of the fraction of the pixels that is hole.",
+        within="(0, 1)",
     )
     pool: int = setting(
         0,
@@ -241,17 +245,19 @@ class ExportSettings:
 
     minutes: float = setting(
         0.0,
-        "Minutes between two writes, besides those at the ends of phases; 0 writes "
-        "none.",
+        "Minutes between two writes, in addition to those at the ends of phases; 0 "
+        "writes none.",
         within="[0, inf)",
         resumable=True,
     )
     folder: str | None = setting(
-        None, "Folder of a copy, or of the parts. None is the workdir.", resumable=True
+        None,
+        "Folder of a copy or of the parts. None means the workdir.",
+        resumable=True,
     )
     part_mib: float = setting(
         0.0,
-        "Size in MiB of parts that are written besides; 0 for none.",
+        "Size in MiB of the parts that are also written; 0 for none.",
         within="[0, inf)",
         resumable=True,
     )
@@ -261,11 +267,13 @@ class ExportSettings:
 class Settings:
     """All settings of an experiment."""
 
-    seed: int = setting(0, "Seed of everything random.", within="[0, 2**32)")
+    seed: int = setting(0, "Seed of all random numbers.", within="[0, 2**32)")
     image_size: int = setting(
         512, "Side of the square crops, in pixels.", within="[8, inf)"
     )
-    batch_size: int = setting(6, "Images of a step, on all devices.", within="[1, inf)")
+    batch_size: int = setting(
+        6, "Number of images of a step, over all devices.", within="[1, inf)"
+    )
     accumulate: int = setting(
         1,
         "Parts in which a device computes its share of a batch, to save memory. Batch "
@@ -274,8 +282,8 @@ class Settings:
     )
     steps_per_call: int = setting(
         1,
-        "Updates of one call of the compiled program. More of them save the time "
-        "between calls, which matters where an update takes milliseconds.",
+        "Updates in one call of the compiled program. More of them save time between "
+        "calls, which matters if an update takes milliseconds.",
         within="[1, inf)",
     )
     model: ModelSettings = ModelSettings()
@@ -290,7 +298,7 @@ class Settings:
     )
     feature_fraction: float = setting(
         1.0,
-        "Part of a batch that the perceptual and style terms see.",
+        "Fraction of a batch on which the perceptual and style terms are computed.",
         within="(0, 1]",
     )
     average_decay: float = setting(
@@ -301,9 +309,9 @@ class Settings:
     )
     minutes: float = setting(
         0.0,
-        "Minutes that the steps take: before the first, the pace is measured, and all "
-        "numbers of steps of the phases are scaled to fit. Validation, images and "
-        "checkpoints take time besides. 0 takes the steps as they are.",
+        "Minutes that the steps may take: before the first step, the pace is measured, "
+        "and the numbers of steps of all phases are scaled to fit. Validation, images "
+        "and checkpoints take additional time. 0 keeps the numbers of steps.",
         within="[0, inf)",
     )
     clip_norm: float = setting(
@@ -329,15 +337,15 @@ class Settings:
     )
     picture_every: int = setting(
         5_000,
-        "Steps between two image grids, besides those at the ends of phases; 0 for "
-        "none at all.",
+        "Steps between two image grids, in addition to those at the ends of phases; 0 "
+        "for none at all.",
         within="[0, inf)",
         resumable=True,
     )
     validate_every: int = setting(
         10_000,
-        "Steps between two validations, besides those at the ends of phases; 0 for "
-        "none at all.",
+        "Steps between two validations, in addition to those at the ends of phases; 0 "
+        "for none at all.",
         within="[0, inf)",
         resumable=True,
     )
@@ -351,12 +359,15 @@ class Settings:
     )
     keep_checkpoints: int = setting(
         3,
-        "How many of the newest checkpoints to keep; the best one is kept besides.",
+        "How many of the newest checkpoints to keep; the best one is kept as well.",
         within="[1, inf)",
         resumable=True,
     )
     evaluation_examples: int = setting(
-        100, "As validation_examples, for eval.py.", within="[1, inf)", resumable=True
+        100,
+        "Like validation_examples, for pconv eval.",
+        within="[1, inf)",
+        resumable=True,
     )
 
     @classmethod

@@ -1,11 +1,11 @@
 """The training loop, from settings to the last checkpoint.
 
-A workdir holds all of a run: ``config.json``, ``checkpoints/``, ``metrics.jsonl``,
-``tensorboard/``, ``pictures/`` and ``summary.json``. Started again in the same workdir,
-a run resumes where it stopped and ends with the same weights as a run that never
-stopped, because the data of a step depend on its number alone. On CPUs the weights are
-equal bit for bit. On GPUs they are if XLA computes deterministically, which
-``XLA_FLAGS=--xla_gpu_deterministic_ops=true`` asks for.
+A workdir contains everything that a run writes: ``config.json``, ``checkpoints/``,
+``metrics.jsonl``, ``tensorboard/``, ``pictures/`` and ``summary.json``. A run that is
+started again in the same workdir resumes where it stopped and ends with the same
+weights as a run that never stopped, because the data of a step depend only on its
+number. On CPUs the weights are equal bit for bit. On GPUs they are if XLA is
+deterministic, with ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``.
 """
 
 import contextlib

@@ -144,7 +144,8 @@ def train_step(
         sees one part at a time and updates its running statistics after each.
       average_decay: Decay of `TrainState.average`, if the state has one. It is smaller
         in the first steps, so that the average soon forgets the initial weights.
-      axis_name: Name of the mapped axis that divides the batch. None: it is undivided.
+      axis_name: Name of the mapped axis that divides the batch. None (the default) if
+        it is not divided.
 
     Returns:
       The state after the update, and means over the whole batch: each loss term,

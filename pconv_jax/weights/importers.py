@@ -71,7 +71,7 @@ class Project(NamedTuple):
       name: Name of its repository.
       find: Finds the names of the weights among the keys of a file. It returns None if
         the file is not from this project.
-      ignored: Pattern of keys that are no weights. By default there are none.
+      ignored: Pattern of keys that are not weights. By default there are none.
       layout: Order of the kernels' axes. By default PyTorch's, ``'OIHW'``.
       sum_of_ones: The layer's value of sum(1): ``'one'`` is 1, as in version 1 of the
         paper; ``'window'`` is ``k * k``; ``'inputs'`` (the default) is
@@ -120,10 +120,10 @@ def import_network(
     """Recognize a network by the names of its weights, and convert it.
 
     The result takes and gives RGB images in [-1, 1], as all networks here do. With
-    ``raw=True`` it takes and gives the same as the original, which allows to compare
-    the two: BGR in [-1, 1] for mmagic, RGB normalized by ImageNet's statistics for
-    naoto0804, RGB in [0, 1] for PConv-Keras. climatereconstructionAI's fields are in
-    their own units either way.
+    ``raw=True`` it takes and gives the same as the original, to compare the two: BGR
+    in [-1, 1] for mmagic, RGB normalized by ImageNet's statistics for naoto0804, RGB in
+    [0, 1] for PConv-Keras. climatereconstructionAI's fields are in their own units
+    either way.
 
     Args:
       weights: A file, or its arrays by name; see `read_arrays`.

@@ -2,7 +2,7 @@
 
 A weights file is a ``.safetensors`` file with the parameters and the statistics of
 batch normalization. Its metadata describes the network, its origin, its training data
-and its metrics. The file holds only numbers and text, and nothing that could be run.
+and its metrics. The file contains only numbers and text, and no code.
 """
 
 import json
@@ -87,7 +87,7 @@ def save_pretrained(
     Raises:
       UserError: If the variables are not float32; if they are not the network's, with a
         list of all arrays that are missing, unexpected, of another shape or not finite;
-        if ``kernels`` is no such type; or if ``info`` cannot be written as JSON.
+        if ``kernels`` is another type; or if ``info`` cannot be written as JSON.
       RunError: If the file cannot be written.
     """
     path = _check_suffix(path)

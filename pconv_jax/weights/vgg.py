@@ -66,7 +66,7 @@ def load_vgg_params(source: str | Path = "imagenet") -> Params:
 
     Raises:
       UserError: If there are no weights, with a line that says where to put which file;
-        or if the file is no VGG, with a list of all arrays that are missing, of another
+        or if it is not a VGG, with a list of all arrays that are missing, of another
         shape or not finite.
     """
     if source == "imagenet":

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import shlex
+import tarfile
 
 import numpy as np
 import pytest
@@ -16,14 +17,20 @@ from tests.helpers.torch_writer import dump_zip
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_compilation")]
 
-PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
+PAGES += ["pconv_jax/weights/bundled/README.md", "tests/testdata/README.md"]
 PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+
+BLOCK = re.compile(r"^```(.+)\n((?:.*\n)*?)```$", re.MULTILINE)
 
 # Commands that set up, or that take long: .ci/run and other tests execute them.
 ELSEWHERE = re.compile(
-    r"(python3 -m venv|pip|git clone|cd|pre-commit|sphinx-build|tensorboard"
-    r"|python -m pytest|python -m benchmarks\.run|python tools/\w+\.py)\b"
+    r"(python3 -m venv|source|pip|git clone|cd|pre-commit|sphinx-build"
+    r"|python -m pytest)\b"
 )
+
+# Scripts that take long. Other tests execute them; here their options are checked.
+SCRIPT = re.compile(r"python (?:-m )?((?:benchmarks|tests|tools)[./]\S+)")
 
 # The commands stand in the pages as people type them. Here they do less of the same.
 SHORTER = {
@@ -35,14 +42,26 @@ SHORTER = {
 
 
 def find_blocks(page):
-    """Yield the language and the text of each block of code."""
+    """Find the language and the text of each block of code."""
+    return BLOCK.findall((ROOT / page).read_text())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_block_is_overlooked(page):
     text = (ROOT / page).read_text()
-    yield from re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert text.count("```") == 2 * len(find_blocks(page))
+    indented = re.search(r"^\n {4}.*\S", BLOCK.sub("", text), re.MULTILINE)
+    assert not indented, "blocks must be fenced, or they are not executed"
 
 
 def run_command(line):
-    words = shlex.split(line.replace(".venv/bin/", ""), comments=True)
+    line = line.replace(".venv/bin/", "")
+    line = line.replace("--image_size 256", "--image_size 128")
+    words = shlex.split(line, comments=True)
     if not words or ELSEWHERE.match(" ".join(words)):
+        return
+    if script := SCRIPT.match(" ".join(words)):
+        check_options(script[1], words)
         return
     if words[0] == "python":
         assert words[1] in ("train.py", "eval.py"), line
@@ -50,6 +69,14 @@ def run_command(line):
         words = [re.sub(r"^configs/", f"{ROOT}/configs/", word) for word in words]
     assert words.pop(0) == "pconv", line
     cli.main([*words, *SHORTER.get(words[0], "").split()])
+
+
+def check_options(script, words):
+    """Check that a script exists and has the options of a command."""
+    path = ROOT / script.replace(".py", "").replace(".", "/")
+    source = path.with_suffix(".py").read_text()
+    for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+        assert f'"{option}"' in source or option.startswith("--config"), option
 
 
 @pytest.fixture
@@ -72,6 +99,9 @@ def folder(tmp_path, monkeypatch):
     for seed in range(6):  # One of them is held out.
         Image.fromarray(photo(48, 64, seed)).save(f"photos/{seed}.png")
         mask.save(f"masks/{seed}.png")
+    for name in ("photos.tar", "val.tar"):
+        with tarfile.open(name, "w") as archive:
+            archive.add("photos")
     return tmp_path
 
 
@@ -81,7 +111,7 @@ def train_mine():
     )
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(find_blocks(p))])
+@pytest.mark.parametrize("page", [p for p in PAGES if find_blocks(p)])
 def test_blocks_run(page, folder):
     if page == "docs/evaluate.md":
         train_mine()
@@ -97,5 +127,7 @@ def test_blocks_run(page, folder):
                 for output in re.findall(r"--output (\S+\.png)", line):
                     pathlib.Path(output).unlink(missing_ok=True)
                 run_command(line)
+        elif language.startswith("{"):  # A directive of Sphinx.
+            continue
         else:
             assert language in ("text", "bibtex"), language
