@@ -768,8 +768,8 @@ def _pad(x: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
 # XLA's own convolution on all platforms; on CPUs, with other gradients.
 _LARGE_MAPS = _Method(_conv_by_xla, _conv_phases, _conv_strips, _conv_by_xla)
 
-# On CPUs with instructions for bfloat16, matrix products use them, and XLA's convolutions
-# do not.
+# On CPUs with instructions for bfloat16, matrix products use them, and XLA's
+# convolutions do not.
 _LARGE_BFLOAT16_MAPS = _Method(_conv_strips, _conv_phases, _conv_strips, _conv_by_xla)
 
 _SMALL_MAPS = _Method(_conv_patches, _conv_patches, _conv_patches, _conv_by_xla)
