@@ -62,11 +62,16 @@ _RIM_DECAY = 1.3  # A vote loses this factor for each pixel of depth: rims are s
 # texture.
 _GUIDE_SIGMA = (0.8, 1.5)
 _DEPTH_PER_SIGMA = 16  # Depth of a hole, in pixels, for a sigma of 1.
-# At the end, all but the finest detail moves toward the guide: by the larger part as
-# far as this depth, in pixels, and by the smaller one deep in the hole, where more of
-# the guide would look soft. In between, the part falls by e each so many pixels.
+# The parts by which coarse detail moves toward the guide at the end: the larger one up
+# to this depth, in pixels. From there on, the part falls by e each so many pixels, to
+# the smaller one: with more of the guide, wide holes look soft.
 _BLEND = (0.2, 0.8)
 _BLEND_DEPTH = 12.0
+# Shares of the window that may be copied: much, and little. With little, patches fit
+# badly. Then coarse detail moves by the larger part at every depth, and fine detail by
+# this one. With much, fine detail stays.
+_MUCH, _LITTLE = 0.75, 0.5
+_FINE_BLEND = 0.4
 _MAX_DECAY = 30  # Pixels of depth from which on this factor stays the same.
 _MIN_SIDE = 48  # Pixels. Smaller images are not halved.
 _MIN_SOURCES = 64  # Patches to copy from. An image with fewer is not halved further.
@@ -286,11 +291,23 @@ def _fill_window(
             share(progress, 0.25 ** (level + 1), 0.25**level),
         )
     assert estimate is not None
-    # Near the rim the guide is more accurate than the vote, and further in the mean of
-    # both is more accurate than either.
+    return _blend(estimate, scale, sigma)
+
+
+def _blend(estimate: np.ndarray, scale: _Scale, sigma: float) -> np.ndarray:
+    """Move the estimate towards the guide.
+
+    Near the rim the guide is more accurate than the estimate. Further in, the mean of
+    both is more accurate than either.
+    """
+    scarcity = np.clip((_MUCH - scale.source.mean()) / (_MUCH - _LITTLE), 0, 1)
+    least, most = _BLEND
     fall = np.exp(1 - _depth(scale.hole) / _BLEND_DEPTH)
-    part = np.clip(fall, *_BLEND)[..., None]
-    return estimate + part * _blur(scale.image - estimate, sigma)
+    coarse_part = np.clip(fall, least + scarcity * (most - least), most)[..., None]
+    difference = scale.image - estimate
+    coarse = _blur(difference, sigma)
+    fine = difference - coarse
+    return estimate + coarse_part * coarse + scarcity * _FINE_BLEND * fine
 
 
 def _refine_scale(
