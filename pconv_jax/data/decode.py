@@ -3,6 +3,7 @@
 import io
 import struct
 import threading
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from pconv_jax._errors import UserError
 from pconv_jax._files import MAX_PIXELS
 
-# Guards Pillow's limit of an image's size, which is a global variable.
+# Guards a global variable of Pillow; see `open_without_limit`.
 _PILLOW_LIMIT = threading.Lock()
 
 _FORMATS = ("WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")
@@ -105,13 +106,30 @@ def _read_size(data: bytes) -> tuple[int, int]:
         return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     if data.startswith(b"\xff\xd8"):
         return _read_jpeg_size(data)
+    try:
+        with open_without_limit(io.BytesIO(data), _FORMATS) as image:
+            return image.size
+    except _PILLOW_ERRORS:
+        return 0, 0
+
+
+def open_without_limit(stream: io.BytesIO, formats: Sequence[str]) -> Image.Image:
+    """Open an image of any size with Pillow, without decoding it.
+
+    Pillow's own limit is a global variable, so all that change it do so here. The
+    caller checks the size.
+
+    Args:
+      stream: The file.
+      formats: Pillow's names of the formats to try. Those that this Pillow lacks, such
+        as AVIF before version 11.3, are left out.
+    """
+    Image.init()
+    known = [name for name in formats if name in Image.OPEN]
     with _PILLOW_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                return image.size
-        except _PILLOW_ERRORS:
-            return 0, 0
+            return Image.open(stream, formats=known)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import struct
-import threading
 import tokenize
 import warnings
 import zlib
@@ -24,7 +23,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
-from pconv_jax.data.decode import is_whole_png
+from pconv_jax.data.decode import is_whole_png, open_without_limit
 from pconv_jax.inpaint import parts
 from pconv_jax.inpaint import tags as tags_lib
 from pconv_jax.inpaint.formats import MAX_PIXELS, check_suffix
@@ -97,9 +96,6 @@ _TURNS = {
 # types by their sample format.
 _TIFF_COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3, 9: 3}
 _SAMPLE_FORMATS = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex"}
-
-# Guards Pillow's limit of an image's size, which is a global variable.
-_PILLOW_LIMIT = threading.Lock()
 
 
 class ImageFile(NamedTuple):
@@ -278,7 +274,7 @@ def _read_image(data: bytes, max_pixels: int) -> ImageFile:
     if tags_lib.is_tiff(data):
         return _read_tiff(data, max_pixels)
     with io.BytesIO(data) as stream:  # Pillow would keep it with the image.
-        return _read_opened(_open(stream), data, max_pixels)
+        return _read_opened(open_without_limit(stream, _FORMATS), data, max_pixels)
 
 
 def _read_opened(image: Image.Image, data: bytes, max_pixels: int) -> ImageFile:
@@ -338,7 +334,7 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
         return ImageFile(_turn(array, tags.orientation()), info)
     with io.BytesIO(data) as stream:
         try:
-            image = _open(stream)
+            image = open_without_limit(stream, _FORMATS)
         except Image.UnidentifiedImageError as error:
             compression = tags.numbers(259, default=(1,))[0]
             raise ValueError(
@@ -434,18 +430,6 @@ def _finish(
         image.info.pop(name, None)
     image.info |= {name: info[name] for name in ("exif", "xmp") if name in info}
     return image
-
-
-def _open(stream: io.BytesIO) -> Image.Image:
-    """Open an image of any size without decoding it; the caller checks the size."""
-    Image.init()
-    formats = [name for name in _FORMATS if name in Image.OPEN]
-    with _PILLOW_LIMIT:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(stream, formats=formats)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _count_frames(image: Image.Image, data: bytes) -> str:

@@ -1,6 +1,7 @@
 import io
 import resource
 import struct
+import threading
 import zlib
 
 import cv2
@@ -10,6 +11,7 @@ from PIL import Image, ImageOps
 
 from pconv_jax.data import decode, pipeline
 from pconv_jax.data.decode import UnreadableImageError, decode_gray, decode_image
+from pconv_jax.inpaint import image_io
 from tests.helpers.images import encode, photo
 
 
@@ -156,3 +158,34 @@ def test_a_small_file_of_a_huge_image_is_refused():
     content = b"\x89PNG\r\n\x1a\n" + chunk + _END
     with pytest.raises(UnreadableImageError, match="30000 x 30000 pixels"):
         decode_image(content, "x")
+
+
+def test_kinds_that_a_pillow_does_not_know_leave_the_others(monkeypatch):
+    monkeypatch.setattr(Image, "init", lambda: True)
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    image = decode_image(encode(photo(), "PPM"), "a.ppm")
+    np.testing.assert_array_equal(image, photo())
+
+
+def test_readers_at_the_same_time_leave_the_limit_of_pillow(tmp_path, monkeypatch):
+    path, limit, open_image = tmp_path / "a.webp", Image.MAX_IMAGE_PIXELS, Image.open
+    path.write_bytes(encode(photo(), "WEBP", lossless=True))
+    second_opens, first_is_done = threading.Event(), threading.Event()
+
+    def open_slowly(*args, **options):
+        if threading.current_thread() is threading.main_thread():
+            second_opens.wait(0.2)  # It cannot, as long as the first one does.
+        else:
+            second_opens.set()
+            first_is_done.wait(10)
+        return open_image(*args, **options)
+
+    monkeypatch.setattr(Image, "open", open_slowly)
+    second = threading.Thread(target=image_io.read, args=[path])
+    starts = threading.Timer(0.02, second.start)
+    starts.start()
+    decode_image(path.read_bytes(), "a.webp")
+    first_is_done.set()
+    starts.join()
+    second.join()
+    assert Image.MAX_IMAGE_PIXELS == limit
