@@ -215,10 +215,9 @@ def evaluate_run(
     trained, default_out = _load(workdir, weights, step)
     # The settings of other people's weights name image folders that exist only there.
     bundled = weights is not None and config is None
-    if config is None:
-        settings = trained.settings or Settings()
-    else:
-        settings = config if isinstance(config, Settings) else read_settings(config)
+    settings = trained.settings or Settings()
+    if config is not None:
+        settings = read_settings(config)
     eval_set = _open_eval_set(settings, data, bundled=bundled)
     name = network_name(trained.model)
     network = Network(

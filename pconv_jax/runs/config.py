@@ -25,12 +25,14 @@ def default_config() -> ConfigDict:
     return ConfigDict(nest({n: _config_value(f) for n, f in FIELDS.items()})).lock()
 
 
-def read_settings(config: ConfigDict | Mapping[str, Any]) -> Settings:
-    """Read and check the settings of a config.
+def read_settings(config: ConfigDict | Mapping[str, Any] | Settings) -> Settings:
+    """Read and check the settings of a config; settings are returned as they are.
 
     Raises:
       UserError: As `Settings.from_dict`.
     """
+    if isinstance(config, Settings):
+        return config
     values = config.to_dict() if isinstance(config, ConfigDict) else config
     return Settings.from_dict(values)
 

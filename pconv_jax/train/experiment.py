@@ -6,13 +6,12 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import traverse_util
 from jax import lax
 
 from pconv_jax import losses, masks, vgg
@@ -22,7 +21,7 @@ from pconv_jax.data.base import ImageSource
 from pconv_jax.data.device_cache import DeviceCache
 from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.runs import opening, parallel
-from pconv_jax.runs.inference import Batch, DrawMask
+from pconv_jax.runs.inference import Batch, DrawMask, Metrics
 from pconv_jax.runs.settings import MaskSettings, PhaseSettings, Settings
 from pconv_jax.train import optim
 from pconv_jax.train.step import (
@@ -34,12 +33,18 @@ from pconv_jax.train.step import (
     train_step,
 )
 from pconv_jax.unet import PConvUNet, model_config
-from pconv_jax.weights.formats.arrays import checksum
+from pconv_jax.weights.formats.arrays import checksum, flatten
 from pconv_jax.weights.vgg import load_vgg_params
 
 _BORDERS = {"any": None, "always": True, "never": False}
 
 _logger = logging.getLogger(__name__)
+
+CompiledCall = Callable[
+    [TrainState, Sequence[Mapping[str, np.ndarray]], Sequence[Scales]],
+    tuple[TrainState, list[Metrics]],
+]
+"""Makes several updates, given a batch and `Scales` for each; see `compile_step`."""
 
 
 class Phase(NamedTuple):
@@ -148,7 +153,7 @@ class Experiment:
             average=self.settings.average_decay > 0,
         )
 
-    def compile_step(self, phase: Phase) -> Callable[..., Any]:
+    def compile_step(self, phase: Phase) -> CompiledCall:
         """Compile the call of a phase, which makes ``steps_per_call`` updates.
 
         Returns:
@@ -432,8 +437,7 @@ def _load_features(
         _logger.warning(warning)
         # The digest is not of their bits: the last ones depend on the machine.
         return jax.jit(vgg.random_params)(jax.random.key(0)), "random"
-    arrays = traverse_util.flatten_dict(dict(params), sep="/")
-    return params, checksum(cast(Mapping[str, np.ndarray], arrays))
+    return params, checksum(flatten(params))
 
 
 def _check_processes(experiment: Experiment) -> None:

@@ -173,6 +173,10 @@ class Save:
         meta = {**self._meta, "pending": list(pending)}
         self._checkpoints.save(int(state.step), items, meta=meta, metrics=metrics)
 
+    def has_metrics(self, step: int) -> bool:
+        """Return whether the checkpoint of a step has metrics."""
+        return bool(self._checkpoints.metrics(step))
+
 
 class Draw:
     """Draws a grid of validation images: input, output, composite and truth."""
@@ -244,6 +248,10 @@ class Validate:
         self._source = source
         self._image_size = image_size
         self._examples = examples
+
+    def is_done(self, step: int) -> bool:
+        """Return whether a step has been validated."""
+        return self._save.has_metrics(step)
 
     def __call__(self, state: TrainState, *, write: bool = True) -> Evaluation:
         """Validate a state.

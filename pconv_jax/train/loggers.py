@@ -9,7 +9,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 from pconv_jax import _files
 from pconv_jax.runs.output import write_png
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -297,8 +300,8 @@ class Progress:
 
 
 def announce_compilation(
-    function: Callable[..., Any], name: str, *, enabled: bool = True
-) -> Callable[..., Any]:
+    function: Callable[P, R], name: str, *, enabled: bool = True
+) -> Callable[P, R]:
     """Say on the standard error that a function compiles, and how long it took.
 
     Args:
@@ -312,13 +315,13 @@ def announce_compilation(
     compiled = not enabled
 
     @functools.wraps(function)
-    def call(*args: Any) -> Any:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal compiled
         if compiled:
-            return function(*args)
+            return function(*args, **kwargs)
         start = time.monotonic()
         tqdm.write(f"{name}: compiling", file=sys.stderr)
-        results = jax.block_until_ready(function(*args))
+        results = jax.block_until_ready(function(*args, **kwargs))
         seconds = time.monotonic() - start
         tqdm.write(f"{name}: compiled and called in {seconds:.1f} s", file=sys.stderr)
         compiled = True

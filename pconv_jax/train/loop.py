@@ -11,8 +11,8 @@ deterministic, with ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -23,9 +23,14 @@ from pconv_jax.runs.checkpoint import Checkpoints
 from pconv_jax.runs.config import read_settings
 from pconv_jax.runs.output import format_table, write_json
 from pconv_jax.runs.settings import Settings
-from pconv_jax.train import hooks
-from pconv_jax.train.experiment import Experiment, Phase, open_experiment
+from pconv_jax.train.experiment import (
+    CompiledCall,
+    Experiment,
+    Phase,
+    open_experiment,
+)
 from pconv_jax.train.export import Export
+from pconv_jax.train.hooks import Draw, Log, Save, Validate
 from pconv_jax.train.loggers import MetricWriter, Progress, announce_compilation
 from pconv_jax.train.plan import plan_phases
 from pconv_jax.train.restore import check_workdir, lock_workdir, restore_or_create
@@ -61,11 +66,10 @@ def train_and_evaluate(
       TrainingDivergedError: If a loss is not finite, naming the term and the step. The
         newest checkpoint is from before.
     """
-    settings = config if isinstance(config, Settings) else read_settings(config)
+    settings = read_settings(config)
     workdir = _files.as_path(workdir)
     check_workdir(workdir, settings)
     experiment = open_experiment(settings, model=model)
-    warnings = experiment.warnings
     primary = parallel.process_index() == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_workdir(workdir))
@@ -80,28 +84,17 @@ def train_and_evaluate(
             experiment, checkpoints, workdir, allow_other_images=allow_other_images
         )
         state = parallel.replicate(state)
-        step, compiled = int(state.step), {}
-
-        def compile_step(phase: Phase) -> Callable[..., Any]:
-            if phase.name not in compiled:  # By the measurement of its pace.
-                compiled[phase.name] = announce_compilation(
-                    experiment.compile_step(phase),
-                    f"{phase.name}: training step",
-                    enabled=primary,
-                )
-            return compiled[phase.name]
-
+        step = int(state.step)
         writer = stack.enter_context(
             MetricWriter(workdir, first_step=step + 1, enabled=primary)
         )
+        compile_step = _compile_once(experiment, announce=primary)
         phases = plan_phases(experiment, state, compile_step, workdir)
-        last_step = phases[-1].stop
-        progress = stack.enter_context(Progress(last_step, step, enabled=primary))
+        progress = stack.enter_context(Progress(phases[-1].stop, step, enabled=primary))
         stop_requested = stack.enter_context(parallel.stop_requests())
         if primary:
             write_json(workdir / "config.json", settings.to_dict())
-
-        log = hooks.Log(
+        log = Log(
             writer,
             progress,
             checkpoints,
@@ -109,94 +102,189 @@ def train_and_evaluate(
             step=step,
             pending=pending,
         )
-        meta = {"config": settings.to_dict(), "warnings": warnings}
-        save = hooks.Save(checkpoints, writer, meta=meta | experiment.identity)
-        draw = hooks.Draw(
-            writer,
-            model=experiment.model,
-            source=experiment.validation_source,
-            image_size=settings.image_size,
-        )
-        validate = hooks.Validate(
-            writer,
-            progress,
-            save,
-            model=experiment.model,
-            source=experiment.validation_source,
-            image_size=settings.image_size,
-            examples=settings.validation_examples,
-        )
-        export = Export(
+        hooks = _make_hooks(experiment, workdir, log, writer, progress, checkpoints)
+        run = _Run(experiment, phases, state, hooks, stop_requested)
+        del state  # Its memory is free once the run has another one.
+        run.catch_up()
+        for phase in phases:
+            if run.step < phase.stop and not run.stopped:
+                progress.write(f"{phase.name}: to step {phase.stop}")
+                run.train(phase, compile_step(phase))
+        summary = run.finish()
+        if primary:
+            write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def _compile_once(
+    experiment: Experiment, *, announce: bool
+) -> Callable[[Phase], CompiledCall]:
+    """Return `Experiment.compile_step` with a cache, and announce each compilation.
+
+    The pace of a phase is measured with the program that then trains it.
+    """
+    compiled: dict[str, CompiledCall] = {}
+
+    def compile_step(phase: Phase) -> CompiledCall:
+        if phase.name not in compiled:
+            name = f"{phase.name}: training step"
+            call = experiment.compile_step(phase)
+            compiled[phase.name] = announce_compilation(call, name, enabled=announce)
+        return compiled[phase.name]
+
+    return compile_step
+
+
+class _Hooks(NamedTuple):
+    """What happens between the steps of a run."""
+
+    log: Log
+    save: Save
+    draw: Draw
+    validate: Validate
+    export: Export
+
+
+def _make_hooks(
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    log: Log,
+    writer: MetricWriter,
+    progress: Progress,
+    checkpoints: Checkpoints,
+) -> _Hooks:
+    settings = experiment.settings
+    validation: dict[str, Any] = {
+        "model": experiment.model,
+        "source": experiment.validation_source,
+        "image_size": settings.image_size,
+    }
+    # Warnings that come later are in later checkpoints, too.
+    meta = {"config": settings.to_dict(), "warnings": experiment.warnings}
+    save = Save(checkpoints, writer, meta=meta | experiment.identity)
+    examples = settings.validation_examples
+    return _Hooks(
+        log,
+        save,
+        Draw(writer, **validation),
+        Validate(writer, progress, save, examples=examples, **validation),
+        Export(
             workdir,
             settings.export,
             model=experiment.model,
             info=meta | {"experiment": settings.to_dict()},
-            enabled=primary,
-        )
-        phase_ends = {phase.stop for phase in phases}
+            enabled=parallel.process_index() == 0,
+        ),
+    )
 
-        def is_due(every: int) -> bool:
-            return every > 0 and (step % every == 0 or step in phase_ends)
 
-        # A run that was stopped at this step left these for later.
-        evaluation: Evaluation | None = None
-        if step and is_due(settings.picture_every) and not draw.is_done(step):
-            draw(state)
-        if step and is_due(settings.validate_every) and not checkpoints.metrics(step):
-            evaluation = validate(state)
+class _Run:
+    """A run from the step that it starts from, and what is due between its steps.
 
-        stopped, unreadable = False, set()
-        for phase in phases:
-            if stopped or step >= phase.stop:
-                continue
-            progress.write(f"{phase.name}: to step {phase.stop}")
-            if step == phase.start > 0:
-                state = _reset_optimizer(experiment, phase, state)
-            train_step = compile_step(phase)
-            log.start_phase()
-            with contextlib.closing(experiment.open_batches(step)) as batches:
-                while step < phase.stop and not stopped:
-                    call = [next(batches) for _ in range(settings.steps_per_call)]
-                    scales = [phase.scales(step + i) for i in range(len(call))]
-                    state, scalars = train_step(state, call, scales)
-                    step += len(call)
-                    log.add(*scalars)
-                    # Processes agree on a call, not on a step within it.
-                    stopped = stop_requested(step // len(call))
-                    if stopped or is_due(settings.log_every):
-                        rate = float(scales[-1].learning_rate) * phase.learning_rate
-                        log.write(learning_rate=rate)
-                    ended = phase.name if step == phase.stop else None
-                    if stopped or ended or export.is_due():
-                        with log.paused():
-                            export(state, phase=ended)
-                    if stopped:  # A validation may take longer than a scheduler waits.
-                        save(state, pending=log.pending)
-                        break
-                    draw_now = is_due(settings.picture_every)
-                    validate_now = is_due(settings.validate_every)
-                    save_now = validate_now or is_due(settings.checkpoint_every)
-                    if draw_now or save_now:
-                        with log.paused():
-                            if save_now:  # First, so that a kill costs no step.
-                                save(state, pending=log.pending)
-                            if draw_now:
-                                draw(state)
-                            if validate_now:
-                                evaluation = validate(state)
-                unreadable |= set(batches.unreadable)
+    Attributes:
+      step: Number of updates so far.
+      stopped: Whether the run was asked to stop.
+    """
 
-        # A run that was stopped at its last step is validated when it is resumed.
-        finished = step >= last_step and not stopped
-        if finished and evaluation is None and settings.validate_every:
-            evaluation = validate(state, write=False)
-        if unreadable:
-            names = ", ".join(sorted(unreadable))
-            warnings.append(f"{len(unreadable)} unreadable image(s): {names}")
-        summary = _summarize(step, finished, evaluation, warnings)
-        if primary:
-            write_json(workdir / "summary.json", summary)
-    return summary
+    def __init__(
+        self,
+        experiment: Experiment,
+        phases: Sequence[Phase],
+        state: TrainState,
+        hooks: _Hooks,
+        stop_requested: Callable[[int], bool],
+    ):
+        self.step = int(state.step)
+        self.stopped = False
+        self._experiment = experiment
+        self._settings = experiment.settings
+        self._state = state
+        self._hooks = hooks
+        self._stop_requested = stop_requested
+        self._phase_ends = [phase.stop for phase in phases]
+        self._evaluation: Evaluation | None = None
+        self._unreadable: set[str] = set()
+
+    def catch_up(self) -> None:
+        """Draw and validate, if a run that was stopped at this step left it undone."""
+        if not self.step:
+            return
+        draw, validate = self._hooks.draw, self._hooks.validate
+        if self._is_due(self._settings.picture_every) and not draw.is_done(self.step):
+            draw(self._state)
+        if self._is_due(self._settings.validate_every):
+            if not validate.is_done(self.step):
+                self._evaluation = validate(self._state)
+
+    def train(self, phase: Phase, call: CompiledCall) -> None:
+        """Take the steps of a phase that are left, until asked to stop."""
+        if self.step == phase.start > 0:
+            self._state = _reset_optimizer(self._experiment, phase, self._state)
+        log, count = self._hooks.log, self._settings.steps_per_call
+        log.start_phase()
+        with contextlib.closing(self._experiment.open_batches(self.step)) as batches:
+            while self.step < phase.stop and not self.stopped:
+                inputs = [next(batches) for _ in range(count)]
+                scales = [phase.scales(self.step + i) for i in range(count)]
+                self._state, scalars = call(self._state, inputs, scales)
+                self.step += count
+                log.add(*scalars)
+                # Processes agree on a call, not on a step within it.
+                self.stopped = self._stop_requested(self.step // count)
+                rate = float(scales[-1].learning_rate) * phase.learning_rate
+                self._after_call(phase, learning_rate=rate)
+            self._unreadable |= set(batches.unreadable)
+
+    def _after_call(self, phase: Phase, *, learning_rate: float) -> None:
+        """Do what is due after a call."""
+        settings = self._settings
+        log, save, draw, validate, export = self._hooks
+        if self.stopped or self._is_due(settings.log_every):
+            log.write(learning_rate=learning_rate)
+        ended = phase.name if self.step == phase.stop else None
+        if self.stopped or ended or export.is_due():
+            with log.paused():
+                export(self._state, phase=ended)
+        if self.stopped:  # A validation may take longer than a scheduler waits.
+            save(self._state, pending=log.pending)
+            return
+        draw_now = self._is_due(settings.picture_every)
+        validate_now = self._is_due(settings.validate_every)
+        save_now = validate_now or self._is_due(settings.checkpoint_every)
+        if not draw_now and not save_now:
+            return
+        with log.paused():
+            if save_now:  # First, so that a kill costs no step.
+                save(self._state, pending=log.pending)
+            if draw_now:
+                draw(self._state)
+            if validate_now:
+                self._evaluation = validate(self._state)
+
+    def _is_due(self, every: int) -> bool:
+        at_end = self.step in self._phase_ends
+        return every > 0 and (self.step % every == 0 or at_end)
+
+    def finish(self) -> dict[str, Any]:
+        """Make the content of ``summary.json``, with metrics of a finished run alone.
+
+        A run that was stopped at its last step is validated here, when it is resumed.
+        """
+        finished = self.step >= self._phase_ends[-1] and not self.stopped
+        if finished and self._evaluation is None and self._settings.validate_every:
+            self._evaluation = self._hooks.validate(self._state, write=False)
+        warnings = self._experiment.warnings
+        if self._unreadable:
+            names = ", ".join(sorted(self._unreadable))
+            warnings.append(f"{len(self._unreadable)} unreadable image(s): {names}")
+        shown = self._evaluation if finished else None
+        return {
+            "step": self.step,
+            "finished": finished,
+            "validation": shown.mean() if shown else {},
+            "table": shown.table() if shown else [],
+            "warnings": warnings,
+        }
 
 
 def _reset_optimizer(
@@ -205,20 +293,6 @@ def _reset_optimizer(
     """Start a phase as if it was a run of its own, from the weights of a state."""
     opt_state = experiment.optimizer(phase).init(state.params)
     return parallel.replicate(dataclasses.replace(state, opt_state=opt_state))
-
-
-def _summarize(
-    step: int, finished: bool, evaluation: Evaluation | None, warnings: list[str]
-) -> dict[str, Any]:
-    """Make the content of ``summary.json``, with metrics of a finished run alone."""
-    shown = evaluation if finished else None
-    return {
-        "step": step,
-        "finished": finished,
-        "validation": shown.mean() if shown else {},
-        "table": shown.table() if shown else [],
-        "warnings": warnings,
-    }
 
 
 def format_summary(summary: Mapping[str, Any], workdir: str | pathlib.Path) -> str:

@@ -10,7 +10,6 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,8 +17,8 @@ import numpy as np
 from pconv_jax._errors import UserError
 from pconv_jax.runs import parallel
 from pconv_jax.runs.output import write_json
-from pconv_jax.train.experiment import Experiment, Phase
-from pconv_jax.train.step import TrainState
+from pconv_jax.train.experiment import CompiledCall, Experiment, Phase
+from pconv_jax.train.step import Metrics, TrainState
 
 FILE = "phases.json"
 
@@ -29,7 +28,7 @@ _SECONDS = 3.0  # Of measuring each phase, after it is compiled.
 def plan_phases(
     experiment: Experiment,
     state: TrainState,
-    compile_step: Callable[[Phase], Callable[..., Any]],
+    compile_step: Callable[[Phase], CompiledCall],
     workdir: pathlib.Path,
 ) -> tuple[Phase, ...]:
     """Fix the phases of a run: those of its settings, or as many steps as fit.
@@ -75,7 +74,7 @@ def plan_phases(
 def measure_paces(
     experiment: Experiment,
     state: TrainState,
-    compile_step: Callable[[Phase], Callable[..., Any]],
+    compile_step: Callable[[Phase], CompiledCall],
 ) -> dict[str, float]:
     """Measure the seconds of a step of every phase that is not empty, by name."""
     paces, count = {}, experiment.settings.steps_per_call
@@ -95,8 +94,8 @@ def measure_paces(
 
 @contextlib.contextmanager
 def open_calls(
-    experiment: Experiment, phase: Phase, state: TrainState, step: Callable[..., Any]
-) -> Iterator[Callable[[], Any]]:
+    experiment: Experiment, phase: Phase, state: TrainState, step: CompiledCall
+) -> Iterator[Callable[[], list[Metrics]]]:
     """Open the batches of a phase, to measure its step on a copy of a state.
 
     Args:
@@ -112,7 +111,7 @@ def open_calls(
     scales = [phase.scales(phase.start)] * count
     with contextlib.closing(experiment.open_batches(0)) as batches:
 
-        def call() -> Any:
+        def call() -> list[Metrics]:
             nonlocal copy
             batch = [next(batches) for _ in range(count)]
             copy, scalars = step(copy, batch, scales)
