@@ -5,7 +5,8 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from pconv_jax.runs.settings import FIELDS, Field
+from pconv_jax.runs.fields import Field
+from pconv_jax.runs.settings import FIELDS
 
 
 class SettingsTable(SphinxDirective):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pconv_jax._errors import UserError
-from pconv_jax.runs.settings import FIELDS, Field, Paths, suggest_field
+from pconv_jax.runs.fields import Field, Paths
+from pconv_jax.runs.settings import FIELDS, suggest_field
 
 
 def add_config_options(parser: argparse.ArgumentParser, *, required: bool) -> None:

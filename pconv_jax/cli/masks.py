@@ -6,10 +6,10 @@ import re
 from pconv_jax._errors import UserError
 from pconv_jax._files import as_path
 from pconv_jax.cli._options import Subparsers, add_force
+from pconv_jax.runs.settings import FIELDS
 
-# As `pconv_jax.masks.KINDS`, whose module takes long to import. A test compares them.
-KINDS = ("strokes", "blobs", "rectangles", "mixed", "ragged")
-KINDS += ("lines", "text", "dots", "thin", "wide")
+# Those of `pconv_jax.masks.KINDS`, whose module takes long to import.
+KINDS = FIELDS["masks.kind"].choices
 
 
 def add(commands: Subparsers) -> None:

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict, FieldReference
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
-from pconv_jax.runs.settings import FIELDS, Field, Paths, Settings, nest
+from pconv_jax.runs.fields import Field, Paths, nest
+from pconv_jax.runs.settings import FIELDS, Settings
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 # In an installed wheel, and in a checkout.

@@ -7,36 +7,12 @@ recipe of the paper (Liu et al. 2018, sections 3 and 4).
 
 import dataclasses
 import difflib
-import math
 import pathlib
-import re
-import types
-import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pconv_jax._errors import UserError
-
-T = TypeVar("T")
-
-Paths = tuple[str, ...]
-
-
-def setting(
-    default: T, description: str, *, within: str | None = None, resumable: bool = False
-) -> T:
-    """Declare a field of the settings.
-
-    Args:
-      default: The paper's value.
-      description: One sentence for people.
-      within: The range of a number, or of each number of a pair, as an interval such as
-        ``"[1, inf)"``. A pair must also be in order. None allows any value of the type.
-      resumable: Whether the value may change when a run is resumed. It must not change
-        any update, only where the run ends or what it writes.
-    """
-    metadata = {"description": description, "within": within, "resumable": resumable}
-    return dataclasses.field(default=default, metadata=metadata)
+from pconv_jax.runs.fields import Field, Paths, build, fields_of, flatten, nest, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -382,7 +358,7 @@ class Settings:
           UserError: If fields are unknown, missing or have a wrong type; the message
             names all of them. If a value is out of range; it names the first.
         """
-        given = _flatten(values)
+        given = flatten(values)
         problems = [f"{name} is unknown" for name in given if name not in FIELDS]
         problems += [f"{name} is missing" for name in FIELDS if name not in given]
         converted = {}
@@ -396,7 +372,7 @@ class Settings:
         for name, field in FIELDS.items():
             if problem := field.problem(converted[name]):
                 raise UserError(f"config: {name} {problem}.")
-        settings = _build(cls, converted)
+        settings = build(cls, nest(converted))
         settings._check_together()
         return settings
 
@@ -417,42 +393,55 @@ class Settings:
         return dataclasses.asdict(self)
 
     def _check_together(self) -> None:
+        self._check_vgg()
+        self._check_masks()
+        self._check_steps()
+        self._check_size()
+
+    def _check_vgg(self) -> None:
         is_path = self.vgg and pathlib.PurePath(self.vgg).suffix
         if self.vgg not in ("imagenet", "auto", None) and not is_path:
             raise UserError(
                 "config: vgg must be imagenet, auto, none or the path of a weights "
                 f"file, got {self.vgg!r}."
             )
+
+    def _check_masks(self) -> None:
+        masks = self.masks
         # Masks without holes at the border leave a rim free.
         rim = max(1, self.image_size * 50 // 512)
         room = (1 - 2 * rim / self.image_size) ** 2
-        largest = self.masks.hole_ratio[1]
-        if self.masks.border == "never" and not self.masks.folder and largest > room:
+        largest = masks.hole_ratio[1]
+        if masks.border == "never" and not masks.folder and largest > room:
             raise UserError(
                 f"config: masks.hole_ratio reaches {largest}, but with masks.border = "
                 f"'never' there is room for {room:.3f} of the pixels."
             )
-        if self.data.cache == "device" and self.masks.folder:
+        if self.data.cache == "device" and masks.folder:
             raise UserError(
                 "config: masks.folder is read by the host, and data.cache = 'device' "
                 "draws masks on the device: leave one of them out."
             )
-        if self.masks.pool and self.masks.folder:
+        if masks.pool and masks.folder:
             raise UserError(
                 "config: masks.folder holds masks, and masks.pool is a number of masks "
                 "to draw: leave one of them out."
             )
-        if (sum_ := self.masks.thin + self.masks.wide) > 1:
+        if (sum_ := masks.thin + masks.wide) > 1:
             raise UserError(
                 f"config: masks.thin + masks.wide must be 1 at most, got {sum_:g}."
             )
+
+    def _check_steps(self) -> None:
         steps = [name for name in FIELDS if name.endswith((".steps", "_every"))]
-        values, calls = _flatten(self.to_dict()), self.steps_per_call
+        values, calls = flatten(self.to_dict()), self.steps_per_call
         if broken := [f"{n} = {values[n]}" for n in steps if values[n] % calls]:
             raise UserError(
                 f"config: {', '.join(broken)} must be multiples of steps_per_call = "
                 f"{calls}: a call is never interrupted."
             )
+
+    def _check_size(self) -> None:
         step = 2**self.model.depth
         if self.image_size % step:
             from pconv_jax.unet import suggest_sizes  # Flax takes long to import.
@@ -463,132 +452,6 @@ class Settings:
                 f"model.depth = {self.model.depth} times: use {sizes}, or a smaller "
                 "depth."
             )
-
-
-class Field(NamedTuple):
-    """A setting, as the command line and the documentation show it.
-
-    Attributes:
-      name: With dots, such as ``"model.depth"``.
-      type: Its annotation, without None.
-      optional: Whether it may be None.
-      default: The paper's value.
-      description: One sentence.
-      within: The range of its numbers, an interval, or None.
-      resumable: See `setting`.
-    """
-
-    name: str
-    type: Any
-    optional: bool
-    default: Any
-    description: str
-    within: str | None
-    resumable: bool
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The allowed words; empty for a setting of another type."""
-        is_literal = typing.get_origin(self.type) is Literal
-        return typing.get_args(self.type) if is_literal else ()
-
-    @property
-    def type_name(self) -> str:
-        """The type, for people: ``"number"``, ``"two numbers"``, ..."""
-        if self.choices:
-            return " | ".join(self.choices)
-        return _TYPE_NAMES[self.type]
-
-    def parse(self, text: str) -> Any:
-        """Read a value from the command line.
-
-        Raises:
-          TypeError: If the text is of another type, saying what is expected.
-        """
-        if self.optional and text.lower() == "none":
-            return None
-        if self.type is Paths:
-            return (text,)
-        try:
-            if self.type is int:
-                return int(text)
-            if self.type is float:
-                return float(text)
-            if self.type == tuple[float, float]:
-                return tuple(map(float, text.strip("()[] ").split(",")))
-        except ValueError:
-            raise TypeError(f"must be {self._expected()}, got {text!r}") from None
-        return text
-
-    def convert(self, value: Any) -> Any:
-        """Convert a value to the type of the setting.
-
-        Raises:
-          TypeError: If it is of another type, or empty where None is meant, saying
-            what is expected.
-        """
-        if self.optional and (value is None or value == "none"):
-            return None
-        if self.optional and _is_empty(value):
-            raise TypeError(
-                f"must not be empty, got {value!r}; use None, or none on the command "
-                "line"
-            )
-        if self.choices or self.type is str:
-            converted = value if isinstance(value, str) else None
-        elif self.type is int:
-            converted = value if _is_number(value, int) else None
-        elif self.type is float:
-            converted = float(value) if _is_number(value, int | float) else None
-        elif self.type is Paths:
-            values = (value,) if isinstance(value, str) else value
-            is_paths = isinstance(values, list | tuple) and values
-            is_paths = is_paths and all(isinstance(v, str) for v in values)
-            converted = tuple(values) if is_paths else None
-        else:
-            is_pair = isinstance(value, list | tuple) and len(value) == 2
-            is_pair = is_pair and all(_is_number(v, int | float) for v in value)
-            converted = tuple(map(float, value)) if is_pair else None
-        if converted is None:
-            raise TypeError(f"must be {self._expected()}, got {value!r}")
-        return converted
-
-    def problem(self, value: Any) -> str | None:
-        """Say what is wrong with a value of the right type, or return None."""
-        if value is None:
-            return None
-        if self.choices:
-            if value not in self.choices:
-                return f"must be one of {', '.join(self.choices)}, got {value!r}"
-        elif self.within:
-            numbers = value if isinstance(value, tuple) else (value,)
-            is_inside = all(_is_within(number, self.within) for number in numbers)
-            if not is_inside or list(numbers) != sorted(numbers):
-                order = ", low <= high" if len(numbers) > 1 else ""
-                expected = f"{self._expected()} in {self.within}{order}"
-                return f"must be {expected}, got {value}"
-        return None
-
-    def _expected(self) -> str:
-        return _EXPECTED.get(self.type, "a word") + (
-            " or none" if self.optional else ""
-        )
-
-
-_TYPE_NAMES = {
-    int: "integer",
-    float: "number",
-    str: "text",
-    Paths: "paths",
-    tuple[float, float]: "two numbers",
-}
-_EXPECTED = {
-    int: "an integer",
-    float: "a number",
-    str: "a text",
-    Paths: "one or several paths",
-    tuple[float, float]: "two numbers",
-}
 
 
 def suggest_field(name: str) -> str:
@@ -607,7 +470,7 @@ def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
     Returns:
       The old and the new value of each setting that must not change on resume.
     """
-    before, after = _flatten(old.to_dict()), _flatten(new.to_dict())
+    before, after = flatten(old.to_dict()), flatten(new.to_dict())
     fixed = {name for name, field in FIELDS.items() if not field.resumable}
     if old.phase2.schedule != "constant" or old.minutes:
         fixed.add("phase2.steps")  # Every learning rate depends on it.
@@ -618,79 +481,9 @@ def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn ``{"model.depth": 8}`` into ``{"model": {"depth": 8}}``."""
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *sections, last = name.split(".")
-        section = nested
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[last] = value
-    return nested
-
-
-def _fields(cls: Any, prefix: str = "") -> Iterator[Field]:
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        name, hint = prefix + field.name, hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _fields(hint, f"{name}.")
-            continue
-        options = typing.get_args(hint) if _is_union(hint) else (hint,)
-        (kind,) = (option for option in options if option is not type(None))
-        yield Field(name, kind, len(options) > 1, field.default, **field.metadata)
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    hints = typing.get_type_hints(cls)
-    fields = {}
-    for name in (field.name for field in dataclasses.fields(cls)):  # pyright: ignore
-        nested = dataclasses.is_dataclass(hints[name])
-        fields[name] = (
-            _build(hints[name], values, f"{prefix}{name}.")
-            if nested
-            else values[prefix + name]
-        )
-    return cls(**fields)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _is_empty(value: Any) -> bool:
-    """Return whether a value is ``""``, or paths of which one is."""
-    return value == "" or (isinstance(value, list | tuple) and "" in value)
-
-
-def _is_number(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _is_within(number: float, interval: str) -> bool:
-    match = re.fullmatch(r"([\[(])(.+), (.+)([\])])", interval)
-    assert match, interval
-    opening, low, high, closing = match.groups()
-    least, most = (2.0**32 if x == "2**32" else float(x) for x in (low, high))
-    above = number > least or (opening == "[" and number == least)
-    below = number < most or (closing == "]" and number == most)
-    return above and below and math.isfinite(number)  # NaN is neither.
-
-
 def _upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     """Bring the settings of an older version's run to today's names and values."""
-    flat = _flatten(values)
+    flat = flatten(values)
     if "masks.hole" in flat:
         flat["masks.hole_color"] = flat.pop("masks.hole")
     for name in ("data.path", "data.validation_path"):
@@ -703,5 +496,5 @@ def _upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     return nest(flat)
 
 
-FIELDS: Mapping[str, Field] = {field.name: field for field in _fields(Settings)}
+FIELDS: Mapping[str, Field] = {field.name: field for field in fields_of(Settings)}
 """Every setting by its name with dots, in order."""
