@@ -21,7 +21,8 @@ from pconv_jax._errors import RunError, UserError
 from pconv_jax.cli import config_options
 from pconv_jax.runs.config import read_settings
 from pconv_jax.train import plan
-from pconv_jax.train.experiment import Experiment, Phase, open_experiment
+from pconv_jax.train.experiment import Experiment, open_experiment
+from pconv_jax.train.phases import Phase
 
 
 class Kernel(NamedTuple):

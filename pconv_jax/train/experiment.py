@@ -9,21 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
-from pconv_jax import losses, masks, vgg
+from pconv_jax import losses, vgg
 from pconv_jax._errors import UserError
 from pconv_jax.data import device_cache, pipeline
 from pconv_jax.data.base import ImageSource
 from pconv_jax.data.device_cache import DeviceCache
 from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.runs import opening, parallel
-from pconv_jax.runs.inference import Batch, DrawMask, Metrics
-from pconv_jax.runs.settings import MaskSettings, PhaseSettings, Settings
+from pconv_jax.runs.inference import Batch, Metrics
+from pconv_jax.runs.settings import DataSettings, Settings
 from pconv_jax.train import optim
+from pconv_jax.train.mask_sampling import choose_mask, draw_pool, mask_sampler
+from pconv_jax.train.phases import Phase, get_phases
 from pconv_jax.train.step import (
     ApplyFeatures,
     Scales,
@@ -36,8 +36,6 @@ from pconv_jax.unet import PConvUNet, model_config
 from pconv_jax.weights.formats.arrays import checksum, flatten
 from pconv_jax.weights.vgg import load_vgg_params
 
-_BORDERS = {"any": None, "always": True, "never": False}
-
 _logger = logging.getLogger(__name__)
 
 CompiledCall = Callable[
@@ -45,50 +43,6 @@ CompiledCall = Callable[
     tuple[TrainState, list[Metrics]],
 ]
 """Makes several updates, given a batch and `Scales` for each; see `compile_step`."""
-
-
-class Phase(NamedTuple):
-    """A stretch of training with its own optimizer.
-
-    Attributes:
-      name: Name for people.
-      start: Number of updates before the phase.
-      stop: Number of updates after it.
-      learning_rate: Largest learning rate of Adam.
-      schedule: Learning rate over the phase, see `optim.schedule_factor`. The default
-        is ``'constant'``.
-      warmup_steps: Updates over which the learning rate rises. The default is 0.
-      use_features: Whether the loss has the perceptual and style terms, where there is
-        a VGG. The default is True.
-      ramp_steps: Updates over which their weights rise. The default is 0.
-      freeze_encoder_norm: Whether the encoder's batch normalization is frozen. The
-        default is False.
-    """
-
-    name: str
-    start: int
-    stop: int
-    learning_rate: float
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    use_features: bool = True
-    ramp_steps: int = 0
-    freeze_encoder_norm: bool = False
-
-    def scales(self, step: int) -> Scales:
-        """Compute the factors of the update after ``step`` updates of the run."""
-        done = step - self.start
-        factor = optim.schedule_factor(
-            done,
-            steps=self.stop - self.start,
-            warmup_steps=self.warmup_steps,
-            schedule=self.schedule,
-        )
-        # The same rise as the learning rate's.
-        features = optim.schedule_factor(
-            done, steps=self.stop - self.start, warmup_steps=self.ramp_steps
-        )
-        return Scales(np.asarray(factor, np.float32), np.asarray(features, np.float32))
 
 
 class Features(NamedTuple):
@@ -113,7 +67,7 @@ class Experiment:
       train_source: The images to train on.
       validation_source: The images to validate on.
       features: The network of the perceptual and style terms, or None to leave these
-        terms out.
+        terms out, or if no phase has them.
       cache: The images to train on, on every device, or None to read them from files.
       mask_pool: Masks to choose from, bool ``[P, S, S, 1]``, on every device, or None
         to draw one for every example.
@@ -254,84 +208,6 @@ class Experiment:
         )
 
 
-def mask_sampler(settings: MaskSettings, size: int) -> DrawMask:
-    """Make the function that draws a mask ``[size, size, 1]`` from a key."""
-
-    def draw(key: jax.Array, kind: str, hole_ratio: tuple[float, float]) -> jax.Array:
-        border = _BORDERS[settings.border]
-        return masks.random_mask(
-            key, (size, size), hole_ratio=hole_ratio, kind=kind, border=border
-        )
-
-    def draw_any(key: jax.Array) -> jax.Array:
-        mask = draw(key, settings.kind, settings.hole_ratio)
-        coin = jax.random.uniform(jax.random.fold_in(key, 1))
-        for kind, part in (("thin", settings.thin), ("wide", settings.wide)):
-            if part:
-                other = draw(key, kind, masks.HOLE_RATIOS[kind])
-                mask = jnp.where((0 <= coin) & (coin < part), other, mask)
-                coin -= part
-        return mask
-
-    return draw_any
-
-
-def draw_pool(key: jax.Array, draw_mask: DrawMask, *, count: int) -> jax.Array:
-    """Draw masks to choose from, bool ``[count, S, S, 1]``."""
-
-    @jax.jit
-    def draw(keys):
-        # A batch of them takes the memory of its fields in float32.
-        return lax.map(lambda key: draw_mask(key) > 0, keys, batch_size=64)
-
-    return draw(jax.random.split(key, count))
-
-
-def choose_mask(key: jax.Array, *, pool: jax.Array) -> jax.Array:
-    """Choose a mask ``[S, S, 1]``, and turn and mirror it at random.
-
-    Args:
-      key: PRNG key.
-      pool: Masks ``[P, S, S, 1]``.
-
-    Returns:
-      Float32, 1 = valid, 0 = hole.
-    """
-    key, coin_key = jax.random.split(key)
-    mask = pool[jax.random.randint(key, (), 0, len(pool), jnp.int32)]
-    # These make all eight symmetries of a square.
-    for coin, change in zip(
-        jax.random.bernoulli(coin_key, shape=(3,)),
-        (jnp.flipud, jnp.fliplr, lambda x: x.swapaxes(0, 1)),
-        strict=True,
-    ):
-        mask = jnp.where(coin, change(mask), mask)
-    return mask.astype(jnp.float32)
-
-
-def get_phases(settings: Settings) -> tuple[Phase, ...]:
-    """Make the phases of training, any of which may be empty."""
-    pixels, first, second = settings.pixels, settings.phase1, settings.phase2
-    middle = pixels.steps + first.steps
-    return (
-        _phase("pixels", 0, pixels, use_features=False),
-        _phase("phase1", pixels.steps, first, ramp_steps=first.ramp_steps),
-        _phase("phase2", middle, second, freeze_encoder_norm=True),
-    )
-
-
-def _phase(name: str, start: int, settings: PhaseSettings, **fields: Any) -> Phase:
-    return Phase(
-        name=name,
-        start=start,
-        stop=start + settings.steps,
-        learning_rate=settings.learning_rate,
-        schedule=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        **fields,
-    )
-
-
 def _stack(trees: Sequence[Any]) -> Any:
     """Join trees of NumPy arrays along a new leading axis."""
     return jax.tree.map(lambda *x: np.stack(x), *trees)
@@ -353,38 +229,22 @@ def open_experiment(
     parallel.check_batch_size(settings.batch_size, parts=settings.accumulate)
     model = model or opening.get_model(settings.model)
     _check_batch_norm(settings, model)
+    phases = get_phases(settings)
     warnings: list[str] = []
-    params, digest = _load_features(settings.vgg, warnings)
-    features = None
-    if params is not None:
-        apply = functools.partial(vgg.feature_fn_for(params), dtype=model.dtype)
-        features = Features(parallel.replicate(params), apply)
+    features = digest = None
+    if any(phase.use_features and phase.start < phase.stop for phase in phases):
+        features, digest = _open_features(settings.vgg, model, warnings)
     train_source = opening.get_source(settings.data, "train")
     validation_source = opening.get_source(settings.data, "validation")
-    cache = None
-    if settings.data.cache == "device":
-        images, unreadable = device_cache.read_cache(
-            train_source, side=settings.data.cache_side
-        )
-        cache = parallel.replicate(images)
-        if unreadable:
-            names = ", ".join(unreadable)
-            warnings.append(f"{len(unreadable)} unreadable image(s): {names}")
-    pool = None
-    if settings.masks.pool:
-        draw_mask = mask_sampler(settings.masks, settings.image_size)
-        key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-        pool = draw_pool(key, draw_mask, count=settings.masks.pool)
-        pool = parallel.replicate(pool)
     experiment = Experiment(
         settings=settings,
         model=model,
         train_source=train_source,
         validation_source=validation_source,
         features=features,
-        cache=cache,
-        mask_pool=pool,
-        phases=get_phases(settings),
+        cache=_open_cache(settings.data, train_source, warnings),
+        mask_pool=_draw_pool(settings),
+        phases=phases,
         identity={
             "network": type(model).__name__,
             "model": model_config(model),
@@ -398,6 +258,29 @@ def open_experiment(
     )
     _check_processes(experiment)
     return experiment
+
+
+def _open_cache(
+    settings: DataSettings, source: ImageSource, warnings: list[str]
+) -> DeviceCache | None:
+    """Put the images on every device, if the settings ask for it."""
+    if settings.cache == "none":
+        return None
+    images, unreadable = device_cache.read_cache(source, side=settings.cache_side)
+    if unreadable:
+        names = ", ".join(unreadable)
+        warnings.append(f"{len(unreadable)} unreadable image(s): {names}")
+    return parallel.replicate(images)
+
+
+def _draw_pool(settings: Settings) -> jax.Array | None:
+    """Draw the masks to choose from, if the settings ask for them."""
+    if not settings.masks.pool:
+        return None
+    draw_mask = mask_sampler(settings.masks, settings.image_size)
+    key = jax.random.fold_in(jax.random.key(settings.seed), 1)
+    pool = draw_pool(key, draw_mask, count=settings.masks.pool)
+    return parallel.replicate(pool)
 
 
 def _identify(source: ImageSource) -> dict[str, Any]:
@@ -418,14 +301,15 @@ def _check_batch_norm(settings: Settings, model: PConvUNet) -> None:
         )
 
 
-def _load_features(
-    source: str | None, warnings: list[str]
-) -> tuple[vgg.Params | None, str | None]:
-    """Load the VGG; return its parameters and a digest of them."""
+def _open_features(
+    source: str | None, model: PConvUNet, warnings: list[str]
+) -> tuple[Features | None, str | None]:
+    """Load the VGG, which computes in the dtype of the network; also digest it."""
     if source is None:
         return None, None
     try:
         params = load_vgg_params("imagenet" if source == "auto" else source)
+        digest = checksum(flatten(params))
     except UserError as error:
         if source != "auto":
             raise
@@ -435,9 +319,10 @@ def _load_features(
         )
         warnings.append(warning)
         _logger.warning(warning)
-        # The digest is not of their bits: the last ones depend on the machine.
-        return jax.jit(vgg.random_params)(jax.random.key(0)), "random"
-    return params, checksum(flatten(params))
+        params = jax.jit(vgg.random_params)(jax.random.key(0))
+        digest = "random"  # The last bits depend on the machine.
+    apply = functools.partial(vgg.feature_fn_for(params), dtype=model.dtype)
+    return Features(parallel.replicate(params), apply), digest
 
 
 def _check_processes(experiment: Experiment) -> None:

@@ -23,15 +23,11 @@ from pconv_jax.runs.checkpoint import Checkpoints
 from pconv_jax.runs.config import read_settings
 from pconv_jax.runs.output import format_table, write_json
 from pconv_jax.runs.settings import Settings
-from pconv_jax.train.experiment import (
-    CompiledCall,
-    Experiment,
-    Phase,
-    open_experiment,
-)
+from pconv_jax.train.experiment import CompiledCall, Experiment, open_experiment
 from pconv_jax.train.export import Export
 from pconv_jax.train.hooks import Draw, Log, Save, Validate
 from pconv_jax.train.loggers import MetricWriter, Progress, announce_compilation
+from pconv_jax.train.phases import Phase
 from pconv_jax.train.plan import plan_phases
 from pconv_jax.train.restore import check_workdir, lock_workdir, restore_or_create
 from pconv_jax.train.step import TrainState

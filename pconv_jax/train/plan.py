@@ -17,7 +17,8 @@ import numpy as np
 from pconv_jax._errors import UserError
 from pconv_jax.runs import parallel
 from pconv_jax.runs.output import write_json
-from pconv_jax.train.experiment import CompiledCall, Experiment, Phase
+from pconv_jax.train.experiment import CompiledCall, Experiment
+from pconv_jax.train.phases import Phase
 from pconv_jax.train.step import Metrics, TrainState
 
 FILE = "phases.json"

@@ -191,8 +191,9 @@ def _check_network(experiment: Experiment, meta: Mapping[str, Any], what: str) -
 def _check_features(
     experiment: Experiment, meta: Mapping[str, Any], workdir: pathlib.Path
 ) -> None:
-    ours = experiment.identity["features"]
-    if (theirs := meta.get("features", ours)) != ours:
+    ours, theirs = experiment.identity["features"], meta.get("features")
+    # None where no phase has these terms, and in older checkpoints.
+    if ours is not None and theirs is not None and theirs != ours:
         raise UserError(
             f"workdir {workdir} was trained with other VGG features: {theirs}, now "
             f"{ours}. What vgg = {experiment.settings.vgg!r} finds may have changed; "

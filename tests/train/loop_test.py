@@ -551,6 +551,26 @@ def test_random_features_are_warned_of_until_the_end(tmp_path, monkeypatch):
         loop.train_and_evaluate(tiny(vgg="imagenet"), tmp_path / "strict")
 
 
+@pytest.mark.slow
+def test_a_vgg_is_read_when_a_phase_has_its_terms(tmp_path, monkeypatch):
+    def no_vgg(source):
+        raise UserError(f"there is no {source}")
+
+    monkeypatch.setattr(experiment, "load_vgg_params", no_vgg)
+    fields = {"vgg": "imagenet", "pixels.steps": 1, "phase1.steps": 0}
+    fields |= {"validate_every": 0, "picture_every": 0}
+    summary = loop.train_and_evaluate(tiny(**fields | {"phase2.steps": 0}), tmp_path)
+    assert summary["finished"] and summary["step"] == 1
+    longer = tiny(**fields | {"phase2.steps": 1})
+    with pytest.raises(UserError, match="there is no imagenet"):
+        loop.train_and_evaluate(longer, tmp_path)
+    params = jax.device_get(vgg.random_params(jax.random.key(0)))
+    monkeypatch.setattr(experiment, "load_vgg_params", lambda source: params)
+    assert loop.train_and_evaluate(longer, tmp_path)["step"] == 2
+    lines = read_metrics(tmp_path)
+    assert ["train/style_comp" in line for line in lines] == [False, True]
+
+
 def test_default_workdir():
     assert default_workdir("configs/pconv.py:quickstart") == ("runs/pconv-quickstart")
     assert default_workdir("configs/folder.py") == "runs/folder"

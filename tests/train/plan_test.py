@@ -5,7 +5,7 @@ import pytest
 
 from pconv_jax import UserError
 from pconv_jax.train import loop, plan
-from pconv_jax.train.experiment import Phase
+from pconv_jax.train.phases import Phase
 from tests.train.loop_test import assert_same_checkpoint, read_metrics, tiny
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

@@ -7,7 +7,7 @@ import pytest
 
 from pconv_jax import masks
 from pconv_jax.runs.settings import MaskSettings
-from pconv_jax.train import experiment
+from pconv_jax.train import mask_sampling
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -28,7 +28,7 @@ def marked_masks(monkeypatch):
     ("thin", "wide"), [(0.0, 0.0), (0.25, 0.0), (0.25, 0.5), (1.0, 0.0), (0.0, 1.0)]
 )
 def test_thin_and_wide_masks_are_the_parts_that_are_asked_for(marked_masks, thin, wide):
-    draw = experiment.mask_sampler(MaskSettings(thin=thin, wide=wide), 8)
+    draw = mask_sampling.mask_sampler(MaskSettings(thin=thin, wide=wide), 8)
     drawn = jax.vmap(draw)(jax.random.split(jax.random.key(0), 2000))[:, 0, 0, 0]
     parts = np.bincount(drawn, minlength=3) / 2000
     # Four standard deviations of a fair coin are 0.045.
@@ -40,7 +40,7 @@ def test_thin_and_wide_masks_are_the_parts_that_are_asked_for(marked_masks, thin
 
 def test_masks_are_those_of_the_kind_where_none_are_mixed_in():
     settings = MaskSettings(kind="rectangles", border="never")
-    draw = experiment.mask_sampler(settings, 16)
+    draw = mask_sampling.mask_sampler(settings, 16)
     expected = functools.partial(
         masks.random_mask,
         shape=(16, 16),
@@ -56,7 +56,7 @@ def test_masks_of_a_pool_are_turned_and_mirrored_in_all_eight_ways():
     first = jnp.arange(16).reshape(4, 4, 1) == 1
     pool = jnp.stack([first, jnp.ones_like(first)])
     keys = jax.random.split(jax.random.key(0), 400)
-    chosen = jax.vmap(functools.partial(experiment.choose_mask, pool=pool))(keys)
+    chosen = jax.vmap(functools.partial(mask_sampling.choose_mask, pool=pool))(keys)
     assert chosen.dtype == jnp.float32
     kinds, counts = np.unique(chosen.reshape(400, -1), axis=0, return_counts=True)
     turned = [np.rot90(x, k) for x in (first, first[:, ::-1]) for k in range(4)]
@@ -70,8 +70,8 @@ def test_masks_of_a_pool_are_turned_and_mirrored_in_all_eight_ways():
 
 def test_a_pool_holds_masks_of_the_sampler():
     settings = MaskSettings(kind="rectangles", thin=0.3)
-    draw = jax.jit(experiment.mask_sampler(settings, 16))
-    pool = experiment.draw_pool(jax.random.key(3), draw, count=70)
+    draw = jax.jit(mask_sampling.mask_sampler(settings, 16))
+    pool = mask_sampling.draw_pool(jax.random.key(3), draw, count=70)
     assert pool.shape == (70, 16, 16, 1) and pool.dtype == bool
     for number, key in enumerate(jax.random.split(jax.random.key(3), 70)[:5]):
         np.testing.assert_array_equal(pool[number], draw(key) > 0)
