@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pconv_jax import __version__
 from pconv_jax._errors import RunError, UserError
+from pconv_jax.runs import opening
 from pconv_jax.train import export
 from pconv_jax.weights.pretrained import from_pretrained, save_pretrained
 
@@ -35,12 +35,7 @@ def bundle(source: Path, out: Path, *, trusted_depth: int | None = None) -> None
     model, variables, info = from_pretrained(source)
     try:
         step, experiment = info["step"], _shorten(info["experiment"])
-        description = {
-            "origin": f"pconv_jax {__version__}, step {step}",
-            "step": step,
-            "training_data": experiment["data"],
-            "experiment": experiment,
-        }
+        description = opening.describe_run(experiment, step) | {"step": step}
     except (LookupError, TypeError) as error:
         raise UserError(
             f"{source} has no description of a run: {error!r}. Give the file that a "

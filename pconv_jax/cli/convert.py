@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pconv_jax import __version__
 from pconv_jax._errors import UserError
 from pconv_jax._files import as_path
 from pconv_jax.cli import config_options
@@ -88,13 +87,8 @@ def _read_run(workdir: Path, step: int | None) -> "Pretrained":
 
     trained = opening.load_run(workdir, step=step)
     assert trained.settings  # All runs have them.
-    experiment = trained.settings.to_dict()
-    info = {
-        "origin": f"pconv_jax {__version__}, step {trained.step}",
-        "training_data": experiment["data"],
-        "experiment": experiment,
-        "warnings": trained.warnings,
-    }
+    info = opening.describe_run(trained.settings.to_dict(), trained.step)
+    info |= {"warnings": trained.warnings}
     info |= _read_metrics(workdir / "evaluation" / "results.json", trained.step)
     return Pretrained(trained.model, dict(trained.variables), info)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pconv_jax import _files
+from pconv_jax import __version__, _files
 from pconv_jax._errors import UserError
 from pconv_jax.data import sources
 from pconv_jax.data.base import ImageSource
@@ -134,6 +134,20 @@ def load_network(place: str | Path) -> Trained:
     """
     is_run = _files.as_path(place).is_dir()
     return load_run(place) if is_run else load_weights(place)
+
+
+def describe_run(experiment: Mapping[str, Any], step: int | None) -> dict[str, Any]:
+    """Describe where a network comes from, for its weights file.
+
+    Args:
+      experiment: Settings of the run, from `Settings.to_dict`.
+      step: Step of the checkpoint.
+    """
+    return {
+        "origin": f"pconv_jax {__version__}, step {step}",
+        "training_data": experiment["data"],
+        "experiment": experiment,
+    }
 
 
 def _one(name: str, paths: tuple[str, ...] | None) -> str | None:
