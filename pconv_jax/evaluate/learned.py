@@ -30,6 +30,7 @@ class LearnedMetrics:
 
     Attributes:
       left_out: A sentence about each metric that has no network.
+      device_batch: See the argument.
       fingerprint: A digest of the weights.
     """
 
@@ -56,7 +57,7 @@ class LearnedMetrics:
           UserError: If ``vgg_weights`` cannot be read.
         """
         self.left_out: list[str] = []
-        self._device_batch = device_batch
+        self.device_batch = device_batch
         self._lpips = self._inception = None
         self._vgg = None if vgg_weights is None else load_vgg_params(vgg_weights)
         if published:
@@ -87,9 +88,7 @@ class LearnedMetrics:
             "vgg_distance": (lpips.vgg_distance, self._vgg),
         }
         return {
-            name: _compile_distance(distance)(
-                params, pair, at_a_time=self._device_batch
-            )
+            name: _compile_distance(distance)(params, pair, at_a_time=self.device_batch)
             for name, (distance, params) in known.items()
             if params is not None
         }
@@ -102,7 +101,7 @@ class LearnedMetrics:
         """
         if self._inception is None:
             return {}
-        step = functools.partial(_compile_inception(), at_a_time=self._device_batch)
+        step = functools.partial(_compile_inception(), at_a_time=self.device_batch)
         return {"features": step(self._inception, {"images": images})}
 
     def _load_published(self, image_size: int) -> None:

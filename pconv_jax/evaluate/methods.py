@@ -79,7 +79,14 @@ class Method(Protocol):
 
 
 class Network:
-    """A network that fills one image at a time on each device, by default."""
+    """A network that fills one image at a time on each device, by default.
+
+    Attributes:
+      name: See `Method`, like the next two.
+      description: See there.
+      model: See there.
+      device_batch: Number of images that a device fills at a time.
+    """
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ from pconv_jax.runs.inference import score_step
 from pconv_jax.runs.settings import Settings
 from pconv_jax.unet import PConvUNet, suggest_sizes
 
-_BATCH = 4  # Images per batch; more if there are more devices.
+_BATCH = 4  # Least number of images that are read at a time.
 _ERROR_LENGTH = 200
 
 DEFAULT_METHODS = ("network", "mean", "telea", "navier_stokes")
@@ -79,7 +79,6 @@ def compare(
     *,
     learned: LearnedMetrics | None = None,
     directory: str | Path | None = None,
-    device_batch: int = 1,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate methods on the same pairs of images and masks.
@@ -93,8 +92,6 @@ def compare(
       learned: The networks of learned metrics. None (the default) leaves these out.
       directory: Directory for records, from which the same call resumes after an
         interruption. None (the default) keeps no records.
-      device_batch: Largest number of images that the methods fill on a device at a
-        time. The default is 1.
       progress: Whether to show a progress bar (the default).
 
     Raises:
@@ -113,8 +110,7 @@ def compare(
             # Reading all images for a fingerprint takes long, and only files need it.
             about = _fingerprint(method, eval_set, learned) if directory else ""
             store.open(method.name, about)
-        size = max(_BATCH, device_batch * parallel.device_count())
-        _evaluate_all(methods, eval_set, store, learned, size=size, progress=progress)
+        _evaluate_all(methods, eval_set, store, learned, progress=progress)
         evaluation = _collect(methods, eval_set, store)
         if learned:
             evaluation.left_out.extend(learned.left_out)
@@ -244,7 +240,6 @@ def evaluate_run(
             eval_set,
             learned=networks,
             directory=out / "records",
-            device_batch=device_batch,
             progress=progress,
         )
         about = {"step": trained.step, "config": settings.to_dict()}
@@ -341,12 +336,10 @@ def _evaluate_all(
     store: Store,
     learned: LearnedMetrics | None,
     *,
-    size: int,
     progress: bool,
 ) -> None:
     """Evaluate all examples that the store does not have yet."""
-    devices = parallel.device_count()
-    size = -(-size // devices) * devices
+    size = _batch_size(methods, learned)
     total = len(methods) * len(eval_set.classes) * eval_set.examples
     # None hides the bar if standard error is not a terminal.
     disable = None if progress else True
@@ -365,6 +358,14 @@ def _evaluate_all(
                     numbers = _evaluate_batch(method, images, mask, learned)
                     _add_batch(store, method, eval_set, keys, numbers)
                     bar.update(len(index))
+
+
+def _batch_size(methods: Sequence[Method], learned: LearnedMetrics | None) -> int:
+    """Choose how many images are read at a time: as many as devices compute."""
+    parts = [method.device_batch for method in methods if isinstance(method, Network)]
+    parts += [learned.device_batch] if learned else []
+    devices = parallel.device_count()
+    return max(-(-_BATCH // devices), *parts, 1) * devices
 
 
 def _evaluate_batch(
