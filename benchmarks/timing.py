@@ -1,6 +1,5 @@
 """Measures variants in turns, A B A B, each in its own process."""
 
-import concurrent.futures
 import json
 import pathlib
 import select
@@ -24,10 +23,11 @@ class Worker:
 
     Attributes:
       about: The first answer of the process: versions, device, compilation time and
-        memory.
+        memory; empty before `wait`.
     """
 
     def __init__(self, python: str, variant: Variant, *, timeout: float):
+        """Start the process, which imports and compiles; `wait` waits for that."""
         self._timeout = timeout
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
@@ -40,11 +40,12 @@ class Worker:
         )
         assert self._process.stdin and self._process.stdout  # Both are pipes.
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        try:
+        self.about: dict[str, Any] = {}
+
+    def wait(self) -> None:
+        """Wait until the process can measure."""
+        if not self.about:
             self.about = self._read()
-        except BaseException:
-            self.close()
-            raise
 
     def measure(self, seconds: float) -> dict[str, Any]:
         """Measure for some seconds, and return the answer of the process."""
@@ -100,37 +101,44 @@ def compare(
     """
     workers: dict[str, Worker] = {}
 
-    def start(name: str) -> None:
-        variant = case.variants[name]
+    def fail(name: str, error: WorkerError) -> None:
+        results[name] = {"error": str(error)}
+        workers.pop(name).close()
+
+    def start(names: Sequence[str]) -> None:
+        for number, name in enumerate(names):
+            for other in names[number : number + jobs]:
+                if other not in workers:
+                    variant = case.variants[other]
+                    python = pythons[variant["framework"]]
+                    workers[other] = Worker(python, variant, timeout=timeout)
+            try:
+                workers[name].wait()
+            except WorkerError as error:
+                fail(name, error)
+
+    def take_turn(name: str) -> None:
         try:
-            python = pythons[variant["framework"]]
-            workers[name] = Worker(python, variant, timeout=timeout)
+            turn = workers[name].measure(seconds)
         except WorkerError as error:
-            results[name] = {"error": str(error)}
+            fail(name, error)
+            return
+        times = {k: turn.pop(k) for k in ("wall_s", "cpu_s", "others")}
+        result = results.setdefault(name, workers[name].about | {"rounds": []})
+        result["rounds"].append(times)
+        result |= turn
+        if case.large:
+            workers.pop(name).close()
 
     try:
         if jobs > 1 and not case.large:
-            with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-                list(pool.map(start, case.variants))
+            start(list(case.variants))
         for _ in range(rounds):
             for name in case.variants:
                 if name not in workers and "error" not in results.get(name, {}):
-                    start(name)
-                if name not in workers:
-                    continue
-                worker = workers[name]
-                try:
-                    turn = worker.measure(seconds)
-                except WorkerError as error:
-                    results[name] = {"error": str(error)}
-                    workers.pop(name).close()
-                    continue
-                times = {k: turn.pop(k) for k in ("wall_s", "cpu_s", "others")}
-                result = results.setdefault(name, worker.about | {"rounds": []})
-                result["rounds"].append(times)
-                result |= turn
-                if case.large:
-                    workers.pop(name).close()
+                    start([name])
+                if name in workers:
+                    take_turn(name)
     finally:
         for worker in workers.values():
             worker.close()

@@ -106,6 +106,30 @@ def test_a_variant_that_fails_is_named_and_the_others_are_measured():
     assert results["good"]["median_s"] > 0 and "relative" not in results["good"]
 
 
+def test_a_stop_does_not_wait_for_processes_that_start(tmp_path):
+    python = tmp_path / "python"  # It never answers.
+    python.write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/started\nexec sleep 60\n")
+    python.chmod(0o755)
+    variants = {name: {"framework": "slow"} for name in "abc"}
+    case = cases.Case("machine", "some", variants)
+    stop = "import signal; signal.signal(signal.SIGALRM, lambda *_: exit('stopped'))"
+    command = f"""{stop}; signal.setitimer(signal.ITIMER_REAL, 1)
+from benchmarks import cases, timing
+timing.compare(cases.{case}, {{}}, pythons={{"slow": {str(python)!r}}}, jobs=2,
+               rounds=1, seconds=1, timeout=30)"""
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=ROOT,
+        timeout=20,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr == "stopped\n"
+    started = (tmp_path / "started").read_text().split()
+    assert len(started) == 2
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in started)
+
+
 def made_up(*turns, name="UNet", error=None):
     """A report with one variant, of which a call took some seconds in each turn."""
     times = [t for turn in turns for t in turn]
