@@ -87,7 +87,7 @@ def fill_in_blocks(
         cores = [part] if _fits(part) else _split(part)
         for core in cores:
             box = _expand(core, hole.shape)
-            inside = hole[box] & _enlarge(chosen, box) & ~known[box]
+            inside = hole[box] & _enlarge(chosen, box, _CELL) & ~known[box]
             outside = np.ones_like(inside)
             outside[
                 core.top - box[0].start : core.bottom - box[0].start,
@@ -151,9 +151,9 @@ def _expand(part: _Part, shape: tuple[int, ...]) -> tuple[slice, slice]:
     return rows, columns
 
 
-def _enlarge(cells: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
-    """Enlarge cells to the pixels of a box."""
-    rows, columns = (np.arange(part.start, part.stop) // _CELL for part in box)
+def _enlarge(cells: np.ndarray, box: tuple[slice, slice], side: int) -> np.ndarray:
+    """Enlarge cells of a side to the pixels of a box."""
+    rows, columns = (np.arange(part.start, part.stop) // side for part in box)
     return cells[np.ix_(rows, columns)]
 
 
@@ -175,7 +175,7 @@ def _fill_centers(
       known: See there.
       hole: See there.
       exclude: See there.
-      depth: The fill depth so far.
+      depth: The fill depth, 0 everywhere; set where centers are filled.
       is_large: Bool, True for cells of holes that are too large for a block.
       progress: Called with the fraction of the whole hole that is filled.
     """
@@ -199,25 +199,21 @@ def _fill_centers(
     small_center = distance > _RIM / factor
     if not small_center.any():
         return
-
-    def find_center(strip: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        box = strip, slice(0, hole.shape[1])
-        rows, columns = (np.arange(part.start, part.stop) // factor for part in box)
-        center = small_center[np.ix_(rows, columns)] & hole[strip]
-        return rows, columns, center & _enlarge(is_large, box) & ~known[strip]
-
-    count = sum(np.count_nonzero(find_center(strip)[-1]) for strip in strips)
-    task = share(progress, 0, count, total=np.count_nonzero(hole))
+    columns = slice(0, hole.shape[1])
+    for strip in strips:  # The depth marks the centers, until it is known.
+        center = _enlarge(small_center, (strip, columns), factor)
+        center &= _enlarge(is_large, (strip, columns), _CELL)
+        depth[strip] = center & hole[strip] & ~known[strip]
+    count, total = np.count_nonzero(depth), np.count_nonzero(hole)
+    task = share(progress, 0, count, total=total)
     small_depth = fill(small_colors, small_known, small_hole, small_exclude, task)
     small_depth += math.ceil(math.log2(factor))
     for strip in strips:
-        rows, columns, center = find_center(strip)
-        if center.any():
-            where = np.nonzero(center)
-            place = rows[where[0]], columns[where[1]]
-            colors[strip][where] = small_colors[place]
-            depth[strip][where] = small_depth[place]
-            known[strip][where] = True
+        rows, columns = where = np.nonzero(depth[strip])
+        place = (rows + strip.start) // factor, columns // factor
+        colors[strip][where] = small_colors[place]
+        depth[strip][where] = small_depth[place]
+        known[strip][where] = True
 
 
 def _shrink(
