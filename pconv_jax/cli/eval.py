@@ -34,6 +34,16 @@ def add(commands: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _add_network(command)
+    _add_examples(command)
+    _add_metrics(command)
+    command.add_argument("--out", type=expand, help="directory of the results")
+    add_cache(command, option="--no_cache")
+    config_options.add_config_options(command, required=False)
+    command.set_defaults(run=_run)
+
+
+def _add_network(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workdir", type=expand, help="directory of a training run")
     command.add_argument(
         "--weights", type=expand, help="a weights file instead of a run"
@@ -51,6 +61,25 @@ def add(commands: Subparsers) -> None:
         "network, by its workdir or weights file; or all, for the network and the "
         "baselines (default: network,mean,telea,navier_stokes)",
     )
+    command.add_argument(
+        "--time_budget",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="longest time of a baseline for an image (default: 60)",
+    )
+    command.add_argument(
+        "--device_batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images that a device computes at a time; accelerators are faster with "
+        "more, but only with 1 are results the same on any number of devices "
+        "(default: 1)",
+    )
+
+
+def _add_examples(command: argparse.ArgumentParser) -> None:
     command.add_argument("--examples", type=int, help="examples of each class of masks")
     command.add_argument(
         "--images", type=expand, help="folder or tar file of other images"
@@ -73,13 +102,9 @@ def add(commands: Subparsers) -> None:
     command.add_argument(
         "--seed", type=int, default=0, help="seed of masks and intervals (default: 0)"
     )
-    command.add_argument(
-        "--time_budget",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="longest time of a baseline for an image (default: 60)",
-    )
+
+
+def _add_metrics(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--learned",
         action=argparse.BooleanOptionalAction,
@@ -93,19 +118,6 @@ def add(commands: Subparsers) -> None:
     command.add_argument(
         "--vgg", type=expand, help="weights file of another VGG for the distance"
     )
-    command.add_argument(
-        "--device_batch",
-        type=int,
-        default=1,
-        metavar="N",
-        help="images that a device computes at a time; accelerators are faster with "
-        "more, but only with 1 are results the same on any number of devices "
-        "(default: 1)",
-    )
-    command.add_argument("--out", type=expand, help="directory of the results")
-    add_cache(command, option="--no_cache")
-    config_options.add_config_options(command, required=False)
-    command.set_defaults(run=_run)
 
 
 def _words(text: str) -> list[str]:
