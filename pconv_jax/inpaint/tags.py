@@ -123,7 +123,7 @@ def read(data: bytes) -> Tags:
     Nothing is an error: what cannot be read is left out, and named in the result.
     """
     data = data.removeprefix(EXIF_HEADER)
-    order = ">" if data[:2] == b"MM" else "<"
+    order = _order(data)
     unreadable: set[int] = set()
     directory: Directory = {}
     if is_tiff(data):
@@ -165,7 +165,7 @@ def _read_directory(
 
 def _entries(data: bytes, at: int) -> Iterator[tuple[int, int, int, bytes]]:
     """Yield the number, type, count and field of the tags of a directory."""
-    order = ">" if data[:2] == b"MM" else "<"
+    order = _order(data)
     big = _is_big(data)
     form = struct.Struct(order + ("HHQ8s" if big else "HHI4s"))
     start = at + (8 if big else 2)
@@ -223,7 +223,7 @@ def pack_within(tags: Tags, limit: int) -> tuple[bytes, set[int]]:
 
 def add_to_tiff(data: bytes, tags: Tags) -> bytes:
     """Add tags to those of a TIFF file's first image, which becomes the only one."""
-    order = ">" if data[:2] == b"MM" else "<"
+    order = _order(data)
     directory = _in_order(tags.directory, order, swap=order != tags.order)
     return _replace_directory(data, {**_placed(data), **directory})
 
@@ -236,7 +236,7 @@ def keep_layout(data: bytes) -> bytes:
 
 def count_pages(data: bytes) -> int:
     """Count the images of a TIFF file, up to 1000."""
-    order = ">" if data[:2] == b"MM" else "<"
+    order = _order(data)
     big = _is_big(data)
     head, entry, tail = (8, 20, 8) if big else (2, 12, 4)
     at, seen = _first_directory(data), set()
@@ -252,12 +252,17 @@ def names(codes: Collection[int]) -> str:
     return ", ".join(str(ExifTags.TAGS.get(code, code)) for code in sorted(codes))
 
 
+def _order(data: bytes) -> str:
+    """Get the byte order of a file, as `struct` names it."""
+    return ">" if data[:2] == b"MM" else "<"
+
+
 def _is_big(data: bytes) -> bool:
     return data[:4] in (b"II+\0", b"MM\0+")
 
 
 def _first_directory(data: bytes) -> int:
-    order = ">" if data[:2] == b"MM" else "<"
+    order = _order(data)
     return _number(data[8:16] if _is_big(data) else data[4:8], order)
 
 
@@ -272,7 +277,7 @@ def _placed(data: bytes) -> dict[int, _Entry]:
 
 def _replace_directory(data: bytes, directory: dict[int, Any]) -> bytes:
     """Write another first directory at the end of a TIFF file."""
-    order = ">" if data[:2] == b"MM" else "<"
+    order = _order(data)
     at = len(data) + len(data) % 2
     padding = b"\0" * (at - len(data))
     if not _is_big(data):
