@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from pconv_jax._errors import UserError
-from pconv_jax.inpaint.image_io import alpha_of, as_array
+from pconv_jax.inpaint.modes import alpha_of, as_array
 from pconv_jax.inpaint.values import to_fraction
 
 # Rows that are converted to floats at once.

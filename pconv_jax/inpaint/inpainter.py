@@ -20,7 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from pconv_jax._errors import UserError
-from pconv_jax.inpaint import image_io, values
+from pconv_jax.inpaint import image_io, modes, values
 from pconv_jax.inpaint.blocks import fill_in_blocks
 from pconv_jax.inpaint.detail import add_detail, refine_guide, regions
 from pconv_jax.inpaint.fill import HoleFiller
@@ -358,7 +358,7 @@ class Inpainter:
             result[hole, -1] = values.white(result)
         result = result.reshape(shape)
         if isinstance(image, Image.Image):
-            return image_io.paste(image, result, hole), depth
+            return modes.paste(image, result, hole), depth
         return (jnp.asarray(result) if isinstance(image, jax.Array) else result), depth
 
     def _fill(
@@ -535,7 +535,7 @@ def _add_detail(
 
 def _to_numpy(image: LoadedImage) -> np.ndarray:
     if isinstance(image, Image.Image):
-        return image_io.to_array(image)
+        return modes.to_array(image)
     return np.asarray(image)
 
 

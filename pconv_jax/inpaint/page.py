@@ -32,6 +32,7 @@ from pconv_jax.inpaint.formats import SUFFIXES, variant_path
 from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask, resize_hole
 from pconv_jax.inpaint.image_io import ImageFile
 from pconv_jax.inpaint.inpainter import Inpainter
+from pconv_jax.inpaint.modes import as_array
 from pconv_jax.inpaint.progress import Progress, ignore, share
 from pconv_jax.inpaint.values import to_uint8
 
@@ -649,7 +650,7 @@ def _shown(image: Image.Image | np.ndarray) -> Image.Image:
         if scale < 1:  # First, since copies of a large image take memory.
             width, height = (max(round(n * scale), 1) for n in image.size)
             image = image.resize((width, height), reducing_gap=2.0)
-    shown = Image.fromarray(to_uint8(image_io.as_array(image)))
+    shown = Image.fromarray(to_uint8(as_array(image)))
     if shown.mode in ("LA", "RGBA"):
         white = Image.new("RGBA", shown.size, "white")
         shown = Image.alpha_composite(white, shown.convert("RGBA"))

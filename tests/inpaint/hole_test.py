@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pconv_jax._errors import UserError
-from pconv_jax.inpaint import image_io
+from pconv_jax.inpaint import modes
 from pconv_jax.inpaint.hole import (
     dilate_hole,
     hole_from_alpha,
@@ -116,7 +116,7 @@ def test_alpha():
         np.testing.assert_array_equal(hole_from_alpha(alpha), HOLE)
     palette = Image.fromarray(255 - WHITE).convert("P")
     palette.info["transparency"] = int(np.asarray(palette)[4, 4])
-    alpha = image_io.to_array(palette)[..., 3]
+    alpha = modes.to_array(palette)[..., 3]
     np.testing.assert_array_equal(hole_from_alpha(alpha), HOLE)
 
 

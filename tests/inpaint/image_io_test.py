@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image, ImageCms, ImageOps
 
 from pconv_jax._errors import UserError
-from pconv_jax.inpaint import image_io
+from pconv_jax.inpaint import image_io, modes
 from pconv_jax.inpaint.image_io import ImageFile
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -86,7 +86,7 @@ def test_16_bit_images_of_other_programs(tmp_path):
     tifffile.imwrite(tmp_path / "gray.tif", gray, byteorder=">")
     for name, expected in [("cv.png", color), ("a.tif", color), ("gray.tif", gray)]:
         image = image_io.read(tmp_path / name).image
-        array = image if isinstance(image, np.ndarray) else image_io.to_array(image)
+        array = image if isinstance(image, np.ndarray) else modes.to_array(image)
         assert array.dtype == np.uint16
         np.testing.assert_array_equal(array, expected)
 
@@ -127,7 +127,7 @@ def test_a_color_that_stands_for_transparency(mode, key, tmp_path):
     read = image_io.read(tmp_path / "a.png").image
     alpha = np.full((5, 6), 255)
     alpha[1, 2] = 0
-    np.testing.assert_array_equal(image_io.to_array(read)[..., -1], alpha)
+    np.testing.assert_array_equal(modes.to_array(read)[..., -1], alpha)
     assert read.mode == mode + "A"
 
 
@@ -360,7 +360,7 @@ def test_filled_pixels_of_a_palette_are_never_transparent():
     image.info["transparency"] = clear
     hole = np.zeros((40, 60), bool)
     hole[5:20, 5:20] = True
-    result = image_io.paste(image, image_io.to_array(image), hole)
+    result = modes.paste(image, modes.to_array(image), hole)
     assert result.mode == "P" and not np.any(np.asarray(result)[hole] == clear)
     np.testing.assert_array_equal(np.asarray(result)[~hole], np.asarray(image)[~hole])
 
@@ -371,7 +371,7 @@ def test_a_palette_may_lack_its_transparent_color():
     image.info["transparency"] = 255  # As a GIF may have it.
     hole = np.zeros((40, 60), bool)
     hole[5:20, 5:20] = True
-    result = image_io.paste(image, 255 - image_io.to_array(image), hole)
+    result = modes.paste(image, 255 - modes.to_array(image), hole)
     assert np.asarray(result).max() < 4
     np.testing.assert_array_equal(np.asarray(result)[~hole], np.asarray(image)[~hole])
 
@@ -381,8 +381,8 @@ def test_filled_pixels_of_a_palette_with_alpha_are_opaque():
     image.info["transparency"] = bytes([0, 128, 255, 254, 90])
     hole = np.zeros((40, 60), bool)
     hole[5:20, 5:20] = True
-    result = image_io.paste(image, image_io.to_array(image), hole)
-    alpha = image_io.to_array(result)[..., 3]
+    result = modes.paste(image, modes.to_array(image), hole)
+    alpha = modes.to_array(result)[..., 3]
     assert np.all(alpha[hole] == 255) and len(np.unique(np.asarray(result)[hole])) > 2
     np.testing.assert_array_equal(np.asarray(result)[~hole], np.asarray(image)[~hole])
 

@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image, PngImagePlugin
 
 from pconv_jax._errors import UserError
-from pconv_jax.inpaint import image_io, tags
+from pconv_jax.inpaint import image_io, modes, tags
 from pconv_jax.inpaint.image_io import ImageFile
 from pconv_jax.inpaint.tags import Tag
 
@@ -73,7 +73,7 @@ def test_tags_of_a_tiff_file_are_kept_byte_for_byte(compression, dtype, tmp_path
         before, after = (tags.read(d).directory for d in (data, out))
         assert {code: after[code] for code in TAGS} == {c: before[c] for c in TAGS}
         read = image_io.read(tmp_path / "a.tif").image
-        np.testing.assert_array_equal(image_io.as_array(read), array)
+        np.testing.assert_array_equal(modes.as_array(read), array)
 
 
 def test_positions_and_layers_of_the_old_file_are_left_out(tmp_path):
@@ -191,7 +191,7 @@ def test_floats_come_back_in_their_type(kind, shape, compression, tmp_path):
     expected = np.moveaxis(array, 0, -1) if shape[0] == 3 else array
     for _ in range(2):
         file = image_io.read(tmp_path / "a.tif")
-        read = image_io.as_array(file.image)
+        read = modes.as_array(file.image)
         np.testing.assert_array_equal(read, expected)
         assert read.dtype == kind
         image_io.write(tmp_path / "a.tif", file)
@@ -254,7 +254,7 @@ def test_decoders_get_no_metadata_of_large_tiff_files(tmp_path, compression):
     out = tags.read(round_trip(tmp_path / "a.tif", file.getvalue())).directory
     assert {*out} >= {33421, 42113, 65000}
     read = image_io.read(tmp_path / "a.tif").image
-    np.testing.assert_array_equal(image_io.as_array(read), COLORS)
+    np.testing.assert_array_equal(modes.as_array(read), COLORS)
 
 
 @pytest.mark.parametrize("kind", [8, 9, 16])
