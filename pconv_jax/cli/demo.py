@@ -3,7 +3,6 @@
 import argparse
 import atexit
 import getpass
-import ipaddress
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ from pconv_jax import _processes
 from pconv_jax._errors import UserError
 from pconv_jax.cli._cache import add_cache, use_cache
 from pconv_jax.cli._options import Subparsers, add_weights
+from pconv_jax.inpaint import guard
 
 _DESCRIPTION = """\
 Serves a web page where you open an image, paint over the area to fill, and download the
@@ -101,7 +101,8 @@ def _run(arguments: argparse.Namespace) -> None:
 def _read_auth(arguments: argparse.Namespace) -> tuple[str, str] | None:
     """Get the name and the password, asking for the latter if need be."""
     if arguments.auth is None:
-        if not arguments.no_auth and not _is_loopback(arguments.host):
+        host = guard.in_url(arguments.host)
+        if not arguments.no_auth and not guard.is_loopback(host):
             raise UserError(
                 f"--host {arguments.host} lets other machines in: give --auth NAME, "
                 "to ask them for a password, or --no-auth."
@@ -113,13 +114,6 @@ def _read_auth(arguments: argparse.Namespace) -> tuple[str, str] | None:
     if not name or not password:
         raise UserError("--auth: neither the name nor the password may be empty.")
     return name, password
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _forget_proxies() -> None:

@@ -6,16 +6,14 @@ size, and only its hole has changed. Nothing leaves the machine that serves the 
 
 import functools
 import importlib.util
-import ipaddress
 import re
 import shutil
 import socket
 import tempfile
 import threading
 import time
-import urllib.parse
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ from PIL import Image
 
 from pconv_jax import masks
 from pconv_jax._errors import RunError, UserError
-from pconv_jax.inpaint import image_io
+from pconv_jax.inpaint import guard, image_io
 from pconv_jax.inpaint.decoder import Decoder
 from pconv_jax.inpaint.formats import SUFFIXES, variant_path
 from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask, resize_hole
@@ -40,10 +38,7 @@ try:
     import gradio as gr
     from gradio.themes import Soft
     from gradio.utils import get_upload_folder
-    from starlette.datastructures import Headers
     from starlette.middleware import Middleware
-    from starlette.responses import PlainTextResponse
-    from starlette.types import ASGIApp, Receive, Scope, Send
 except ModuleNotFoundError as error:
     raise UserError(
         f"the demo needs {error.name}: pip install 'pconv-jax[demo]'."
@@ -74,11 +69,6 @@ _INTRODUCTION = """\
 Open an image, **paint over the area to fill**, and press *Repair*. Only the painted
 area changes. Paint in *blue* over what must not be copied into it, such as the rest of
 an object that is removed.
-"""
-
-_REFUSAL = """\
-This page answers only to localhost, and to no other site. Use --host to open it, or
---allowed-host for the name that a proxy gives it.
 """
 
 # Values of the result's components before there is a result.
@@ -464,11 +454,12 @@ def launch(
             ) from error
     # Gradio's own fonts would be downloaded from another machine.
     fonts = ["system-ui", "sans-serif"]
-    name = f"[{host}]" if ":" in host else host
-    middleware = [Middleware(_RemoveAbortedUploads)]
-    if _is_loopback(name):
-        guard = Middleware(_refuse_other_sites, allowed=frozenset(allowed_hosts))
-        middleware.insert(0, guard)
+    name = guard.in_url(host)
+    uploads = Path(get_upload_folder())
+    middleware = [Middleware(guard.RemoveAbortedUploads, folder=uploads)]
+    if guard.is_loopback(name):
+        allowed = frozenset(allowed_hosts)
+        middleware.insert(0, Middleware(guard.refuse_other_sites, allowed=allowed))
     print(f"Open http://{name}:{port} in a browser. Ctrl-C ends it.", flush=True)
     # No request may bypass the queue.
     page = build(inpainter).queue(api_open=False, max_size=_MAX_WAITING)
@@ -488,83 +479,6 @@ def launch(
         max_file_size=_MAX_UPLOAD,
         app_kwargs={"middleware": middleware},
     )
-
-
-class _RemoveAbortedUploads:
-    """Remove what is left of uploads that were broken off.
-
-    Gradio writes an upload to a temporary file in its folder, and moves it to a folder
-    of its own when it is complete.
-    """
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-        self._running = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not scope.get("path", "").endswith("/upload"):
-            await self._app(scope, receive, send)
-            return
-        self._running += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._running -= 1
-            if not self._running:
-                for path in Path(get_upload_folder()).glob("tmp*"):
-                    if path.is_file():
-                        path.unlink(missing_ok=True)
-
-
-def _refuse_other_sites(
-    app: ASGIApp, allowed: Collection[str] = frozenset()
-) -> ASGIApp:
-    """Wrap an application to refuse requests of other sites' pages.
-
-    Such pages may use a host name of their own that leads to this machine (DNS
-    rebinding), or post to this machine's address.
-
-    Args:
-      app: The application.
-      allowed: Names, besides those of this machine, that the page may have.
-    """
-
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or _is_from_this_site(scope, allowed):
-            await app(scope, receive, send)
-        else:
-            refusal = PlainTextResponse(_REFUSAL, status_code=403)
-            await refusal(scope, receive, send)
-
-    return guarded
-
-
-def _is_from_this_site(scope: Scope, allowed: Collection[str]) -> bool:
-    headers = Headers(scope=scope)
-    host, origin = headers.get("host", ""), headers.get("origin")
-    if not _is_loopback(host) and _name_of(host) not in allowed:
-        return False
-    if origin is None or scope.get("method") == "GET":
-        return True
-    site = origin.partition("://")[2]
-    return site == host or _name_of(site) in allowed
-
-
-def _name_of(host: str) -> str:
-    """Get the name of a host, without its port."""
-    try:
-        return urllib.parse.urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _is_loopback(host: str) -> bool:
-    """Return whether a host, with or without a port, is this machine."""
-    name = _name_of(host)
-    try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def _error(message: str) -> gr.Error:

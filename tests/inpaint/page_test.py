@@ -21,7 +21,7 @@ from PIL import Image
 import pconv_jax
 from pconv_jax import cli
 from pconv_jax.cli import demo
-from pconv_jax.inpaint import image_io, page
+from pconv_jax.inpaint import guard, image_io, page
 from pconv_jax.inpaint.decoder import Decoder
 from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask
 from pconv_jax.inpaint.inpainter import Inpainter
@@ -320,7 +320,7 @@ def test_only_loopback_addresses_are_guarded(inpainter, monkeypatch, host, guard
     options = build().queue().launch.call_args.kwargs
     assert options["root_path"] == "/repair"
     middleware = [m.cls for m in options["app_kwargs"]["middleware"]]
-    assert (page._refuse_other_sites in middleware) == guarded
+    assert (guard.refuse_other_sites in middleware) == guarded
 
 
 def test_ports_that_are_taken(inpainter):
