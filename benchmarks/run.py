@@ -39,79 +39,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A time limit from outside then leaves the results and no processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks.run: stopped."))
     stored = arguments.check and _read_report(arguments.check)
-    pythons = {"jax": sys.executable, "torch": arguments.torch_python}
-    torch = arguments.against == "torch"
-    if torch:
+    if arguments.against == "torch":
         _check_torch(arguments.torch_python)
     # The variants of a case share the memory of the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    start = time.monotonic()
-    others = ("out", "suite", "check")
-    settings = {k: v for k, v in vars(arguments).items() if k not in others}
-    report: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": _describe_machine(),
-        "versions": {"python": platform.python_version()},
-        "commit": _commit(),
-        "suites": arguments.suite,
-        "settings": settings | {"torch_python": None, "threads": _thread_settings()},
-        "matrix_product_flops_per_s": {},
-        "cases": [],
-    }
-
-    def run(case: cases.Case) -> None:
-        chosen = {
-            name: variant
-            for name, variant in case.variants.items()
-            if re.search(arguments.variants, name)
-            # These report the platform.
-            or (case.suite == "machine" and variant["framework"] == "jax")
-        }
-        if not chosen:
-            return
-        case = case._replace(variants=chosen)
-        entry = {"suite": case.suite, "case": case.name}
-        entry |= {"items": case.items, "flops": case.flops, "settings": case.variants}
-        report["cases"].append(entry)
-        if arguments.limit and time.monotonic() - start > arguments.limit:
-            entry["skipped"] = f"the limit of {arguments.limit:g} s was reached"
-            print(f"\n{case.suite}: {case.name}: skipped, {entry['skipped']}")
-        else:
-            entry["load_average"] = os.getloadavg()[0]
-            results = entry["results"] = {}
-            try:
-                timing.compare(
-                    case,
-                    results,
-                    pythons=pythons,
-                    rounds=arguments.rounds,
-                    seconds=arguments.seconds,
-                    timeout=arguments.timeout,
-                    jobs=arguments.jobs,
-                )
-            finally:  # Results are kept when the command is stopped.
-                rates = report["matrix_product_flops_per_s"]
-                timing.summarize(case, results, rates)
-                _note_conditions(report, entry)
-                _write(arguments.out, report)
-            print(_format(case, results), flush=True)
-            busiest = max((r.get("others") or 0 for r in results.values()), default=0)
-            if busiest > 0.05:
-                print(f"Other processes took up to {busiest:.0%} of the cores.")
-        _write(arguments.out, report)
-
-    options = {"torch": torch, "smoke": arguments.smoke}
+    session = _Session(arguments)
+    report = session.report
+    options = {"torch": arguments.against == "torch", "smoke": arguments.smoke}
     # Only the processes know the platform; the first one reports it.
     for case in cases.matmul(platform="cpu", **options):
-        run(case)
+        session.run(case)
     device = report["machine"].get("platform", "cpu")
     if device != "cpu":
         for case in cases.matmul(platform=device, **options):
-            run(case)
+            session.run(case)
     for suite in arguments.suite:
         for case in cases.make(suite, platform=device, **options):
             if re.search(arguments.only, case.name):
-                run(case)
+                session.run(case)
     if "growth" in arguments.suite:
         from benchmarks import plot  # It needs matplotlib, unlike the other suites.
 
@@ -119,6 +64,78 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nWritten to {arguments.out}.")
     if stored:
         _check(report, stored)
+
+
+class _Session:
+    """Measures cases, and writes the report after each.
+
+    Attributes:
+      report: All measurements so far, and their conditions.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        self._arguments = arguments
+        self._start = time.monotonic()
+        others = ("out", "suite", "check")
+        settings = {k: v for k, v in vars(arguments).items() if k not in others}
+        settings |= {"torch_python": None, "threads": _thread_settings()}
+        now = datetime.datetime.now(datetime.UTC)
+        self.report: dict[str, Any] = {
+            "date": now.isoformat(timespec="seconds"),
+            "machine": _describe_machine(),
+            "versions": {"python": platform.python_version()},
+            "commit": _commit(),
+            "suites": arguments.suite,
+            "settings": settings,
+            "matrix_product_flops_per_s": {},
+            "cases": [],
+        }
+
+    def run(self, case: cases.Case) -> None:
+        """Measure the chosen variants of a case, if it has any and there is time."""
+        chosen = {n: v for n, v in case.variants.items() if self._is_chosen(case, n)}
+        if not chosen:
+            return
+        case = case._replace(variants=chosen)
+        entry = {"suite": case.suite, "case": case.name}
+        entry |= {"items": case.items, "flops": case.flops, "settings": case.variants}
+        self.report["cases"].append(entry)
+        limit = self._arguments.limit
+        if limit and time.monotonic() - self._start > limit:
+            entry["skipped"] = f"the limit of {limit:g} s was reached"
+            print(f"\n{case.suite}: {case.name}: skipped, {entry['skipped']}")
+        else:
+            self._measure(case, entry)
+        _write(self._arguments.out, self.report)
+
+    def _is_chosen(self, case: cases.Case, name: str) -> bool:
+        if re.search(self._arguments.variants, name):
+            return True
+        # These report the platform.
+        return case.suite == "machine" and case.variants[name]["framework"] == "jax"
+
+    def _measure(self, case: cases.Case, entry: dict[str, Any]) -> None:
+        arguments, results = self._arguments, {}
+        entry |= {"load_average": os.getloadavg()[0], "results": results}
+        try:
+            timing.compare(
+                case,
+                results,
+                pythons={"jax": sys.executable, "torch": arguments.torch_python},
+                rounds=arguments.rounds,
+                seconds=arguments.seconds,
+                timeout=arguments.timeout,
+                jobs=arguments.jobs,
+            )
+        finally:  # Results are kept when the command is stopped.
+            rates = self.report["matrix_product_flops_per_s"]
+            timing.summarize(case, results, rates)
+            _note_conditions(self.report, entry)
+            _write(arguments.out, self.report)
+        print(_format(case, results), flush=True)
+        busiest = max((r.get("others") or 0 for r in results.values()), default=0)
+        if busiest > 0.05:
+            print(f"Other processes took up to {busiest:.0%} of the cores.")
 
 
 def _read_report(path: Path) -> dict[str, Any]:
