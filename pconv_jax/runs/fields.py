@@ -68,7 +68,7 @@ class Field(NamedTuple):
         """The type, for people: ``"number"``, ``"two numbers"``, ..."""
         if self.choices:
             return " | ".join(self.choices)
-        return _TYPE_NAMES[self.type]
+        return _TYPES[self.type][0]
 
     def parse(self, text: str) -> Any:
         """Read a value from the command line.
@@ -141,24 +141,17 @@ class Field(NamedTuple):
         return None
 
     def _expected(self) -> str:
-        return _EXPECTED.get(self.type, "a word") + (
-            " or none" if self.optional else ""
-        )
+        expected = "a word" if self.choices else _TYPES[self.type][1]
+        return f"{expected} or none" if self.optional else expected
 
 
-_TYPE_NAMES = {
-    int: "integer",
-    float: "number",
-    str: "text",
-    Paths: "paths",
-    tuple[float, float]: "two numbers",
-}
-_EXPECTED = {
-    int: "an integer",
-    float: "a number",
-    str: "a text",
-    Paths: "one or several paths",
-    tuple[float, float]: "two numbers",
+# Types for people: in a table, and after "must be".
+_TYPES: Mapping[Any, tuple[str, str]] = {
+    int: ("integer", "an integer"),
+    float: ("number", "a number"),
+    str: ("text", "a text"),
+    Paths: ("paths", "one or several paths"),
+    tuple[float, float]: ("two numbers", "two numbers"),
 }
 
 
