@@ -25,6 +25,7 @@ from pconv_jax._images import central_square
 from pconv_jax.data import pipeline
 from pconv_jax.data.base import ImageSource
 from pconv_jax.data.mask_folder import MaskFolder
+from pconv_jax.metrics.image import SSIM_WINDOW
 
 
 class MaskClass(NamedTuple):
@@ -60,7 +61,6 @@ SHAPE_CLASSES = tuple(MaskClass(shape, None) for shape in SHAPES)
 """The classes of thin and of wide holes."""
 
 _MASKS_PER_CALL = 4
-_SMALLEST_IMAGE = 11  # Pixels; the side of SSIM's window.
 
 
 class EvalSet:
@@ -109,9 +109,9 @@ class EvalSet:
                 raise UserError(f"{name} must be positive, got {value}.")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed must be in [0, 2**32), got {seed}.")
-        if image_size < _SMALLEST_IMAGE:
+        if image_size < SSIM_WINDOW:
             raise UserError(
-                f"image_size must be at least {_SMALLEST_IMAGE} pixels, the size of "
+                f"image_size must be at least {SSIM_WINDOW} pixels, the size of "
                 f"SSIM's window, got {image_size}."
             )
         self.source = source

@@ -21,7 +21,7 @@ from pconv_jax.weights.inception import load_inception_params
 from pconv_jax.weights.lpips import load_lpips_params
 from pconv_jax.weights.vgg import load_vgg_params
 
-_SMALLEST_LPIPS = 31  # Pixels.
+_SMALLEST_LPIPS = lpips.NETWORKS["alex"].smallest
 _FEATURES = 2048  # Inception's features; its logits follow them.
 
 

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+SSIM_WINDOW = 11
+"""Side of the windows of `ssim`, in pixels."""
+
 
 def l1(a: ArrayLike, b: ArrayLike) -> jax.Array:
     """Compute the mean absolute error over all pixels and channels.
@@ -96,10 +99,10 @@ def ssim(a: ArrayLike, b: ArrayLike, *, max_val: float = 1.0) -> jax.Array:
       ValueError: If the shapes are not equal, do not have four axes, or are too small.
     """
     a, b = check_pair(a, b)
-    if min(a.shape[1:3]) < 11:
+    if min(a.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(
-            f"a and b must be at least 11 pixels high and wide, the size of the "
-            f"window, got {a.shape[1]}x{a.shape[2]}."
+            f"a and b must be at least {SSIM_WINDOW} pixels high and wide, the size of "
+            f"the window, got {a.shape[1]}x{a.shape[2]}."
         )
     c1, c2 = (0.01 * max_val) ** 2, (0.03 * max_val) ** 2
     # Variances are differences of mean squares. Without the mean of the image, the
@@ -138,10 +141,11 @@ def check_pair(a: ArrayLike, b: ArrayLike) -> tuple[jax.Array, jax.Array]:
 
 def _window_means(images: jax.Array) -> jax.Array:
     """Compute Gaussian means over all 11 x 11 windows inside ``[..., H, W, C]``."""
-    weights = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    distance = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    weights = np.exp(-0.5 * (distance / 1.5) ** 2)
     weights /= weights.sum()
     for axis in (-3, -2):
-        size = images.shape[axis] - 10
+        size = images.shape[axis] - SSIM_WINDOW + 1
         # A sum of eleven shifted images, not a convolution: XLA fuses it, and it is
         # float32 on every device.
         images = jnp.asarray(
