@@ -133,8 +133,7 @@ def draw_examples(
         "composite": np.where(mask == 0, output, truth),
         "truth": truth,
     }
-    columns = {name: x / np.float32(127.5) - 1 for name, x in columns.items()}
-    return image_grid(columns, max_rows=count)
+    return image_grid(columns)
 
 
 def lay_out(rows: Sequence[Columns]) -> np.ndarray:
@@ -152,8 +151,8 @@ def lay_out(rows: Sequence[Columns]) -> np.ndarray:
     for name in rows[0]:
         images = (row[name] for row in rows)
         shrunk = [shrink(blank if image is None else image) for image in images]
-        columns[name] = np.stack(shrunk) / np.float32(127.5) - 1
-    return image_grid(columns, max_rows=None)
+        columns[name] = np.stack(shrunk)
+    return image_grid(columns)
 
 
 def shrink(image: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from pconv_jax import metrics, ops
-from pconv_jax._images import to_uint8
 from pconv_jax.unet import PConvUNet
 
 Batch = Mapping[str, jax.Array]
@@ -79,3 +78,8 @@ def prepare_batch(
     assert draw_mask is not None, "a batch without masks needs draw_mask"
     keys = jax.vmap(jax.random.key)(batch["seed"])
     return images, jax.vmap(draw_mask)(keys)
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Convert images from [-1, 1] to uint8; values outside the range are clipped."""
+    return jnp.rint((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)

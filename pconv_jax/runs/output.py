@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from pconv_jax import _files
-from pconv_jax._images import to_uint8
 
 _GAP = 2  # Pixels between the images of a grid.
 _CAPTION_HEIGHT = 18
@@ -44,33 +42,31 @@ def write_png(path: pathlib.Path, image: np.ndarray) -> None:
     _files.write_bytes(path, png.getvalue())
 
 
-def image_grid(
-    columns: Mapping[str, ArrayLike], *, max_rows: int | None = 8
-) -> np.ndarray:
+def image_grid(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """Lay out images in a grid: a row for each example, under captioned columns.
 
     Args:
-      columns: Images by caption, from left to right: float ``[N, H, W, 3]`` in [-1, 1],
-        all of one shape. Values outside are clipped; NaN becomes black.
-      max_rows: The largest number of examples to show. None shows all.
+      columns: Images by caption, from left to right: uint8 ``[N, H, W, 3]``, all of one
+        shape.
 
     Returns:
       uint8 ``[H', W', 3]``: a white image with a strip of captions on top.
 
     Raises:
-      ValueError: If there is no column, or if a shape differs or is not
+      ValueError: If there is no column, or if an array differs in shape or is not uint8
         ``[N, H, W, 3]``.
     """
-    images = {name: np.asarray(x, np.float32) for name, x in columns.items()}
+    images = {name: np.asarray(x) for name, x in columns.items()}
     shapes = {name: x.shape for name, x in images.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"columns must be images of one shape, got {shapes}.")
+    if any(x.dtype != np.uint8 for x in images.values()):
+        raise ValueError("columns must be images of uint8.")
     shape = next(iter(shapes.values()))
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape:
         raise ValueError(f"columns must be images [N, H, W, 3], got {list(shape)}.")
     height, width = shape[1:3]
-    stack = np.stack([_as_uint8(x[:max_rows]) for x in images.values()], axis=1)
-    rows, count = stack.shape[:2]
+    rows, count = shape[0], len(images)
     grid = np.full(
         (
             _CAPTION_HEIGHT + rows * (height + _GAP) - _GAP,
@@ -80,18 +76,13 @@ def image_grid(
         255,
         np.uint8,
     )
-    for column, name in enumerate(images):
+    for column, (name, examples) in enumerate(images.items()):
         left = column * (width + _GAP)
         grid[:_CAPTION_HEIGHT, left : left + width] = _caption(name, width)
-        for row in range(rows):
+        for row, example in enumerate(examples):
             top = _CAPTION_HEIGHT + row * (height + _GAP)
-            grid[top : top + height, left : left + width] = stack[row, column]
+            grid[top : top + height, left : left + width] = example
     return grid
-
-
-def _as_uint8(x: np.ndarray) -> np.ndarray:
-    x = np.nan_to_num(x, nan=-1.0, posinf=1.0, neginf=-1.0)
-    return to_uint8(x)
 
 
 def _caption(text: str, width: int) -> np.ndarray:
