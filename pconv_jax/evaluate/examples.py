@@ -17,6 +17,7 @@ from pconv_jax.runs.output import image_grid
 from pconv_jax.unet import PConvUNet
 
 _BATCH = 4
+_DRAWN = 6  # Examples of a grid during training.
 _LARGEST = 256  # Side of shown images, in pixels; larger ones are scaled down.
 
 Columns = dict[str, np.ndarray | None]
@@ -95,10 +96,8 @@ def draw_examples(
     source: ImageSource,
     *,
     image_size: int,
-    count: int = 6,
-    seed: int = 0,
 ) -> np.ndarray:
-    """Draw examples of a network: hole, output, composite and truth side by side.
+    """Draw six examples of a network: hole, output, composite and truth side by side.
 
     They are the first examples of `evaluate_network`, one from each hole bin in turn,
     alternately without and with holes at the border.
@@ -108,20 +107,17 @@ def draw_examples(
       variables: Its ``params`` and ``batch_stats``.
       source: The images.
       image_size: Side of the squares, in pixels.
-      count: Number of examples. The default is 6.
-      seed: Seed of the masks. The default is 0.
 
     Returns:
       uint8 ``[H, W, 3]``.
     """
     (batch,) = pipeline.eval_batches(
-        source, batch_size=count, image_size=image_size, num_examples=count
+        source, batch_size=_DRAWN, image_size=image_size, num_examples=_DRAWN
     )
     index, truth = batch["index"], batch["image"]
     holes = [BINS[i % len(BINS)] for i in index]
     inside, at_border = (
-        draw_masks(index, holes, border, image_size, seed=seed)
-        for border in (False, True)
+        draw_masks(index, holes, border, image_size) for border in (False, True)
     )
     mask = np.where(index[:, None, None, None] % 2, at_border, inside)
     # Flax modules are hashable, but Flax's annotations hide it.

@@ -36,7 +36,6 @@ def make_page(
     descriptions: Mapping[str, str],
     timing: Mapping[str, Any],
     shown: Sequence[Shown],
-    title: str = "Evaluation of image inpainting",
 ) -> str:
     """Make the HTML page.
 
@@ -46,7 +45,6 @@ def make_page(
       descriptions: A sentence about each method, by name.
       timing: The content of ``timing.json``.
       shown: Examples to show, sorted by hole.
-      title: Title of the page.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -57,7 +55,6 @@ def make_page(
     )
     styles = {name: plots.line_style(i) for i, name in enumerate(evaluation.methods)}
     return environment.get_template(_TEMPLATE).render(
-        title=title,
         lead=_lead(eval_set),
         notes=[*evaluation.left_out, *evaluation.failure_notes()],
         metrics=[{"name": m, **ALL_METRICS[m]._asdict()} for m in evaluation.metrics],

@@ -374,11 +374,11 @@ class Evaluation:
         return cluster_bootstrap(values, images, seed=self.seed, resamples=_RESAMPLES)
 
 
-def format_interval(interval: Interval, *, decimals: int = 3) -> str:
+def format_interval(interval: Interval) -> str:
     """Format an interval, e.g. as ``'24.310 [23.902, 24.711]'``; NaN as ``''``."""
     if not math.isfinite(interval.mean):
         return ""
-    mean, low, high = (f"{x:.{decimals}f}" for x in interval)
+    mean, low, high = (f"{x:.3f}" for x in interval)
     return f"{mean} [{low}, {high}]" if math.isfinite(interval.low) else mean
 
 

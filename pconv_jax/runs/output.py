@@ -100,23 +100,20 @@ def _caption(text: str, width: int) -> np.ndarray:
 def format_table(
     rows: Sequence[Mapping[str, Any]],
     *,
-    columns: Sequence[str] | None = None,
     decimals: int = 4,
     markdown: bool = False,
 ) -> str:
     """Format rows as an aligned table, numbers to the right and words to the left.
 
     Args:
-      rows: Cells by column. A missing cell or None stays empty.
-      columns: The columns in order. By default the order of their first appearance.
+      rows: Cells by column, whose order is that of their first appearance. A missing
+        cell or None stays empty.
       decimals: Decimals of a float.
       markdown: Whether to format a Markdown table instead of plain text.
 
     Returns:
       Lines, without a newline at the end.
     """
-    if columns is None:
-        columns = list(dict.fromkeys(name for row in rows for name in row))
 
     def cell(value: Any) -> str:
         if isinstance(value, float | np.floating):
@@ -124,7 +121,7 @@ def format_table(
         return "" if value is None else str(value)
 
     formatted = []
-    for name in columns:
+    for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
         texts = [name, *map(cell, values)]
         width = max(3, *map(len, texts))

@@ -234,7 +234,6 @@ class Progress:
         total: int,
         initial: int = 0,
         *,
-        description: str = "train",
         enabled: bool = True,
     ):
         """Start to measure the time.
@@ -242,7 +241,6 @@ class Progress:
         Args:
           total: Steps of the whole run.
           initial: Steps that were done before, by the run that this one resumes.
-          description: A word in front of the bar.
           enabled: Whether anything is written. In a run of several processes only the
             first one writes.
         """
@@ -254,13 +252,12 @@ class Progress:
         self._bar = tqdm(
             total=total,
             initial=initial,
-            desc=description,
+            desc="train",
             unit=" steps",
             dynamic_ncols=True,
             disable=self._lines or not enabled,
         )
         self._total = total
-        self._description = description
 
     def __enter__(self) -> Self:
         return self
@@ -287,7 +284,7 @@ class Progress:
                 self._total,
                 time.monotonic() - self._start,
                 initial=self._initial,
-                prefix=self._description,
+                prefix="train",
                 postfix=postfix,
                 bar_format=_LINE_FORMAT,
             )

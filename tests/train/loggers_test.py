@@ -211,20 +211,19 @@ def test_plain_table():
     )
 
 
-def test_markdown_table_of_some_columns():
-    table = format_table(ROWS, columns=["images", "hole", "x"], markdown=True)
-    assert table == (
-        "| images | hole     |   x |\n"
-        "| -----: | -------- | --: |\n"
-        "|   1000 | 0.01-0.1 |     |\n"
-        "|      6 | all      |     |\n"
-        "|        | none     |     |"
+def test_markdown_table():
+    assert format_table(ROWS, decimals=2, markdown=True) == (
+        "| hole     |  psnr | images | note       |\n"
+        "| -------- | ----: | -----: | ---------- |\n"
+        "| 0.01-0.1 | 28.32 |   1000 |            |\n"
+        "| all      |  7.12 |      6 | w/o border |\n"
+        "| none     |   nan |        |            |"
     )
 
 
 def test_empty_table():
     assert format_table([]) == ""
-    assert format_table([], columns=["a"]).split() == ["a", "---"]
+    assert format_table([{"a": None}]).split() == ["a", "---"]
 
 
 def test_a_log_file_gets_a_line_for_each_postfix(capsys):
@@ -296,7 +295,7 @@ def test_a_terminal_gets_a_bar_and_messages_on_lines_of_their_own():
     script = """if True:
     from pconv_jax.train.loggers import Progress
 
-    with Progress(10, 5, description="fit") as bar:
+    with Progress(10, 5) as bar:
         bar.update(3)
         bar.set_postfix({"loss": 0.5})
         bar.write("saved")
@@ -312,8 +311,8 @@ def test_a_terminal_gets_a_bar_and_messages_on_lines_of_their_own():
     pieces = [piece.strip() for piece in shown.replace("\r", "\n").splitlines()]
     pieces = [piece for piece in pieces if piece]
     assert "saved" in pieces
-    assert pieces[0].startswith("fit:  50%|")
-    assert pieces[-1].startswith("fit:  80%|")
+    assert pieces[0].startswith("train:  50%|")
+    assert pieces[-1].startswith("train:  80%|")
     assert "8/10" in pieces[-1] and "loss=0.5" in pieces[-1]
 
 

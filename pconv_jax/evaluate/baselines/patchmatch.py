@@ -12,23 +12,21 @@ propagated over 8, 4, 2 and 1 pixels instead of in one sweep.
 import cv2
 import numpy as np
 
+_PATCH = 7  # Side of the patches, in pixels.
 _COARSEST = 24  # Smallest side of the coarsest scale, in pixels.
 _ROUNDS = 5  # Search and vote rounds at the finest scale; each coarser one has 2 more.
 _MOST_ROUNDS = 12
 _FALLOFF = 1.3  # A patch that lies a pixel deeper in the hole has 1 / 1.3 the weight.
 
 
-def complete(
-    image: np.ndarray, hole: np.ndarray, *, patch_size: int = 7, seed: int = 0
-) -> np.ndarray:
-    """Fill a hole with patches from elsewhere in the image.
+def complete(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Fill a hole with patches of 7 x 7 pixels from elsewhere in the image.
+
+    If no patch of this size is free of the hole, smaller ones are used, down to 3.
 
     Args:
       image: uint8 ``[H, W, C]``. Its pixels in the hole do not matter.
       hole: bool ``[H, W]``.
-      patch_size: Side of the patches in pixels, odd. The default is 7. If no patch of
-        this size is free of the hole, smaller ones are used, down to 3.
-      seed: Seed of the random search. The default is 0.
 
     Returns:
       uint8 ``[H, W, C]``, with the valid pixels of ``image``.
@@ -36,7 +34,7 @@ def complete(
     Raises:
       ValueError: If there is no patch of 3 x 3 valid pixels.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     scales = [(np.where(hole[..., None], 0, image).astype(np.float32), hole)]
     while min(scales[-1][1].shape) >= 2 * _COARSEST:
         scale = _halve(*scales[-1])
@@ -45,7 +43,7 @@ def complete(
         scales.append(scale)
     estimate = matches = None
     for level, (known, missing) in reversed(list(enumerate(scales))):
-        size = _fitting_size(missing, patch_size)
+        size = _fitting_size(missing)
         if estimate is None:
             estimate = _nearest_valid(known, missing)
         else:
@@ -220,8 +218,8 @@ def _has_patch(hole: np.ndarray, size: int) -> bool:
     return bool(_free_centers(hole, size).any())
 
 
-def _fitting_size(hole: np.ndarray, largest: int) -> int:
-    for size in range(largest, 2, -2):
+def _fitting_size(hole: np.ndarray) -> int:
+    for size in range(_PATCH, 2, -2):
         if _has_patch(hole, size):
             return size
     raise ValueError(
