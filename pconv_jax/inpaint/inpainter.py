@@ -12,7 +12,17 @@ import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self, TypeVar, cast, overload
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +64,17 @@ ImageSequence = (
 )
 MaskLike = ImageLike | ImageSequence | None
 ImageT = TypeVar("ImageT", Image.Image, np.ndarray, jax.Array)
+
+
+class RepairOptions(TypedDict, total=False):
+    """Options of a repair; see `Inpainter`."""
+
+    invert_mask: bool
+    resize_mask: bool
+    dilate: int
+    seed: int
+    exclude: MaskLike
+    progress: Progress
 
 
 class _Options(NamedTuple):
@@ -161,13 +182,8 @@ class Inpainter:
         image: ImageT,
         mask: MaskLike = None,
         *,
-        invert_mask: bool = False,
-        resize_mask: bool = False,
-        dilate: int = 0,
-        seed: int = 0,
-        exclude: MaskLike = None,
-        progress: Progress = ignore,
         return_depth: Literal[False] = False,
+        **options: Unpack[RepairOptions],
     ) -> ImageT: ...
     @overload
     def __call__(
@@ -175,13 +191,8 @@ class Inpainter:
         image: PathLike,
         mask: ImageLike | None = None,
         *,
-        invert_mask: bool = False,
-        resize_mask: bool = False,
-        dilate: int = 0,
-        seed: int = 0,
-        exclude: MaskLike = None,
-        progress: Progress = ignore,
         return_depth: Literal[False] = False,
+        **options: Unpack[RepairOptions],
     ) -> Image.Image | np.ndarray: ...
     @overload
     def __call__(
@@ -189,13 +200,8 @@ class Inpainter:
         image: ImageSequence,
         mask: MaskLike = None,
         *,
-        invert_mask: bool = False,
-        resize_mask: bool = False,
-        dilate: int = 0,
-        seed: int = 0,
-        exclude: MaskLike = None,
-        progress: Progress = ignore,
         return_depth: Literal[False] = False,
+        **options: Unpack[RepairOptions],
     ) -> list[LoadedImage]: ...
     @overload
     def __call__(
@@ -203,13 +209,8 @@ class Inpainter:
         image: ImageT,
         mask: MaskLike = None,
         *,
-        invert_mask: bool = False,
-        resize_mask: bool = False,
-        dilate: int = 0,
-        seed: int = 0,
-        exclude: MaskLike = None,
-        progress: Progress = ignore,
         return_depth: Literal[True],
+        **options: Unpack[RepairOptions],
     ) -> tuple[ImageT, np.ndarray]: ...
     @overload
     def __call__(
@@ -217,13 +218,8 @@ class Inpainter:
         image: PathLike,
         mask: ImageLike | None = None,
         *,
-        invert_mask: bool = False,
-        resize_mask: bool = False,
-        dilate: int = 0,
-        seed: int = 0,
-        exclude: MaskLike = None,
-        progress: Progress = ignore,
         return_depth: Literal[True],
+        **options: Unpack[RepairOptions],
     ) -> tuple[Image.Image | np.ndarray, np.ndarray]: ...
     @overload
     def __call__(
@@ -231,13 +227,8 @@ class Inpainter:
         image: ImageSequence,
         mask: MaskLike = None,
         *,
-        invert_mask: bool = False,
-        resize_mask: bool = False,
-        dilate: int = 0,
-        seed: int = 0,
-        exclude: MaskLike = None,
-        progress: Progress = ignore,
         return_depth: Literal[True],
+        **options: Unpack[RepairOptions],
     ) -> tuple[list[LoadedImage], list[np.ndarray]]: ...
     def __call__(
         self,
