@@ -230,11 +230,12 @@ def _random_mask(
         return jnp.where(quiet & rim, jnp.inf, field)
 
     if kind in ("mixed", "ragged"):
-        field = _mix(field_key, draw, count)
+        *keys, fray_key = jax.random.split(field_key, 2 + len(_mask_fields.GROWN))
+        field = _mix(keys, draw, count)
+        if kind == "ragged":
+            field *= _mask_fields.fray(fray_key, y, x)
     else:
         field = draw(field_key, kind)
-    if kind == "ragged":
-        field *= _mask_fields.fray(jax.random.fold_in(field_key, 1), y, x)
     # Thin and wide holes keep their shapes: they gain a pixel at most.
     reach = rim.size**-0.5 if kind in ("wide", *_mask_fields.THIN) else 0.1
     field = jnp.where(quiet, field, _pull_to_border(field, y, x, reach))
@@ -242,10 +243,12 @@ def _random_mask(
 
 
 def _mix(
-    key: jax.Array, draw: Callable[[jax.Array, str], jax.Array], count: jax.Array
+    keys: Sequence[jax.Array],
+    draw: Callable[[jax.Array, str], jax.Array],
+    count: jax.Array,
 ) -> jax.Array:
     """Draw all kinds that grow, each with a random share of a number of pixels."""
-    share_key, *keys = jax.random.split(key, 1 + len(_mask_fields.GROWN))
+    share_key, *keys = keys
     # Strokes dominate, since most of the published masks look like strokes.
     logits = jnp.array([4.0, 0, 0], jnp.float32)
     logits += 2 * jax.random.normal(share_key, (3,), jnp.float32)

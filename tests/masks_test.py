@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pconv_jax import masks
+from pconv_jax import _mask_fields, masks
 from tests.helpers.cases import mostly_slow
 
 KEY = jax.random.key(0)
@@ -278,6 +278,23 @@ def test_ratios_are_uniform_in_the_range():
     counts, _ = np.histogram(masks.hole_ratio(batch), 6, (0.01, 0.6))
     assert counts.sum() == 300
     assert counts.min() > 25 and counts.max() < 75  # 50 each, standard deviation 6.5
+
+
+def test_every_random_part_of_a_mask_has_a_key_of_its_own(monkeypatch):
+    used = []
+
+    def draw(key, kind, y, x, *, at_border):
+        used.append(jax.random.key_data(key).tobytes())
+        return jax.random.uniform(key, (y.size, x.size)) + 1
+
+    def fray(key, y, x):
+        return draw(key, "", y, x, at_border=False)
+
+    monkeypatch.setattr(_mask_fields, "draw", draw)
+    monkeypatch.setattr(_mask_fields, "fray", fray)
+    with jax.disable_jit():
+        masks.random_mask(KEY, (8, 8), kind="ragged", hole_ratio=0.3)
+    assert len(used) == len(set(used)) == 4
 
 
 def same_but_for_rounding(a, b):

@@ -22,7 +22,9 @@ def mask_sampler(settings: MaskSettings, size: int) -> DrawMask:
 
     def draw_any(key: jax.Array) -> jax.Array:
         mask = draw(key, settings.kind, settings.hole_ratio)
-        coin = jax.random.uniform(jax.random.fold_in(key, 1))
+        # Not with 0 or 1, which give the keys that `random_mask` splits its key into;
+        # crops of cached images have 2.
+        coin = jax.random.uniform(jax.random.fold_in(key, 3))
         for kind, part in (("thin", settings.thin), ("wide", settings.wide)):
             if part:
                 other = draw(key, kind, masks.HOLE_RATIOS[kind])

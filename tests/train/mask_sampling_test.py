@@ -38,6 +38,22 @@ def test_thin_and_wide_masks_are_the_parts_that_are_asked_for(marked_masks, thin
             assert parts[number] == part
 
 
+def test_what_is_mixed_in_does_not_depend_on_the_mask_that_it_replaces(monkeypatch):
+    def draw(key, shape, *, hole_ratio, kind, border):
+        # The first number of each key that a mask splits its own into.
+        numbers = jax.vmap(jax.random.normal)(jax.random.split(key, 2))
+        return jnp.where(kind == "strokes", numbers, jnp.nan) * jnp.ones((8, 8, 1))
+
+    monkeypatch.setattr(masks, "random_mask", draw)
+    sample = mask_sampling.mask_sampler(MaskSettings(kind="strokes", wide=0.5), 8)
+    drawn = jax.vmap(sample)(jax.random.split(jax.random.key(0), 2000))
+    kept = np.asarray(drawn[:, 0, 0])
+    kept = kept[np.isfinite(kept).all(axis=1)]
+    assert 900 < len(kept) < 1100
+    # Four standard deviations; the mean of the upper half would be 0.8.
+    assert np.abs(kept.mean(axis=0)).max() < 4 / np.sqrt(len(kept))
+
+
 def test_masks_are_those_of_the_kind_where_none_are_mixed_in():
     settings = MaskSettings(kind="rectangles", border="never")
     draw = mask_sampling.mask_sampler(settings, 16)
