@@ -231,7 +231,7 @@ def _paint(segments: _Segments, shape: tuple[int, int]) -> jax.Array:
 def _thin(key: jax.Array, shape: tuple[int, int]) -> _Segments:
     """Draw the segments of one of the thin kinds."""
     coin, key = jax.random.split(key)
-    kinds = [draw(key, shape) for draw in (_lines, _text, _dots)]
+    kinds = [kind(key, shape) for kind in (_lines, _text, _dots)]
     number = jax.random.randint(coin, (), 0, len(kinds), jnp.int32)
     return jax.tree.map(lambda *x: jnp.stack(x)[number], *kinds)
 
