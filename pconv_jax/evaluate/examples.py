@@ -120,8 +120,7 @@ def draw_examples(
         draw_masks(index, holes, border, image_size) for border in (False, True)
     )
     mask = np.where(index[:, None, None, None] % 2, at_border, inside)
-    # Flax modules are hashable, but Flax's annotations hide it.
-    step = compile_fill_step(model)  # pyright: ignore[reportArgumentType]
+    step = compile_fill_step(model)
     output = step(variables, {"image": truth, "mask": mask})["output"]
     columns = {
         "input": np.where(mask == 0, np.uint8(255), truth),

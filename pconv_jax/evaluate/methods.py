@@ -11,8 +11,8 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import numpy as np
@@ -132,8 +132,7 @@ class Network:
 
     def fill(self, images: np.ndarray, mask: np.ndarray) -> InpaintResult:
         """See `Method`."""
-        # Flax modules are hashable, but Flax's annotations hide it.
-        step = compile_fill_step(self.model)  # pyright: ignore[reportArgumentType]
+        step = compile_fill_step(self.model)
         fill = functools.partial(step, self._variables, at_a_time=self.device_batch)
         if images.shape[1:] not in self._shapes:  # The time is without compilation.
             fill({"image": images[:1], "mask": mask[:1]})
@@ -256,9 +255,14 @@ def network_name(model: PConvUNet) -> str:
     return "pconv" if model.conv == "partial" else "conv"
 
 
-@functools.lru_cache(maxsize=8)
 def compile_fill_step(model: PConvUNet) -> Callable[..., Any]:
-    """Compile `inference.fill_step` of a network for all devices."""
+    """Compile `inference.fill_step` of a network for all devices, once."""
+    # Flax modules are hashable, but Flax's annotations hide it.
+    return _compile_fill_step(cast(Hashable, model))
+
+
+@functools.lru_cache(maxsize=8)
+def _compile_fill_step(model: Any) -> Callable[..., Any]:
     return parallel.compile_eval_step(functools.partial(fill_step, model=model))
 
 
