@@ -21,12 +21,15 @@ from pconv_jax import unet
 from pconv_jax._errors import UserError
 from pconv_jax.evaluate.baselines import classical
 from pconv_jax.evaluate.baselines.worker import Worker
-from pconv_jax.inpaint import detail, fill, tiling
+from pconv_jax.inpaint import blocks, detail, fill, inpainter, tiling, values
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.runs import parallel
 from pconv_jax.runs.inference import fill_step
 from pconv_jax.runs.opening import load_network
 from pconv_jax.unet import PConvUNet
+
+# What the results of a repair depend on besides the network; it may change.
+_REPAIR_CODE = (blocks, detail, fill, inpainter, tiling, values)
 
 
 class InpaintResult(NamedTuple):
@@ -161,9 +164,8 @@ class Repair:
     def __init__(self, network: Network):
         """Prepare to repair with a network."""
         self._inpainter = network.to_inpainter()
-        # The code of the search and the steps from coarse to fine may change.
         digest = hashlib.blake2b(digest_size=16)
-        for module in (detail, fill, tiling):
+        for module in _REPAIR_CODE:
             digest.update(inspect.getsource(module).encode())
         depth = f"trusted depth {self._inpainter.trusted_depth}"
         self.fingerprint = f"{network.fingerprint} {depth} {digest.hexdigest()}"
