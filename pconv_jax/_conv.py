@@ -21,14 +21,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
-IntOrSequence = int | Sequence[int] | None
-PaddingLike = str | int | Sequence[int | str | tuple[int, int]]
-
-# Paddings that extend the inputs and their masks instead of adding holes, with their
-# modes in jnp.pad.
-_CONTINUATIONS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
-
-_Pair = tuple[int, int]
+from pconv_jax._window import Window, is_int, make_window
 
 # The largest kernel, in taps, whose windows are copied if the map is smaller: 7 x 7.
 _MOST_TAPS = 49
@@ -96,193 +89,6 @@ def shape(x: ArrayLike | Upsampled) -> tuple[int, ...]:
     return jnp.shape(x)
 
 
-class Window(NamedTuple):
-    """The geometry of a convolution, one entry for each spatial axis.
-
-    Inputs are first continued, then dilated, then surrounded by zeros.
-    """
-
-    size: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilation: tuple[int, ...]
-    zeros: tuple[_Pair, ...]  # (low, high); these count as holes.
-    continued: tuple[tuple[int, int, str | None], ...]  # (low, high, mode of jnp.pad)
-    input_dilation: tuple[int, ...]
-
-
-def make_window(
-    spatial: Sequence[int],
-    size: Sequence[int],
-    strides: IntOrSequence,
-    padding: PaddingLike,
-    kernel_dilation: IntOrSequence,
-    *,
-    input_dilation: IntOrSequence = 1,
-) -> Window:
-    """Check the geometry of a convolution and bring it into one form.
-
-    Args:
-      spatial: Lengths of the spatial axes of the inputs.
-      size: Size of the kernel along each spatial axis.
-      strides: As in `ops.partial_conv`.
-      padding: As in `ops.partial_conv`.
-      kernel_dilation: As in `ops.partial_conv`.
-      input_dilation: As in `ops.partial_conv`. The default is 1.
-
-    Returns:
-      The geometry, complete for each axis.
-
-    Raises:
-      ValueError: If an argument is invalid; the message names it.
-    """
-    ndim = _check_ndim(spatial, size)
-    steps = _per_axis("strides", strides, ndim)
-    dilation = _per_axis("kernel_dilation", kernel_dilation, ndim)
-    spread = _per_axis("input_dilation", input_dilation, ndim)
-    extents = [(k - 1) * d + 1 for k, d in zip(size, dilation)]
-    pads = _parse_padding(padding, ndim, (*_CONTINUATIONS, "CAUSAL"))
-    if isinstance(pads, str):
-        dilated = [n if d == 1 else (n - 1) * d + 1 for n, d in zip(spatial, spread)]
-        pads = lax.padtype_to_pads(dilated, extents, steps, pads)
-    zeros, continued = [], []
-    for pad, extent, step in zip(pads, extents, spread):
-        mode = _CONTINUATIONS.get(pad) if isinstance(pad, str) else None
-        around = ((extent - 1) // 2, extent // 2) if mode else (0, 0)
-        continued.append((*around, mode))
-        if pad == "CAUSAL":
-            pad = ((extent - 1) * step, 0)
-        zeros.append((0, 0) if isinstance(pad, str) else pad)
-    return Window(tuple(size), steps, dilation, tuple(zeros), tuple(continued), spread)
-
-
-def make_transposed_window(
-    spatial: Sequence[int],
-    size: Sequence[int],
-    strides: IntOrSequence,
-    padding: PaddingLike,
-    kernel_dilation: IntOrSequence,
-    *,
-    transpose_kernel: bool,
-) -> Window:
-    """Check the geometry of a transposed convolution and bring it into one form.
-
-    Args:
-      spatial: Lengths of the spatial axes of the inputs.
-      size: Size of the kernel along each spatial axis.
-      strides: As in `ops.partial_conv_transpose`.
-      padding: As in `ops.partial_conv_transpose`.
-      kernel_dilation: As in `ops.partial_conv_transpose`.
-      transpose_kernel: As in `ops.partial_conv_transpose`.
-
-    Returns:
-      The geometry of the same function as a convolution: its inputs are dilated by the
-      strides.
-
-    Raises:
-      ValueError: If an argument is invalid; the message names it.
-    """
-    ndim = _check_ndim(spatial, size)
-    steps = _per_axis("strides", strides, ndim)
-    dilation = _per_axis("kernel_dilation", kernel_dilation, ndim)
-    pads = _parse_padding(padding, ndim, ("CIRCULAR",))
-    zeros, continued = [], []
-    for pad, k, d, step in zip(
-        [pads] * ndim if isinstance(pads, str) else pads, size, dilation, steps
-    ):
-        extent = (k - 1) * d + 1
-        pair, around = _transposed_padding(pad, extent, step, transpose_kernel)
-        zeros.append(pair)
-        continued.append(around)
-    ones = (1,) * ndim
-    return Window(tuple(size), ones, dilation, tuple(zeros), tuple(continued), steps)
-
-
-def _transposed_padding(
-    pad: str | _Pair, extent: int, step: int, transpose_kernel: bool
-) -> tuple[_Pair, tuple[int, int, str | None]]:
-    """Compute the padding that `flax.linen.ConvTranspose` uses along one axis."""
-    overlap = max(extent - step, 0)
-    if pad == "SAME":
-        total = extent + step - 2
-        low = extent - 1 if step > extent - 1 else -(-total // 2)
-        return (low, total - low), (0, 0, None)
-    if pad == "VALID":
-        return (extent - 1, step - 1 + overlap), (0, 0, None)
-    if pad != "CIRCULAR":
-        assert not isinstance(pad, str)
-        return pad, (0, 0, None)
-    # The first output sees the dilated inputs from -low on, and the last of n * step
-    # outputs sees those up to (n - 1) * step + high.
-    low = extent - 1 - (-(-overlap // 2) if transpose_kernel else overlap // 2)
-    high = step + extent - 2 - low
-    # Whole steps are continued; the rest of a step is cropped or lies between inputs.
-    before, after = -(-low // step), high // step
-    return (low - before * step, high - after * step), (before, after, "wrap")
-
-
-def _check_ndim(spatial: Sequence[int], size: Sequence[int]) -> int:
-    if not isinstance(size, Sequence):
-        raise ValueError(f"kernel_size must be a number for each axis, got {size!r}.")
-    if len(spatial) != len(size) or not 1 <= len(size) <= 3:
-        raise ValueError(
-            "inputs must have as many spatial axes as the kernel, one to three, got "
-            f"{spatial} for a kernel of size {size}."
-        )
-    return len(size)
-
-
-def _parse_padding(
-    padding: PaddingLike, ndim: int, modes: Sequence[str]
-) -> str | list[str | _Pair]:
-    """Return 'SAME' or 'VALID', or a mode or a (low, high) pair for each axis."""
-    pads: Sequence[int | str | _Pair]
-    if isinstance(padding, str) and padding.upper() in ("SAME", "VALID"):
-        return padding.upper()
-    if isinstance(padding, str | int | np.integer):
-        pads = (padding,) * ndim
-    else:
-        pads = padding
-    try:
-        if isinstance(padding, str) and padding.upper() == "CAUSAL" and ndim > 1:
-            raise ValueError
-        parsed: list[str | _Pair] = []
-        for pad in pads:
-            if isinstance(pad, str):
-                parsed.append(modes[modes.index(pad.upper())])
-            else:
-                low, high = (pad, pad) if isinstance(pad, int | np.integer) else pad
-                parsed.append((operator.index(low), operator.index(high)))
-        if len(parsed) != ndim:
-            raise ValueError
-        return parsed
-    except (TypeError, ValueError):
-        names = [repr(m) for m in modes]
-        alone = [repr(m) for m in modes if m != "CAUSAL" or ndim == 1]
-        alone = ["'SAME'", "'VALID'", *alone]
-        raise ValueError(
-            f"padding must be {', '.join(alone)} or a "
-            f"number; or, for each of {ndim} spatial axes, a number, a (low, high) "
-            f"pair{', '.join(['', *names[:-1]])} or {names[-1]}; got {padding!r}."
-        ) from None
-
-
-def _per_axis(name: str, value: IntOrSequence, ndim: int) -> tuple[int, ...]:
-    if value is None:  # Flax accepts None for 1.
-        value = 1
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
-    if len(values) != ndim or not all(_is_int(v) and v > 0 for v in values):
-        raise ValueError(
-            f"{name} must be a positive number, or one for each of {ndim} spatial axes,"
-            f" got {value!r}."
-        )
-    return values
-
-
-def _is_int(value: object) -> bool:
-    """Return whether a value is an integer of Python or NumPy, not a symbolic size."""
-    return isinstance(value, int | np.integer)
-
-
 def convolve(
     operands: Sequence[Operand],
     kernel: jax.Array,
@@ -313,7 +119,7 @@ def convolve(
     # split it. A single operand needs no copy, and one of symbolic size may be large.
     split = len(operands) == 1 or len(arrays) < len(operands)
     sizes = [x.size for x in arrays]
-    split = split or not all(map(_is_int, sizes)) or sum(sizes) > kernel.size
+    split = split or not all(map(is_int, sizes)) or sum(sizes) > kernel.size
     if groups == 1 and split:
         ends = np.cumsum([shape(x)[-1] for x in operands])
         kernels = jnp.split(kernel, ends[:-1], axis=-2)
@@ -332,7 +138,7 @@ def conv_general_dilated(
     lhs: jax.Array,
     rhs: jax.Array,
     window_strides: Sequence[int],
-    padding: Sequence[_Pair],
+    padding: Sequence[tuple[int, int]],
     lhs_dilation: Sequence[int],
     rhs_dilation: Sequence[int],
     dimension_numbers: lax.ConvDimensionNumbers,
@@ -486,14 +292,14 @@ def _choose_method(x: jax.Array, window: Window, groups: int) -> _Method | None:
     # pieces, so sizes must not be symbolic, nor axes divided among devices.
     if groups > 1 or taps > _MOST_TAPS or any(d > 1 for d in window.input_dilation):
         return None
-    if not all(map(_is_int, x.shape[1:-1])) or _is_sharded(x):
+    if not all(map(is_int, x.shape[1:-1])) or _is_sharded(x):
         return None
     outputs = math.prod(_output_lengths(x, window))
     if outputs == 0:
         return None
     if outputs < taps:
         return _SMALL_MAPS
-    if not all(map(_is_int, x.shape)):
+    if not all(map(is_int, x.shape)):
         return None
     narrow = x.dtype == jnp.bfloat16 and x.shape[-1] >= _LEAST_CHANNELS
     return _LARGE_BFLOAT16_MAPS if narrow else _LARGE_MAPS
@@ -561,7 +367,7 @@ def _lax_padding(window: Window) -> str | None:
 
     JAX takes numbers only, or the name. Only ``'SAME'`` depends on the size.
     """
-    numbers = all(_is_int(pad) for pair in window.zeros for pad in pair)
+    numbers = all(is_int(pad) for pair in window.zeros for pad in pair)
     return None if numbers else "SAME"
 
 

@@ -38,15 +38,9 @@ from jax import lax
 from jax.experimental import checkify
 from jax.typing import ArrayLike, DTypeLike
 
-from pconv_jax import _conv
-from pconv_jax._conv import (
-    IntOrSequence,
-    Operand,
-    PaddingLike,
-    Upsampled,
-    upsample,
-    wide_dtype,
-)
+from pconv_jax import _conv, _window
+from pconv_jax._conv import Operand, Upsampled, upsample, wide_dtype
+from pconv_jax._window import IntOrSequence, PaddingLike
 
 __all__ = [
     "ArrayOrSequence",
@@ -143,7 +137,7 @@ def partial_conv(
         operands, masks = [jnp.concatenate(features, -1)], [jnp.concatenate(planes, -1)]
     kernel = jnp.asarray(kernel)
     _check_kernel(kernel, bias, operands, feature_group_count)
-    window = _conv.make_window(
+    window = _window.make_window(
         _conv.shape(operands[0])[1:-1],
         kernel.shape[:-2],
         strides,
@@ -224,7 +218,7 @@ def partial_conv_transpose(
     if transpose_kernel and kernel.ndim > 2:
         kernel = jnp.flip(kernel, range(kernel.ndim - 2)).swapaxes(-2, -1)
     _check_kernel(kernel, bias, operands, 1)
-    window = _conv.make_transposed_window(
+    window = _window.make_transposed_window(
         _conv.shape(operands[0])[1:-1],
         kernel.shape[:-2],
         strides,
@@ -251,7 +245,7 @@ def _convolve_valid(
     masks: Sequence[Operand],
     kernel: jax.Array,
     bias: ArrayLike | None,
-    window: _conv.Window,
+    window: _window.Window,
     *,
     groups: int,
     zeros_are_holes: bool,
@@ -370,7 +364,7 @@ def mask_coverage(
     """
     mask = jnp.asarray(mask)
     check_mask(mask, mask)
-    window = _conv.make_window(
+    window = _window.make_window(
         mask.shape[1:-1],
         kernel_size,
         strides,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from pconv_jax import _conv
+from pconv_jax import _conv, _window
 from tests.helpers.cases import mostly_slow
 
 
@@ -19,7 +19,7 @@ def make_case(spatial, size, *, channels=4, features=6):
 
 
 def make_window(spatial, size, *, strides=1, padding="SAME", kernel_dilation=1):
-    return _conv.make_window(spatial, size, strides, padding, kernel_dilation)
+    return _window.make_window(spatial, size, strides, padding, kernel_dilation)
 
 
 def convolve(x, kernel, *, window):
