@@ -24,6 +24,7 @@ from pconv_jax.weights.formats.arrays import (
     checksum,
     flatten,
     from_torch,
+    is_real,
     read_arrays,
     to_tree,
     write_arrays,
@@ -190,6 +191,8 @@ def _from_keras(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             renamed[f"conv{block}_{conv}/{leaf}"] = array
     kernel, bias = renamed.get("conv1_1/kernel"), renamed.get("conv1_1/bias")
     if kernel is None or bias is None or kernel.shape != (3, 3, 3, *bias.shape):
+        return renamed  # `to_tree` reports the problem.
+    if not is_real(kernel) or not is_real(bias):
         return renamed  # `to_tree` reports the problem.
     kernel = kernel[:, :, ::-1].astype(np.float64)
     shift = np.einsum("hwio,i->o", kernel, _TORCH_MEAN - _CAFFE_MEAN)

@@ -12,7 +12,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save, save_file
 
-from pconv_jax import vgg
+from pconv_jax import UserError, vgg
 from pconv_jax.weights import vgg as vgg_weights
 from pconv_jax.weights.hub import Downloaded
 from pconv_jax.weights.vgg import load_vgg_params, write_cache
@@ -347,3 +347,12 @@ def test_a_download_that_fails(case, tmp_path):
         assert str(tmp_path / "cache" / "vgg16.safetensors") in result.stderr
         assert "huggingface.co/timm/vgg16.tv_in1k/resolve/main/model" in result.stderr
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["block1_conv1_W", "features.0.weight", "conv1_1_W"])
+def test_arrays_of_texts(name, tmp_path):
+    path = tmp_path / "vgg.npz"
+    bias = {"block1_conv1_b": np.full(64, "b")}
+    np.savez(path, **{name: np.full((3, 3, 3, 64), "a")}, **bias)
+    with pytest.raises(UserError, match="vgg.npz does not fit: conv1_1/"):
+        load_vgg_params(path)
