@@ -131,7 +131,14 @@ def open_without_limit(stream: io.BytesIO, formats: Sequence[str]) -> Image.Imag
       stream: The file.
       formats: Pillow's names of the formats to try. Those that this Pillow lacks, such
         as AVIF before version 11.3, are left out.
+
+    Raises:
+      ValueError: If the EXIF data of an AVIF file, of which Pillow reads all tags when
+        it opens the file, take more memory than the file.
     """
+    data = stream.getvalue()
+    if data[4:8] == b"ftyp":
+        tags_lib.check_exif_inside(data)
     Image.init()
     known = [name for name in formats if name in Image.OPEN]
     with _PILLOW_LIMIT:

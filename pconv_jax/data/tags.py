@@ -5,6 +5,7 @@ and a library that converts it to a Python value and back may fail, or even cras
 tags stay as they are in the file: a type and bytes.
 """
 
+import re
 import struct
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -47,6 +48,10 @@ _WHOLE = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _BIG_SIZES = _SIZES | {16: 8}
 
 _MAX_PAGES = 1000
+
+# What EXIF data begin with, for Pillow; and how often that is found in good files.
+_MARKS = re.compile(rb"II\*\0|MM\0\*|II\0\*|MM\*\0|II\+\0|MM\0\+")
+_MAX_MARKS = 16
 
 
 class Tag(NamedTuple):
@@ -174,7 +179,9 @@ def _read_directory(
     return directory
 
 
-def _entries(data: bytes, at: int) -> Iterator[tuple[int, int, int, bytes]]:
+def _entries(
+    data: bytes | memoryview, at: int
+) -> Iterator[tuple[int, int, int, bytes]]:
     """Yield the number, type, count and field of the tags of a directory."""
     order = _order(data)
     big = _is_big(data)
@@ -285,26 +292,42 @@ def count_pages(data: bytes) -> int:
     return len(seen)
 
 
+def check_exif_inside(data: bytes) -> None:
+    """Check EXIF data anywhere in a file, for programs that read all of its tags.
+
+    Raises:
+      ValueError: If their values are larger than the file in all, so that they overlap.
+    """
+    view = memoryview(data)
+    for number, mark in enumerate(_MARKS.finditer(data)):
+        inside, total = view[mark.start() :], 0
+        for _, kind, count, _ in _entries(inside, _first_directory(inside)):
+            size = count * _BIG_SIZES.get(kind, 8)
+            total += size if size <= len(inside) else 0  # Else, it cannot be read.
+        if total > len(data) or number == _MAX_MARKS:
+            raise ValueError("its EXIF data are damaged")
+
+
 def names(codes: Collection[int]) -> str:
     """Format the names of tags."""
     return ", ".join(str(ExifTags.TAGS.get(code, code)) for code in sorted(codes))
 
 
-def _order(data: bytes) -> str:
+def _order(data: bytes | memoryview) -> str:
     """Get the byte order of a file, as `struct` names it."""
     return ">" if data[:2] == b"MM" else "<"
 
 
-def _is_big(data: bytes) -> bool:
+def _is_big(data: bytes | memoryview) -> bool:
     return data[:4] in (b"II+\0", b"MM\0+")
 
 
-def _first_directory(data: bytes) -> int:
+def _first_directory(data: bytes | memoryview) -> int:
     order = _order(data)
     return _number(data[8:16] if _is_big(data) else data[4:8], order)
 
 
-def _number(field: bytes, order: str) -> int:
+def _number(field: bytes | memoryview, order: str) -> int:
     return int.from_bytes(field, "big" if order == ">" else "little")
 
 

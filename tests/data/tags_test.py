@@ -144,3 +144,18 @@ def test_a_number_without_values():
     tag = Tag(3, b"")
     empty = tags.Tags("<", dict.fromkeys((tags.RESOLUTION_UNIT, 274), tag), set())
     assert empty.dpi() is None and empty.orientation() == 1
+
+
+@pytest.mark.parametrize("mark", [b"II*\0", b"II\0*"])
+def test_exif_inside_a_file(mark):
+    def exif(count, size):
+        entries = (struct.pack("<HHII", 40_000 + i, 3, size, 8) for i in range(count))
+        return mark + struct.pack("<IH", 8, count) + b"".join(entries) + bytes(1000)
+
+    tags.check_exif_inside(b"0123456789" + exif(3, 150) + b"the rest")
+    tags.check_exif_inside(exif(3, 2**31))  # Cannot be read.
+    with pytest.raises(ValueError, match="its EXIF data are damaged"):
+        tags.check_exif_inside(b"0123456789" + exif(3, 200) + b"the rest")
+    tags.check_exif_inside(mark * 16)
+    with pytest.raises(ValueError, match="its EXIF data are damaged"):
+        tags.check_exif_inside(mark * 17)

@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from pconv_jax._errors import UserError
 from pconv_jax.data import tags
+from pconv_jax.data.decode import UnreadableImageError, decode_image
 from pconv_jax.data.tags import Tag
 from pconv_jax.inpaint import image_io, modes
 from pconv_jax.inpaint.image_io import ImageFile
@@ -305,3 +306,22 @@ def test_thumbnails_of_xmp_that_do_not_end(tmp_path):
     xmp = b"a" + begin + b"b" + end + b"c" + begin * 30_000
     Image.fromarray(COLORS).save(tmp_path / "a.webp", xmp=xmp)
     assert image_io.read(tmp_path / "a.webp").info["xmp"] == b"ac" + begin * 30_000
+
+
+def test_avif_files_whose_tags_share_their_bytes(tmp_path, monkeypatch):
+    codes = range(40_000, 40_100)
+    entries = b"".join(struct.pack(">HHII", code, 3, 500, 8) for code in codes)
+    exif = b"MM\0*" + struct.pack(">IH", 8, 100) + entries + bytes(4)
+    mark = Image.Exif()
+    mark[271] = "x" * len(exif)
+    file = io.BytesIO()
+    Image.fromarray(COLORS).save(file, "AVIF", exif=mark)
+    at = file.getvalue().index(b"MM\0*")
+    assert file.getvalue()[at:].count(b"x") >= len(exif)
+    data = file.getvalue()[:at] + exif + file.getvalue()[at + len(exif) :]
+    (tmp_path / "a.avif").write_bytes(data)
+    monkeypatch.setattr(Image, "open", None)  # It would read all of them.
+    with pytest.raises(UserError, match="a.avif: its EXIF data are damaged"):
+        image_io.read(tmp_path / "a.avif")
+    with pytest.raises(UnreadableImageError):
+        decode_image(data, "a.avif")

@@ -295,7 +295,7 @@ def test_names_of_a_proxy(name):
         answered.append(name)
 
     scope = {"type": "http", "method": "GET", "headers": [(b"host", b"example.org")]}
-    asyncio.run(guard.refuse_other_sites(app, [name])(scope, None, None))
+    asyncio.run(guard.refuse_other_sites(app, allowed=[name])(scope, None, None))
     assert answered
 
 
