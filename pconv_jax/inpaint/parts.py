@@ -25,6 +25,8 @@ _READ_SEGMENTS = {
 # Markers of JPEG files that begin no segment, at least for Pillow.
 _WITHOUT_CONTENT = frozenset([0x00, 0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)])
 
+_MAX_SEGMENTS = 10_000
+
 # Segments with tags: EXIF data, and the index of a file of several images.
 _EXIF, _INDEX = b"Exif\0\0", b"MPF\0"
 
@@ -57,6 +59,9 @@ def split_exif(data: bytes) -> tuple[bytes, bytes]:
     Returns:
       The file without EXIF data, and without the index of other images in it; and the
       EXIF data, which may be in several segments.
+
+    Raises:
+      ValueError: If it has too many segments.
     """
     kept, exif, end = [], [_EXIF], 0
     for marker, start, stop in _split_jpeg(data):
@@ -124,8 +129,11 @@ def _split_jpeg(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield the marker, start and end of a JPEG file's segments before its pixels.
 
     They are those that Pillow finds, whatever is between them.
+
+    Raises:
+      ValueError: If there are more than a camera or a program writes.
     """
-    at = 2
+    at, count = 2, 0
     while at + 4 <= len(data):
         marker = data[at + 1]
         if data[at] != 0xFF or marker == 0xFF:
@@ -137,7 +145,9 @@ def _split_jpeg(data: bytes) -> Iterator[tuple[int, int, int]]:
         else:
             stop = at + 2 + max(int.from_bytes(data[at + 2 : at + 4], "big"), 2)
             yield marker, at, stop
-            at = stop
+            at, count = stop, count + 1
+            if count > _MAX_SEGMENTS:
+                raise ValueError(f"it has more than {_MAX_SEGMENTS} segments")
 
 
 def _split_png(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -163,6 +163,18 @@ def test_segments_without_a_length():
         assert parts.split_exif(data[:end]) == (data[:end], b"")
 
 
+def test_many_segments(tmp_path):
+    data = encode(photo(24, 32), "JPEG")
+    path = tmp_path / "a.jpg"
+    for count, allowed in [(9_000, True), (11_000, False)]:
+        path.write_bytes(data[:2] + segment(5, b"") * count + data[2:])
+        if allowed:
+            image_io.read(path)
+        else:
+            with pytest.raises(UserError, match="a.jpg: it has more than 10000 segm"):
+                image_io.read(path)
+
+
 def test_long_comments_of_a_gif_file(tmp_path):
     data = encode(Image.fromarray(photo(24, 32)), "GIF", comment=b"abc" * 100)
     assert parts.gif_comments(data) == 305  # With what is around two blocks.
