@@ -48,7 +48,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Missing folders above it are made. A file that is already there stays until the new
     one is complete, which gets its permissions. A link stays a link: the file that it
-    leads to is written.
+    leads to is written. Pipes, sockets and devices are not replaced.
 
     Args:
       path: Path of the file.
@@ -64,6 +64,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     # not used because its files are readable by their owner only.
     with write_errors(path):
         target = Path(os.path.realpath(path))
+        if os.path.lexists(target):  # Else, links that go round would be replaced.
+            check_regular(target)
         partial = target.parent / f".{uuid.uuid4().hex}.partial"
         _make_folder(target.parent)
     try:

@@ -108,3 +108,16 @@ def test_what_a_kill_has_left_is_removed(tmp_path):
     _files.remove_partials(tmp_path)
     left = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {tmp_path / "a.txt", tmp_path / "b" / "c.partial"}
+
+
+def test_pipes_and_links_that_go_round_are_not_replaced(tmp_path):
+    pipe, link, first = (tmp_path / name for name in ("pipe", "link", "first"))
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    first.symlink_to(tmp_path / "second")
+    (tmp_path / "second").symlink_to(first)
+    for path, reason in [(pipe, "a pipe"), (link, "a pipe"), (first, "symbolic links")]:
+        with pytest.raises(RunError, match=f"cannot write {path}: .*{reason}"):
+            _files.write_bytes(path, b"new")
+    assert pipe.is_fifo() and link.is_symlink() and first.is_symlink()
+    assert len(list(tmp_path.iterdir())) == 4

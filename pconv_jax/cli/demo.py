@@ -77,6 +77,7 @@ def add(commands: Subparsers) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    _check(arguments)
     auth = _read_auth(arguments)
     _use_temporary_folder()
     from pconv_jax.inpaint.inpainter import Inpainter
@@ -96,6 +97,14 @@ def _run(arguments: argparse.Namespace) -> None:
         allowed_hosts=arguments.allowed_host,
         auth=auth,
     )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not 0 < arguments.port < 2**16:
+        raise UserError(f"--port must be in [1, 65535], got {arguments.port}.")
+    path = arguments.root_path
+    if path is not None and not path.startswith("/"):
+        raise UserError(f"--root-path must begin with /, got {path!r}.")
 
 
 def _read_auth(arguments: argparse.Namespace) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 """Decoding of image files to 8-bit arrays, for training and evaluation."""
 
 import io
+import math
 import struct
 import threading
 from collections.abc import Sequence
@@ -11,11 +12,12 @@ from PIL import Image
 
 from pconv_jax._errors import UserError
 from pconv_jax._files import MAX_PIXELS
+from pconv_jax.data import tags as tags_lib
 
 # Guards a global variable of Pillow; see `open_without_limit`.
 _PILLOW_LIMIT = threading.Lock()
 
-_FORMATS = ("WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")
+_FORMATS = ("WEBP", "BMP", "JPEG2000", "AVIF", "PPM")
 
 # What Pillow raises if a file is damaged, or is no image.
 _PILLOW_ERRORS = (
@@ -79,6 +81,8 @@ def _decode(data: bytes, name: str, mode: int, max_pixels: int) -> np.ndarray:
             f"{max_pixels:,}."
         )
     if width * height > 0:
+        if tags_lib.is_tiff(data):  # Other tags could be too much for libtiff.
+            data = tags_lib.keep_layout(data, orientation=True)
         try:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
         except cv2.error:  # Such as more pixels than OpenCV allows.
@@ -106,6 +110,10 @@ def _read_size(data: bytes) -> tuple[int, int]:
         return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     if data.startswith(b"\xff\xd8"):
         return _read_jpeg_size(data)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return int.from_bytes(data[6:8], "little"), int.from_bytes(data[8:10], "little")
+    if tags_lib.is_tiff(data):
+        return _read_tiff_size(data)
     try:
         with open_without_limit(io.BytesIO(data), _FORMATS) as image:
             return image.size
@@ -123,7 +131,14 @@ def open_without_limit(stream: io.BytesIO, formats: Sequence[str]) -> Image.Imag
       stream: The file.
       formats: Pillow's names of the formats to try. Those that this Pillow lacks, such
         as AVIF before version 11.3, are left out.
+
+    Raises:
+      ValueError: If the EXIF data of an AVIF file, of which Pillow reads all tags when
+        it opens the file, take more memory than the file.
     """
+    data = stream.getvalue()
+    if data[4:8] == b"ftyp":
+        tags_lib.check_exif_inside(data)
     Image.init()
     known = [name for name in formats if name in Image.OPEN]
     with _PILLOW_LIMIT:
@@ -132,6 +147,14 @@ def open_without_limit(stream: io.BytesIO, formats: Sequence[str]) -> Image.Imag
             return Image.open(stream, formats=known)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+
+
+def _read_tiff_size(data: bytes) -> tuple[int, int]:
+    """Read the size of a TIFF file's image, or of its tiles if they are larger."""
+    try:
+        return max(tags_lib.sizes(tags_lib.read(data)), key=math.prod)
+    except ValueError:
+        return 0, 0
 
 
 def _read_jpeg_size(data: bytes) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import os
 import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -25,6 +26,8 @@ _TAR_ERRORS = (
     *(OSError, tarfile.TarError, EOFError, LookupError, MemoryError, OverflowError),
     *(RecursionError, TypeError, ValueError),
 )
+
+_MAX_GLOBAL = 1000  # Bytes of a header for all members, and number of its fields.
 
 PathLike = str | os.PathLike[str]
 PathOrPaths = PathLike | Sequence[PathLike]
@@ -314,13 +317,27 @@ def _glob(path: PathLike) -> list[str]:
     return paths
 
 
+class _Member(tarfile.TarInfo):
+    """A member of a tar file, which gets a copy of all headers for all members."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """See base class."""
+        member = super().frombuf(buf, encoding, errors)
+        if member.type == tarfile.XGLTYPE and member.size > _MAX_GLOBAL:
+            raise tarfile.ReadError("a header for all members is too long")
+        return member
+
+
 def _members(path: str) -> Iterator[tuple[str, Span]]:
     """Yield the keys and places of the images of a tar file."""
     try:
         _files.check_regular(path)
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=_Member) as tar:
             size, last = os.path.getsize(path), -1
             for member in tar:
+                if len(tar.pax_headers) > _MAX_GLOBAL:
+                    raise tarfile.TarError("its headers for all members are too many")
                 if member.offset <= last:
                     raise tarfile.TarError("its members go round in circles")
                 last = member.offset

@@ -13,7 +13,7 @@ import tifffile
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from pconv_jax._errors import UserError
-from pconv_jax.inpaint import tags as tags_lib
+from pconv_jax.data import tags as tags_lib
 from pconv_jax.inpaint.modes import alpha_of, as_array, swap_red_and_blue, to_array
 from pconv_jax.inpaint.values import to_uint8
 

@@ -64,9 +64,10 @@ def refuse_other_sites(
       allowed: Names, besides those of this machine, that the page may have. By default
         none.
     """
+    names = frozenset(map(_name_of, allowed))
 
     async def guarded(scope: "Scope", receive: "Receive", send: "Send") -> None:
-        if scope["type"] == "lifespan" or _is_from_this_site(scope, allowed):
+        if scope["type"] == "lifespan" or _is_from_this_site(scope, names):
             await app(scope, receive, send)
         else:
             from starlette.responses import PlainTextResponse

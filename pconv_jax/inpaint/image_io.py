@@ -23,13 +23,13 @@ from PIL import Image, JpegImagePlugin
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
+from pconv_jax.data import tags as tags_lib
 from pconv_jax.data.decode import is_whole_png, open_without_limit
+from pconv_jax.data.tags import Tags
 from pconv_jax.inpaint import parts
-from pconv_jax.inpaint import tags as tags_lib
 from pconv_jax.inpaint.encoding import encode
 from pconv_jax.inpaint.formats import MAX_PIXELS, check_suffix
 from pconv_jax.inpaint.modes import swap_red_and_blue
-from pconv_jax.inpaint.tags import Tags
 
 # Pillow's other formats are not tried: some of them start programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "JPEG2000")
@@ -47,6 +47,9 @@ _CODEC_ERRORS = (
 _LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate")
 
 _MAX_NAMES = 10  # Of what is left out, in a warning.
+
+# Pillow copies a GIF file's comments once more for each of their blocks.
+_MAX_COMMENTS = 2**20
 
 # How an image is turned upright, by its orientation.
 _TURNS = {
@@ -166,17 +169,27 @@ def _read_npy(path: Path, max_pixels: int) -> np.ndarray:
 def _read_image(data: bytes, max_pixels: int) -> ImageFile:
     if tags_lib.is_tiff(data):
         return _read_tiff(data, max_pixels)
-    with io.BytesIO(data) as stream:  # Pillow would keep it with the image.
-        return _read_opened(open_without_limit(stream, _FORMATS), data, max_pixels)
+    bare, exif = data, None
+    if data.startswith(b"\xff\xd8"):  # Pillow would read tags, and not only once.
+        bare, exif = parts.split_exif(data)
+    if parts.gif_comments(data) > _MAX_COMMENTS:
+        raise ValueError(f"its comments are longer than {_MAX_COMMENTS} bytes")
+    with io.BytesIO(bare) as stream:  # Pillow would keep it with the image.
+        return _read_opened(
+            open_without_limit(stream, _FORMATS), data, exif, max_pixels
+        )
 
 
-def _read_opened(image: Image.Image, data: bytes, max_pixels: int) -> ImageFile:
+def _read_opened(
+    image: Image.Image, data: bytes, exif: bytes | None, max_pixels: int
+) -> ImageFile:
+    """Read an opened image, given its file, and its EXIF data if Pillow lacks them."""
     _check_size(*image.size, max_pixels)
     frames = _count_frames(image, data)
     image.load()
     if frames:
         warnings.warn(f"it has {frames} frames; only the first is taken.", stacklevel=4)
-    tags = tags_lib.read(_exif_of(image))
+    tags = tags_lib.read(_exif_of(image) if exif is None else exif)
     info = _read_info(image, tags)
     info |= _read_parts(image, data)
     orientation = _orientation(tags, image.info.get("xmp"))
@@ -205,13 +218,7 @@ def _read_opened(image: Image.Image, data: bytes, max_pixels: int) -> ImageFile:
 
 def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
     tags = tags_lib.read(data)
-    sides = [(256, 257)]
-    if {322, 323} & {*tags.directory}:  # Of its tiles.
-        sides.append((322, 323))
-    for pair in sides:
-        width, height = (tags.numbers(code, default=(0,))[0] for code in pair)
-        if not width * height:
-            raise ValueError("it is damaged: its width or height is missing")
+    for width, height in tags_lib.sizes(tags):
         _check_size(width, height, max_pixels)
     samples, kind = _check_samples(tags)
     pages = tags_lib.count_pages(data)
@@ -303,7 +310,10 @@ def _check_inflated(data: bytes, tags: Tags) -> None:
     numbers = [tags.numbers(code, default=(1,)) for code in (256, 257, 277, 258)]
     limit = math.prod(values[0] for values in numbers) // 8 + 2**20
     offsets = tags.numbers(273) or tags.numbers(324)
-    for start, size in zip(offsets, tags.numbers(279) or tags.numbers(325)):
+    sizes = tags.numbers(279) or tags.numbers(325)
+    if not offsets:
+        raise ValueError("it is damaged: the places of its data are missing")
+    for start, size in zip(offsets, sizes, strict=True):
         inflate = zlib.decompressobj()
         inflate.decompress(data[start : start + size], limit)
         if not inflate.eof:
@@ -327,9 +337,9 @@ def _finish(
 
 def _count_frames(image: Image.Image, data: bytes) -> str:
     """Count the frames of an image, in words; empty for one."""
-    # An MPO file is a JPEG with previews. A PNG file has the number in its header, and
-    # so has a WebP. Those of a GIF must be searched for.
-    if image.format == "MPO" or not getattr(image, "is_animated", False):
+    # A PNG file has the number in its header, and so has a WebP. Those of a GIF must be
+    # searched for.
+    if not getattr(image, "is_animated", False):
         return ""
     if image.format == "GIF" and len(data) > 2**20:
         return "several"
@@ -409,8 +419,7 @@ def _read_parts(image: Image.Image, data: bytes) -> dict[str, Any]:
     if image.format == "PNG":
         chunks, lost = parts.png_chunks(data)
     else:
-        segments = getattr(image, "applist", [])
-        lost = parts.dropped_parts(data, image.format or "", segments)
+        lost = parts.dropped_parts(data, image.format or "")
     lost = list(dict.fromkeys(lost))
     if len(lost) > _MAX_NAMES:
         lost = [*lost[:_MAX_NAMES], f"{len(lost) - _MAX_NAMES} more"]
@@ -430,7 +439,10 @@ def _clean_xmp(xmp: Any) -> bytes | None:
     if not isinstance(xmp, bytes):
         return None
     xmp = re.sub(rb'tiff:Orientation(="\d"|>\d</tiff:Orientation>)', b"", xmp)
-    return re.sub(rb"<xmp:Thumbnails>.*?</xmp:Thumbnails>", b"", xmp, flags=re.DOTALL)
+    # Behind the last end there is none to look for, from every beginning anew.
+    head, end, tail = xmp.rpartition(b"</xmp:Thumbnails>")
+    thumbnails = rb"<xmp:Thumbnails>.*?</xmp:Thumbnails>"
+    return re.sub(thumbnails, b"", head + end, flags=re.DOTALL) + tail
 
 
 def _decode_with_opencv(data: bytes) -> np.ndarray:

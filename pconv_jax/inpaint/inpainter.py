@@ -330,10 +330,10 @@ class Inpainter:
         hole = self._find_hole(image, color, alpha, mask, options, masked)
         # The colors of transparent pixels are arbitrary: not filled, and not used.
         known = ~hole if alpha is None else ~hole & (alpha > 0)
+        self._check_values(color, known)
         _check_hole(hole, known)
         if not hole.any():
             return image.copy(), np.zeros(hole.shape, np.uint8)
-        self._check_values(color, known)
         exclude = np.broadcast_to(False, hole.shape)
         if options.exclude is not None:
             exclude = self._read_exclude(options, image, hole.shape)

@@ -11,15 +11,24 @@ _READ_CHUNKS = frozenset(
     + [b"tEXt", b"zTXt", b"iTXt", b"acTL", b"fcTL", b"fdAT", b"iDOT"]
 )
 
-# By the start of a JPEG segment: EXIF, XMP, ICC profiles, Photoshop data, and what
+# By the marker of a JPEG segment: EXIF, XMP, ICC profiles, Photoshop data, and what
 # describes the encoding. The extension of XMP is named elsewhere.
+_APP0 = 0xE0
 _READ_SEGMENTS = {
-    "APP0": (b"JFIF\0",),
-    "APP1": (b"Exif\0", b"http://ns.adobe.com/"),
-    "APP2": (b"ICC_PROFILE\0",),
-    "APP13": (b"Photoshop 3.0\0",),
-    "APP14": (b"Adobe",),
+    _APP0: (b"JFIF\0",),
+    _APP0 + 1: (b"Exif\0", b"http://ns.adobe.com/"),
+    _APP0 + 2: (b"ICC_PROFILE\0",),
+    _APP0 + 13: (b"Photoshop 3.0\0",),
+    _APP0 + 14: (b"Adobe",),
 }
+
+# Markers of JPEG files that begin no segment, at least for Pillow.
+_WITHOUT_CONTENT = frozenset([0x00, 0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)])
+
+_MAX_SEGMENTS = 10_000
+
+# Segments with tags: EXIF data, and the index of a file of several images.
+_EXIF, _INDEX = b"Exif\0\0", b"MPF\0"
 
 _READ_BOXES = frozenset([b"jP  ", b"ftyp", b"jp2h", b"jp2c", b"rreq"])
 _READ_RIFF = frozenset(
@@ -44,22 +53,60 @@ def png_chunks(data: bytes) -> tuple[dict[bytes, bytes], list[str]]:
     return kept, lost
 
 
-def dropped_parts(
-    data: bytes, kind: str, segments: list[tuple[str, bytes]]
-) -> list[str]:
+def split_exif(data: bytes) -> tuple[bytes, bytes]:
+    """Split the EXIF data off a JPEG file.
+
+    Returns:
+      The file without EXIF data, and without the index of other images in it; and the
+      EXIF data, which may be in several segments.
+
+    Raises:
+      ValueError: If it has too many segments.
+    """
+    kept, exif, end = [], [_EXIF], 0
+    for marker, start, stop in _split_jpeg(data):
+        content = data[start + 4 : start + 10]
+        is_exif = marker == _APP0 + 1 and content == _EXIF
+        if is_exif or (marker == _APP0 + 2 and content.startswith(_INDEX)):
+            kept.append(data[end:start])
+            end = stop
+        if is_exif:
+            exif.append(data[start + 10 : stop])
+    return b"".join([*kept, data[end:]]), b"".join(exif) if len(exif) > 1 else b""
+
+
+def gif_comments(data: bytes) -> int:
+    """Count the bytes of the comments before the first image of a GIF file."""
+    if not data.startswith((b"GIF87a", b"GIF89a")):
+        return 0
+    colors = 3 << ((data[10] & 7) + 1) if len(data) > 10 and data[10] & 0x80 else 0
+    at, total = 13 + colors, 0
+    while at + 1 < len(data) and data[at] != ord(","):
+        if data[at] != ord("!"):
+            at += 1  # Pillow skips what is between.
+            continue
+        start, is_comment = at, data[at + 1] == 0xFE
+        at += 2
+        while at < len(data) and data[at]:
+            at += 1 + data[at]
+        at += 1
+        total += (at - start) * is_comment
+    return total
+
+
+def dropped_parts(data: bytes, kind: str) -> list[str]:
     """Name the metadata that Pillow drops from a file.
 
     Args:
       data: The file.
       kind: Pillow's name of its format.
-      segments: The application segments of a JPEG file, else empty.
     """
-    if kind in ("JPEG", "MPO"):
+    if kind == "JPEG":
         lost = [
-            f"{name} ({_text(segment[:12].partition(bytes(1))[0])})"
-            for name, segment in segments
-            if name.startswith("APP")
-            and not segment.startswith(_READ_SEGMENTS.get(name, ()))
+            f"APP{marker - _APP0} ({_text(data[start + 4 : min(stop, start + 16)])})"
+            for marker, start, stop in _split_jpeg(data)
+            if _APP0 <= marker < _APP0 + 16
+            and not data.startswith(_READ_SEGMENTS.get(marker, ()), start + 4, stop)
         ]
         whole = data.rstrip(b"\0\r\n").endswith(b"\xff\xd9")
         return lost if whole else [*lost, "data after the image"]
@@ -76,6 +123,31 @@ def dropped_parts(
     if kind == "BMP":  # The fifth version of its header may have a profile.
         return ["ICC profile"] * (data[14] == 124 and data[70:74] in (b"DEBM", b"KNIL"))
     return []
+
+
+def _split_jpeg(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield the marker, start and end of a JPEG file's segments before its pixels.
+
+    They are those that Pillow finds, whatever is between them.
+
+    Raises:
+      ValueError: If there are more than a camera or a program writes.
+    """
+    at, count = 2, 0
+    while at + 4 <= len(data):
+        marker = data[at + 1]
+        if data[at] != 0xFF or marker == 0xFF:
+            at += 1
+        elif marker in _WITHOUT_CONTENT:
+            at += 2
+        elif marker == 0xDA:  # The pixels.
+            return
+        else:
+            stop = at + 2 + max(int.from_bytes(data[at + 2 : at + 4], "big"), 2)
+            yield marker, at, stop
+            at, count = stop, count + 1
+            if count > _MAX_SEGMENTS:
+                raise ValueError(f"it has more than {_MAX_SEGMENTS} segments")
 
 
 def _split_png(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -105,4 +177,5 @@ def _split_riff(data: bytes) -> Iterator[bytes]:
 
 
 def _text(name: bytes) -> str:
+    name = name.partition(b"\0")[0]
     return name.decode("ascii", "backslashreplace").strip() or "?"

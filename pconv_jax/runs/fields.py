@@ -221,7 +221,10 @@ def _is_empty(value: Any) -> bool:
 
 
 def _is_number(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+    """Return whether a value is a number, but no bool, and none beyond all floats."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return isinstance(value, float) or value.bit_length() <= 64
 
 
 def _is_within(number: float, interval: str) -> bool:

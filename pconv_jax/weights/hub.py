@@ -119,9 +119,9 @@ def _download(url: str, path: Path) -> None:
         check_hash(path, written_to=partial)
 
 
-def repository_url(repository: str, filename: str) -> str:
+def repository_url(repository: str, filename: str, *, revision: str = "main") -> str:
     """Get the address of a file on the Hugging Face Hub, for people."""
-    return f"https://huggingface.co/{repository}/resolve/main/{filename}"
+    return f"https://huggingface.co/{repository}/resolve/{revision}/{filename}"
 
 
 def download_repository_file(repository: str, filename: str) -> Path:
@@ -170,15 +170,15 @@ class Downloaded(NamedTuple):
 
     Attributes:
       arrays: Arrays by name.
-      revision: The repository's revision that they are of, if the Hub says it.
+      revision: The repository's revision that they are of.
     """
 
     arrays: dict[str, np.ndarray]
-    revision: str | None
+    revision: str
 
 
 def read_repository_arrays(
-    repository: str, filename: str, names: Collection[str]
+    repository: str, filename: str, names: Collection[str], *, revision: str
 ) -> Downloaded:
     """Read some arrays of a safetensors file on the Hugging Face Hub.
 
@@ -189,18 +189,15 @@ def read_repository_arrays(
       repository: Repository, ``user/name``.
       filename: File in the repository.
       names: Names of float32 arrays. Those that the file does not have are left out.
-
-    Returns:
-      The arrays, of the revision of the first download, if there was one; see
-      `remember_arrays`.
+      revision: The repository's revision, a commit.
 
     Raises:
-      DownloadError: If the file cannot be downloaded, is no such file, or is not the
-        one of the first download.
+      DownloadError: If the file cannot be downloaded, is no such file, is of another
+        revision, or is not the one of the first download; see `remember_arrays`.
     """
     hub = _import_hub()
     known = _read_remembered().get(f"{repository}/{filename}", {})
-    url = hub.hf_hub_url(repository, filename, revision=known.get("revision"))
+    url = hub.hf_hub_url(repository, filename, revision=revision)
     session = hub.get_session()
     read = _RangeReader(lambda headers: session.get(url, timeout=30, headers=headers))
     try:
@@ -215,9 +212,9 @@ def read_repository_arrays(
             f"{', '.join(changed)} differ from the first download. If that is right, "
             f"delete {cache_path(_REMEMBERED)}"
         )
-    if len(read.revisions) > 1:
-        raise DownloadError("the file changed while it was downloaded")
-    return Downloaded(arrays, next(iter(read.revisions), None))
+    if others := read.revisions - {revision}:
+        raise DownloadError(f"the Hub gave revision {others.pop()}, not {revision}")
+    return Downloaded(arrays, revision)
 
 
 def remember_arrays(repository: str, filename: str, downloaded: Downloaded) -> None:

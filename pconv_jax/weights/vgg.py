@@ -24,6 +24,7 @@ from pconv_jax.weights.formats.arrays import (
     checksum,
     flatten,
     from_torch,
+    is_real,
     read_arrays,
     to_tree,
     write_arrays,
@@ -31,7 +32,10 @@ from pconv_jax.weights.formats.arrays import (
 
 _REPOSITORY = "timm/vgg16.tv_in1k"
 _HUB_FILE = "model.safetensors"
-VGG16_URL = hub.repository_url(_REPOSITORY, _HUB_FILE)
+# The commit with which timm's authors published the file, whose SHA-256 is
+# 57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8.
+_REVISION = "3394518cba29aee1ea82a49d971be90d2dd1dab7"
+VGG16_URL = hub.repository_url(_REPOSITORY, _HUB_FILE, revision=_REVISION)
 _CACHED_NAME = "vgg16.safetensors"
 
 # Of ImageNet's RGB values in [0, 255]. torchvision's input is (x - mean) / std. Keras'
@@ -135,7 +139,7 @@ def download_vgg16() -> hub.Downloaded:
       DownloadError: If they cannot be downloaded.
     """
     names = _torch_names(_BLOCKS["VGG16"][:3]).values()
-    return hub.read_repository_arrays(_REPOSITORY, _HUB_FILE, names)
+    return hub.read_repository_arrays(_REPOSITORY, _HUB_FILE, names, revision=_REVISION)
 
 
 def _check_cache(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -190,6 +194,8 @@ def _from_keras(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             renamed[f"conv{block}_{conv}/{leaf}"] = array
     kernel, bias = renamed.get("conv1_1/kernel"), renamed.get("conv1_1/bias")
     if kernel is None or bias is None or kernel.shape != (3, 3, 3, *bias.shape):
+        return renamed  # `to_tree` reports the problem.
+    if not is_real(kernel) or not is_real(bias):
         return renamed  # `to_tree` reports the problem.
     kernel = kernel[:, :, ::-1].astype(np.float64)
     shift = np.einsum("hwio,i->o", kernel, _TORCH_MEAN - _CAFFE_MEAN)

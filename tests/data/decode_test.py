@@ -189,3 +189,42 @@ def test_readers_at_the_same_time_leave_the_limit_of_pillow(tmp_path, monkeypatc
     starts.join()
     second.join()
     assert Image.MAX_IMAGE_PIXELS == limit
+
+
+def tiff_with(content, entries):
+    """Add tags to a TIFF file: their number, type, count and field."""
+    at = struct.unpack_from("<I", content, 4)[0]
+    count = struct.unpack_from("<H", content, at)[0]
+    old = [content[at + 2 + 12 * i : at + 14 + 12 * i] for i in range(count)]
+    new = sorted([*old, *(struct.pack("<HHII", *entry) for entry in entries)])
+    end = len(content) + len(content) % 2
+    directory = struct.pack("<H", len(new)) + b"".join(new) + bytes(4)
+    head = content[:4] + struct.pack("<I", end) + content[8:]
+    return head.ljust(end, b"\0") + directory
+
+
+def test_tags_of_the_same_bytes_take_little_memory():
+    content = encode(photo(), "TIFF") + bytes(2**20)
+    entries = [(code, 7, 2**20, 8) for code in range(40_000, 41_000)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    np.testing.assert_array_equal(
+        decode_image(tiff_with(content, entries), "x"), photo()
+    )
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 100_000  # Kilobytes; it was 1 GB.
+
+
+def test_tiles_larger_than_the_image_count(monkeypatch):
+    content = tiff_with(encode(photo(), "TIFF"), [(322, 4, 1, 4096), (323, 4, 1, 4096)])
+    monkeypatch.setattr(decode, "MAX_PIXELS", 4096**2 - 1)
+    with pytest.raises(UnreadableImageError, match="4096 x 4096 pixels"):
+        decode_image(content, "x")
+
+
+def test_comments_of_a_gif_file_are_not_read(monkeypatch):
+    content = encode(photo(), "GIF", comment=b"a" * 1000)
+    monkeypatch.setattr(Image, "open", None)  # Pillow copies them again and again.
+    assert decode_image(content, "x").shape == (40, 60, 3)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 2399)
+    with pytest.raises(UnreadableImageError, match="60 x 40 pixels"):
+        decode_image(content, "x")

@@ -287,3 +287,43 @@ def test_pipes_in_folders_are_unreadable(tmp_path):
     source = sources.FolderSource(tmp_path)
     with pytest.raises(UnreadableImageError, match="b.png: it is no file, but a pipe"):
         source[1]
+
+
+def pax_field(name):
+    """A field of a header: its length, its name and its value."""
+    size = len(name) + 5
+    while len(f"{size} {name}=a\n") != size:
+        size += 1
+    return f"{size} {name}=a\n".encode()
+
+
+def test_headers_for_all_members_take_little_memory(tmp_path):
+    # Python's reader copies them for each of the members.
+    fields = b"".join(pax_field(str(i)) for i in range(20_000))
+    header = tarfile.TarInfo("g")
+    header.type, header.size = tarfile.XGLTYPE, len(fields)
+    members = tarfile.TarInfo("a.png").tobuf(tarfile.USTAR_FORMAT) * 100
+    padding = bytes(-len(fields) % 512)
+    path = tmp_path / "a.tar"
+    path.write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + fields + padding + members)
+    with pytest.raises(UserError, match="a header for all members is too long"):
+        sources.TarSource(path)
+    many = b""
+    for number in range(0, 1500, 50):
+        fields = b"".join(pax_field(str(i)) for i in range(number, number + 50))
+        header.size = len(fields)
+        many += header.tobuf(tarfile.USTAR_FORMAT) + fields + bytes(-len(fields) % 512)
+    path.write_bytes(many + members)
+    with pytest.raises(UserError, match="headers for all members are too many"):
+        sources.TarSource(path)
+
+
+def test_a_comment_for_all_members_as_git_writes_it(tmp_path):
+    content = encode(photo())
+    member = tarfile.TarInfo("a.png")
+    member.size = len(content)
+    comment = {"comment": "1a71266" * 6}
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers=comment) as tar:
+        tar.addfile(member, io.BytesIO(content))
+    assert sources.TarSource(path).keys == ["a.png"]

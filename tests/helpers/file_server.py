@@ -3,7 +3,14 @@
 import contextlib
 import hashlib
 import http.server
+import re
 import threading
+
+
+def revision_of(path):
+    """Get the revision of a file's path; zeros are the newest one."""
+    revision = re.search("/resolve/([0-9a-f]{40})/", path)
+    return revision[1] if revision else "0" * 40
 
 
 @contextlib.contextmanager
@@ -34,7 +41,7 @@ def serve(files, ranges=True):
                 self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{total}")
             self.send_header("Content-Length", str(len(data)))
             self.send_header("ETag", hashlib.sha256(files[self.path]).hexdigest())
-            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("X-Repo-Commit", revision_of(self.path))
             self.end_headers()
             if body:
                 log.append((self.path, wanted, len(data)))

@@ -68,7 +68,10 @@ def _images():
     yield ".webp", encode(image, "WEBP", **options)
     yield ".bmp", encode(image, "BMP")
     yield ".gif", encode(image, "GIF", save_all=True, append_images=[image])
+    yield ".gif", encode(image, "GIF", comment=b"hello" * 99)
+    yield ".jpg", encode(image, "MPO", save_all=True, append_images=[image], **options)
     yield ".avif", encode(image, "AVIF")
+    yield ".avif", encode(image, "AVIF", **options)
     yield ".jp2", encode(image, "JPEG2000")
     for compression in (None, "tiff_lzw", "jpeg", "tiff_adobe_deflate"):
         yield ".tif", encode(image, "TIFF", compression=compression, exif=_exif())
@@ -87,6 +90,7 @@ def _images():
             compression="zlib",
             extratags=tags,
             planarconfig="contig",
+            bigtiff=dtype == np.float64,
         )
         yield ".tif", file.getvalue()
     file = io.BytesIO()

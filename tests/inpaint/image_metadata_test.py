@@ -1,6 +1,7 @@
 """What an image file holds besides the pixels, and kinds of pixels that are rare."""
 
 import io
+import itertools
 import os
 import struct
 
@@ -10,9 +11,11 @@ import tifffile
 from PIL import Image, PngImagePlugin
 
 from pconv_jax._errors import UserError
-from pconv_jax.inpaint import image_io, modes, tags
+from pconv_jax.data import tags
+from pconv_jax.data.decode import UnreadableImageError, decode_image
+from pconv_jax.data.tags import Tag
+from pconv_jax.inpaint import image_io, modes
 from pconv_jax.inpaint.image_io import ImageFile
-from pconv_jax.inpaint.tags import Tag
 
 COLORS = (np.arange(32 * 32 * 3) % 251).astype(np.uint8).reshape(32, 32, 3)
 
@@ -115,10 +118,7 @@ def test_exif_of_any_type_is_kept(suffix, tmp_path):
 def test_damaged_exif_is_named(tmp_path):
     exif = b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 1, 271, 2, 99, 10_000)
     Image.fromarray(COLORS).save(tmp_path / "a.jpg", exif=exif + b"\0" * 8)
-    with (
-        pytest.warns(UserWarning, match="Truncated"),  # Of Pillow.
-        pytest.warns(UserWarning, match="left out of its metadata, .*: Make"),
-    ):
+    with pytest.warns(UserWarning, match="left out of its metadata, .*: Make"):
         image_io.read(tmp_path / "a.jpg")
 
 
@@ -267,3 +267,61 @@ def test_a_size_that_libtiff_alone_can_read_is_refused(tmp_path, kind):
     (tmp_path / "a.tif").write_bytes(data)
     with pytest.raises(UserError, match="its width or height is missing"):
         image_io.read(tmp_path / "a.tif")
+
+
+def test_places_of_eight_bytes(tmp_path):
+    """Bands of a large file are checked like those of another."""
+    bands = np.zeros((2000, 2000), np.float16)
+    file = io.BytesIO()
+    tifffile.imwrite(file, bands, bigtiff=True, compression="zlib", rowsperstrip=2000)
+    (tmp_path / "a.tif").write_bytes(file.getvalue())
+    np.testing.assert_array_equal(image_io.read(tmp_path / "a.tif").image, bands)
+    heights = (struct.pack("<HHQI", 257, 4, 1, n) for n in (2000, 2))
+    small = file.getvalue().replace(*heights)
+    (tmp_path / "a.tif").write_bytes(small)
+    with pytest.raises(UserError, match="damaged, or larger than it says"):
+        image_io.read(tmp_path / "a.tif")
+
+
+def test_tiles_whose_size_libtiff_alone_can_read(tmp_path):
+    data = tiff(np.zeros((64, 64, 3), np.uint8), "zlib", tile=(64, 64))
+    for code, kind in itertools.product((322, 323), (3, 4)):
+        data = data.replace(*(struct.pack("<HH", code, k) for k in (kind, 16)))
+    (tmp_path / "a.tif").write_bytes(data)
+    with pytest.raises(UserError, match="its width or height is missing"):
+        image_io.read(tmp_path / "a.tif")
+
+
+def test_a_tag_of_the_layout_that_cannot_be_read(tmp_path):
+    data = tiff()
+    changed = data.replace(struct.pack("<HH", 258, 3), struct.pack("<HH", 258, 99))
+    assert changed != data
+    (tmp_path / "a.tif").write_bytes(changed)
+    with pytest.raises(UserError, match="it is damaged: BitsPerSample cannot be read"):
+        image_io.read(tmp_path / "a.tif")
+
+
+def test_thumbnails_of_xmp_that_do_not_end(tmp_path):
+    begin, end = b"<xmp:Thumbnails>", b"</xmp:Thumbnails>"
+    xmp = b"a" + begin + b"b" + end + b"c" + begin * 30_000
+    Image.fromarray(COLORS).save(tmp_path / "a.webp", xmp=xmp)
+    assert image_io.read(tmp_path / "a.webp").info["xmp"] == b"ac" + begin * 30_000
+
+
+def test_avif_files_whose_tags_share_their_bytes(tmp_path, monkeypatch):
+    codes = range(40_000, 40_100)
+    entries = b"".join(struct.pack(">HHII", code, 3, 500, 8) for code in codes)
+    exif = b"MM\0*" + struct.pack(">IH", 8, 100) + entries + bytes(4)
+    mark = Image.Exif()
+    mark[271] = "x" * len(exif)
+    file = io.BytesIO()
+    Image.fromarray(COLORS).save(file, "AVIF", exif=mark)
+    at = file.getvalue().index(b"MM\0*")
+    assert file.getvalue()[at:].count(b"x") >= len(exif)
+    data = file.getvalue()[:at] + exif + file.getvalue()[at + len(exif) :]
+    (tmp_path / "a.avif").write_bytes(data)
+    monkeypatch.setattr(Image, "open", None)  # It would read all of them.
+    with pytest.raises(UserError, match="a.avif: its EXIF data are damaged"):
+        image_io.read(tmp_path / "a.avif")
+    with pytest.raises(UnreadableImageError):
+        decode_image(data, "a.avif")

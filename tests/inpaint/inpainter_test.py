@@ -337,6 +337,8 @@ def test_large_numbers_are_missing_values(missing):
     data[0, 0] = missing
     with pytest.raises(UserError, match=r"1e\+19 and more, which stand for missing"):
         inpainter(data, hole_of((40, 40)))
+    with pytest.raises(UserError, match=r"1e\+19 and more, which stand for missing"):
+        inpainter(data)  # Otherwise, they would come back as if they were values.
     data[hole_of((40, 40))] = missing
     data[0, 0] = 273.15
     inpainter(data, hole_of((40, 40)))  # What is in the hole does not matter.

@@ -1,3 +1,4 @@
+import asyncio
 import concurrent.futures
 import contextlib
 import http.client
@@ -271,6 +272,31 @@ def test_who_is_let_in(options, expected, network, monkeypatch):
 def test_other_machines_need_a_password_or_a_decision(host):
     with pytest.raises(SystemExit, match=f"--host {host} lets .* --auth .* --no-auth"):
         cli.main(["demo", "--host", host])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "0"], "--port must be in .1, 65535., got 0"),
+        (["--port", "70000"], "--port must be in .1, 65535., got 70000"),
+        (["--root-path", "repair"], "--root-path must begin with /, got 'repair'"),
+    ],
+)
+def test_places_that_the_page_cannot_have(options, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["demo", *options])
+
+
+@pytest.mark.parametrize("name", ["example.org", "Example.ORG", "example.org:8443"])
+def test_names_of_a_proxy(name):
+    answered = []
+
+    async def app(*_):
+        answered.append(name)
+
+    scope = {"type": "http", "method": "GET", "headers": [(b"host", b"example.org")]}
+    asyncio.run(guard.refuse_other_sites(app, allowed=[name])(scope, None, None))
+    assert answered
 
 
 def test_a_result_is_deleted_with_the_next(inpainter, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pconv_jax._errors import UserError
 from pconv_jax.inpaint import image_io, parts
 from tests.helpers.images import encode, photo
 
@@ -117,4 +118,75 @@ def test_names_of_many_parts_are_few(tmp_path):
     ],
 )
 def test_marks(kind, data, expected):
-    assert parts.dropped_parts(data, kind, []) == expected
+    assert parts.dropped_parts(data, kind) == expected
+
+
+@pytest.mark.parametrize(
+    "between",
+    [b"", b"\xff", b"\0junk", b"\xff\0", b"\xff\xd9", b"\xff\xf0", b"\xff\xc8"],
+)
+def test_exif_is_split_off_wherever_pillow_finds_it(between):
+    data, exif = with_exif(between)
+    with (
+        pytest.warns(UserWarning, match="malformed MPO"),
+        Image.open(io.BytesIO(data)) as image,
+    ):
+        assert image.info["exif"] == exif and image.getexif()[271] == "Maker"
+    without, found = parts.split_exif(data)
+    assert found == exif and b"Exif" not in without and b"MPF" not in without
+
+
+def with_exif(between):
+    """Make a JPEG file with EXIF data in two segments."""
+    tags = Image.Exif()
+    tags[271] = "Maker"
+    exif = tags.tobytes()
+    bare = encode(photo(24, 32), "JPEG")
+    index = segment(2, b"MPF\0" + exif.removeprefix(b"Exif\0\0"))
+    data = bare[:2] + segment(1, exif[:20]) + between + index + between
+    return data + segment(1, b"Exif\0\0" + exif[20:]) + bare[2:], exif
+
+
+def test_pillow_reads_no_exif(monkeypatch, tmp_path):
+    # It would read every tag, and tags may share their bytes.
+    monkeypatch.setattr(Image.Exif, "load", None)
+    data, exif = with_exif(b"")
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert image_io.read(tmp_path / "a.jpg").info["exif"] == exif
+
+
+def test_segments_without_a_length():
+    data = encode(photo(24, 32), "JPEG")
+    changed = data[:2] + b"\xff\xe5\0\0" + data[2:]
+    assert parts.split_exif(changed) == (changed, b"")
+    for end in (2, 3, 4, 5, 30):
+        assert parts.split_exif(data[:end]) == (data[:end], b"")
+
+
+def test_many_segments(tmp_path):
+    data = encode(photo(24, 32), "JPEG")
+    path = tmp_path / "a.jpg"
+    for count, allowed in [(9_000, True), (11_000, False)]:
+        path.write_bytes(data[:2] + segment(5, b"") * count + data[2:])
+        if allowed:
+            image_io.read(path)
+        else:
+            with pytest.raises(UserError, match="a.jpg: it has more than 10000 segm"):
+                image_io.read(path)
+
+
+def test_long_comments_of_a_gif_file(tmp_path):
+    data = encode(Image.fromarray(photo(24, 32)), "GIF", comment=b"abc" * 100)
+    assert parts.gif_comments(data) == 305  # With what is around two blocks.
+    at = data.index(b"!\xfe")
+    long = b"!\xfe" + (b"\xff" + b"a" * 255) * 4200 + b"\0"
+    (tmp_path / "a.gif").write_bytes(data[:at] + long + data[at:])
+    with pytest.raises(UserError, match="its comments are longer than 1048576 bytes"):
+        image_io.read(tmp_path / "a.gif")
+    (tmp_path / "a.gif").write_bytes(data)
+    assert image_io.read(tmp_path / "a.gif").info["comment"] == b"abc" * 100
+
+
+@pytest.mark.parametrize("data", [b"GIF89a", b"GIF89a" + bytes(7), b"GIF89a!\xfe\xff"])
+def test_the_beginning_of_a_gif_file(data):
+    assert parts.gif_comments(data) in (0, 3)

@@ -124,6 +124,8 @@ def test_all_wrong_fields_are_named_at_once():
         ("image_size", 500, "use 256 or 512, or a smaller depth"),
         ("image_size", 4, r"image_size must be an integer in \[8, inf\), got 4"),
         ("image_size", 100, "use 256, or a smaller depth"),
+        ("image_size", 2**1024, "image_size must be an integer"),
+        ("data.scale", (0.5, 10**400), "data.scale must be two numbers"),
     ],
 )
 def test_values_that_make_no_sense(name, value, message):

@@ -1,8 +1,10 @@
 import hashlib
 import os
 import sys
+import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -144,3 +146,42 @@ def test_names_that_are_no_text(tmp_path):
         file[b"caf\xe9"] = np.ones(3)
     with pytest.raises(UserError, match="cannot be read: .* can't decode"):
         read_arrays(path)
+
+
+def test_groups_that_link_to_themselves(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "weights.h5"
+    with h5py.File(path, "w") as file:
+        group = file.create_group("g")
+        for i in range(1000):  # Each path down has 50 groups of 1000 links.
+            group[f"g{i}"] = group
+    with pytest.raises(UserError, match="nested too deeply, or have no end"):
+        read_arrays(path)
+
+
+def test_members_that_are_no_arrays(tmp_path):
+    path = tmp_path / "weights.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("conv1_1_kernel", b"hello")
+    with pytest.raises(UserError, match="conv1_1_kernel is no array"):
+        read_arrays(path)
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "weights.h5"
+    with h5py.File(path, "w") as file:
+        file["nothing"] = h5py.Empty("f4")
+        file["one"] = 1.5
+    assert read_arrays(path) == {"one": 1.5}
+
+
+@pytest.mark.parametrize("kind", ["c8", "M8[s]", "m8[s]", "U1", "S1", "f4,i2"])
+def test_types_that_are_no_real_numbers(kind):
+    arrays = {"a": np.zeros(2, kind)}
+    with pytest.raises(UserError, match="a has type .*, which is no real number"):
+        to_tree(arrays, {"a": jax.ShapeDtypeStruct((2,), np.float32)}, "x")
+
+
+@pytest.mark.parametrize("kind", ["?", "i1", "u8", "f2", "f8", jnp.bfloat16])
+def test_types_that_become_float32(kind):
+    shapes = {"a": jax.ShapeDtypeStruct((2,), np.float32)}
+    tree = to_tree({"a": np.ones(2, kind)}, shapes, "x")
+    assert tree["a"].dtype == np.float32 and tree["a"].tolist() == [1, 1]

@@ -281,6 +281,7 @@ def doubling(count, collect):
 
 
 TUPLES = doubling(200, b"\x86")
+LARGE = b"\x8b" + struct.pack("<i", 4_000_000) + b"\x7f" * 4_000_000
 
 IMPOSSIBLE = {
     "a cycle": hostile(b"]q\x00h\x00a"),
@@ -326,6 +327,15 @@ IMPOSSIBLE = {
     "a long string": hostile(b"X\xff\xff\xff\xff", b"a"),
     "a very long string": hostile(b"\x8d" + struct.pack("<Q", 2**62), b"a"),
     "a large number": hostile(b"\x8b\xff\xff\xff\x7f", b"1"),
+    "a shape of large numbers": hostile(
+        b"((" + LARGE + b"q\x00" + b"h\x00" * 5 + b"tq\x01",
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+        b"(" + writer.storage_id(ARRAY, "0") + b"K\x00h\x01h\x01tR",
+        b"t",
+    ),
+    "a large number as a key, again and again": hostile(
+        b"}" + LARGE + b"q\x00N" + b"sh\x00N" * 100_000 + b"s"
+    ),
     "digits": hostile(b"I" + b"9" * 100_000 + b"\n"),
     "long keys": hostile(b"}", encode("k" * 2000), b"]", b"s"),
     "text that is none": hostile(b"X\x02\x00\x00\x00\xff\xff"),

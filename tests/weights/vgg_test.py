@@ -12,7 +12,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save, save_file
 
-from pconv_jax import vgg
+from pconv_jax import UserError, vgg
 from pconv_jax.weights import vgg as vgg_weights
 from pconv_jax.weights.hub import Downloaded
 from pconv_jax.weights.vgg import load_vgg_params, write_cache
@@ -20,7 +20,8 @@ from tests.helpers import ROOT, file_server, torch_writer
 
 BLOCKS = {"VGG16": (2, 2, 3), "VGG19": (2, 2, 4)}
 
-HUB_PATH = "/timm/vgg16.tv_in1k/resolve/main/model.safetensors"
+REVISION = "3394518cba29aee1ea82a49d971be90d2dd1dab7"
+HUB_PATH = f"/timm/vgg16.tv_in1k/resolve/{REVISION}/model.safetensors"
 
 
 def make_arrays(kind="VGG16"):
@@ -87,7 +88,9 @@ def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch, cap
     (tmp_path / "cache").write_text("a file where the folder should be")
     params = jax.device_get(vgg.random_params(jax.random.key(0)))
     arrays = traverse_util.flatten_dict(params, sep="/")
-    monkeypatch.setattr(vgg_weights, "download_vgg16", lambda: Downloaded(arrays, None))
+    monkeypatch.setattr(
+        vgg_weights, "download_vgg16", lambda: Downloaded(arrays, REVISION)
+    )
     jax.tree.map(np.testing.assert_array_equal, load_vgg_params(), params)
     assert "not kept for the next time" in caplog.text
 
@@ -294,30 +297,38 @@ def test_a_download_takes_no_more_than_it_needs(ranges, tmp_path):
 def test_a_later_download_must_be_the_first_one(tmp_path):
     arrays = torch_arrays()
     first = {HUB_PATH: save(arrays)}
-    pinned = HUB_PATH.replace("/main/", f"/{'0' * 40}/")
+    newest = HUB_PATH.replace(REVISION, "main")
     with file_server.serve(first) as (address, _):
         assert load_in_a_process(address, tmp_path).returncode == 0
     remembered = json.loads((tmp_path / "cache" / "downloads.json").read_text())
     (entry,) = remembered.values()
-    assert entry["revision"] == "0" * 40 and len(entry["sha256"]) == 14
+    assert entry["revision"] == REVISION and len(entry["sha256"]) == 14
     (tmp_path / "cache" / "vgg16.safetensors").unlink()
     # The same again, of the same revision, whatever is the newest one.
     arrays["features.0.bias"] = arrays["features.0.bias"] + 1
-    files = {HUB_PATH: save(arrays), pinned: first[HUB_PATH]}
+    files = {newest: save(arrays), HUB_PATH: first[HUB_PATH]}
     with file_server.serve(files) as (address, log):
         result = load_in_a_process(address, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert {path for path, *_ in log} == {pinned}
+    assert {path for path, *_ in log} == {HUB_PATH}
     (tmp_path / "cache" / "vgg16.safetensors").unlink()
-    with file_server.serve({pinned: save(arrays)}) as (address, _):
+    with file_server.serve({HUB_PATH: save(arrays)}) as (address, _):
         result = load_in_a_process(address, tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "features.0.bias differ from the first download" in result.stderr
     (tmp_path / "cache" / "downloads.json").write_text("[")
-    with file_server.serve({pinned: save(arrays)}) as (address, _):
+    with file_server.serve({HUB_PATH: save(arrays)}) as (address, _):
         result = load_in_a_process(address, tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "downloads.json cannot be read" in result.stderr
+
+
+def test_the_revision_is_the_one_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_server, "revision_of", lambda path: "0" * 40)
+    with file_server.serve({HUB_PATH: save(torch_arrays())}) as (address, _):
+        result = load_in_a_process(address, tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"the Hub gave revision {'0' * 40}, not {REVISION}" in result.stderr
 
 
 @pytest.mark.parametrize("case", ["html", "lies", "short", "half", "nothing", "closed"])
@@ -345,5 +356,14 @@ def test_a_download_that_fails(case, tmp_path):
     else:
         assert "There are no VGG16 weights" in result.stderr
         assert str(tmp_path / "cache" / "vgg16.safetensors") in result.stderr
-        assert "huggingface.co/timm/vgg16.tv_in1k/resolve/main/model" in result.stderr
+        assert f"huggingface.co{HUB_PATH}" in result.stderr
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["block1_conv1_W", "features.0.weight", "conv1_1_W"])
+def test_arrays_of_texts(name, tmp_path):
+    path = tmp_path / "vgg.npz"
+    bias = {"block1_conv1_b": np.full(64, "b")}
+    np.savez(path, **{name: np.full((3, 3, 3, 64), "a")}, **bias)
+    with pytest.raises(UserError, match="vgg.npz does not fit: conv1_1/"):
+        load_vgg_params(path)

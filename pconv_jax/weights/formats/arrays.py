@@ -116,8 +116,8 @@ def to_tree(
             problems.append(f"{name} is missing")
         elif array.shape != wanted.shape:
             problems.append(f"{name} is {array.shape}, not {wanted.shape}")
-        elif issubclass(array.dtype.type, np.flexible):
-            problems.append(f"{name} has type {array.dtype}, which is no number")
+        elif not is_real(array):
+            problems.append(f"{name} has type {array.dtype}, which is no real number")
         elif not np.isfinite(array := _as_float32(array)).all():
             problems.append(f"{name} is not finite")
         else:
@@ -133,6 +133,11 @@ def to_tree(
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten a tree to its leaves by path, ``{'conv1_1/kernel': leaf}``."""
     return cast(dict[str, Any], traverse_util.flatten_dict(dict(tree), sep="/"))
+
+
+def is_real(array: np.ndarray) -> bool:
+    """Return whether an array has bools, integers or floats, including bfloat16."""
+    return np.can_cast(array.dtype, np.float64, "same_kind")
 
 
 def from_torch(array: np.ndarray) -> np.ndarray:
@@ -201,8 +206,12 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             "file of its size"
         )
     # NumPy leaves a damaged file open that it has opened itself.
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as members:
+        arrays = dict(members)
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name} is no array")
+    return arrays
 
 
 def _read_h5(path: Path) -> dict[str, np.ndarray]:
@@ -214,11 +223,11 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
     room = path.stat().st_size  # Datasets may overlap, so that a file becomes large.
     with h5py.File(path, "r") as file:
         groups: list[tuple[str, Any, int]] = [("", file, 0)]
-        for _ in range(_MAX_ARRAYS):
-            if not groups:
-                return arrays
+        links = 0  # A group may have many, to itself.
+        while groups:
             prefix, group, depth = groups.pop()
-            if depth > _MAX_DEPTH or len(group) > _MAX_ARRAYS:
+            links += len(group)
+            if depth > _MAX_DEPTH or links > _MAX_ARRAYS:
                 raise ValueError("its groups are nested too deeply, or have no end")
             for key in sorted(group):
                 # Links to other files, or to another name, are not followed.
@@ -227,16 +236,23 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
                 name, item = f"{prefix}{key}", group[key]
                 if isinstance(item, h5py.Group):
                     groups.append((f"{name}/", item, depth + 1))
-                elif isinstance(item, h5py.Dataset) and item.dtype.kind in "fiub":
+                elif _is_array(item):
                     # Keras does not compress: a dataset takes its part of the file.
                     stored = not item.external and not item.is_virtual
                     room -= item.nbytes
                     if not stored or item.id.get_storage_size() < item.nbytes:
                         raise ValueError(f"{name} is not stored in the file")
-                    if room < 0 or len(arrays) >= _MAX_ARRAYS:
+                    if room < 0:
                         raise ValueError("its arrays overlap, or are too many")
                     arrays[name] = item[()]
-    raise ValueError("it has too many groups")
+    return arrays
+
+
+def _is_array(item: Any) -> bool:
+    """Return whether an item of an HDF5 file has numbers, and not none at all."""
+    return (
+        hasattr(item, "dtype") and item.dtype.kind in "fiub" and item.shape is not None
+    )
 
 
 _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {

@@ -50,6 +50,7 @@ _MAX_OPERATIONS = 1_000_000
 _MAX_NODES = 200_000
 _MAX_PATH = 1000
 _MAX_RANK = 32
+_MAX_BITS = 128
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -339,6 +340,8 @@ def _unpickle(
             case "MARK":
                 marks.append(len(stack))
             case name if name in _LITERALS:
+                if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
+                    raise ValueError("it has a number that is too large")
                 stack.append(argument)
             case "NONE":
                 stack.append(None)

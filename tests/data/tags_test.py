@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pconv_jax.inpaint import tags
-from pconv_jax.inpaint.tags import Tag
+from pconv_jax.data import tags
+from pconv_jax.data.tags import Tag
 
 SHAPES = {1: "5B", 3: "3H", 4: "2I", 5: "4I", 9: "3i", 10: "2i", 11: "2f", 12: "2d"}
 
@@ -113,3 +113,49 @@ def test_damaged_tags_are_never_an_error(data):
     kept, _ = tags.split_metadata(read)
     again = tags.read(tags.pack(kept))
     assert not again.unreadable and again.directory == kept.directory
+
+
+def test_directories_that_hold_each_other():
+    # Each of 60,000 tags is a directory of 60,000 tags.
+    entries = struct.pack("<HHII", 34665, 4, 1, 8) * 60_000
+    data = b"II*\0" + struct.pack("<IH", 8, 60_000) + entries
+    read = tags.read(data)
+    assert tags.pack(read) and 34665 in read.unreadable
+
+
+def test_values_that_two_tags_share_are_kept():
+    # As some programs write both resolutions.
+    entries = [(282, 5, 1, 38), (283, 5, 1, 38)]
+    data = b"II*\0" + struct.pack("<IH", 8, 2)
+    data += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    read = tags.read(data + struct.pack("<II", 72, 1))
+    assert read.dpi() == (72, 72) and not read.unreadable
+
+
+def test_many_tags_make_room():
+    directory = {code: Tag(7, bytes(50 + 2 * (code % 50))) for code in range(1, 20_000)}
+    data, lost = tags.pack_within(tags.Tags("<", directory, set()), 65_000)
+    assert 64_900 < len(data) <= 65_000
+    smallest = max(len(directory[code].data) for code in directory.keys() - lost)
+    assert all(len(directory[code].data) >= smallest for code in lost)
+
+
+def test_a_number_without_values():
+    tag = Tag(3, b"")
+    empty = tags.Tags("<", dict.fromkeys((tags.RESOLUTION_UNIT, 274), tag), set())
+    assert empty.dpi() is None and empty.orientation() == 1
+
+
+@pytest.mark.parametrize("mark", [b"II*\0", b"II\0*"])
+def test_exif_inside_a_file(mark):
+    def exif(count, size):
+        entries = (struct.pack("<HHII", 40_000 + i, 3, size, 8) for i in range(count))
+        return mark + struct.pack("<IH", 8, count) + b"".join(entries) + bytes(1000)
+
+    tags.check_exif_inside(b"0123456789" + exif(3, 150) + b"the rest")
+    tags.check_exif_inside(exif(3, 2**31))  # Cannot be read.
+    with pytest.raises(ValueError, match="its EXIF data are damaged"):
+        tags.check_exif_inside(b"0123456789" + exif(3, 200) + b"the rest")
+    tags.check_exif_inside(mark * 16)
+    with pytest.raises(ValueError, match="its EXIF data are damaged"):
+        tags.check_exif_inside(mark * 17)

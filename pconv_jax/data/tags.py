@@ -5,6 +5,7 @@ and a library that converts it to a Python value and back may fail, or even cras
 tags stay as they are in the file: a type and bytes.
 """
 
+import re
 import struct
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -25,7 +26,7 @@ LAYOUT = frozenset(
 )
 
 # Those that decoders need.
-_DECODED = frozenset(
+DECODED = frozenset(
     [*range(256, 260), 262, 266, 273, *range(277, 280), 284, 292, 293, 317, 320]
     + [*range(322, 326), 332, 334, 338, 339, 347, *range(512, 522), *range(529, 533)]
 )
@@ -41,7 +42,16 @@ _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12
 _UNITS = _SIZES | {5: 4, 10: 4}
 _LONG, _RATIONAL, _BYTES = 4, 5, 7
 
+# Types of whole numbers, for `struct`. The last is that of places in files of more than
+# 4 GB; no metadata have it.
+_WHOLE = {1: "B", 3: "H", 4: "I", 16: "Q"}
+_BIG_SIZES = _SIZES | {16: 8}
+
 _MAX_PAGES = 1000
+
+# What EXIF data begin with, for Pillow; and how often that is found in good files.
+_MARKS = re.compile(rb"II\*\0|MM\0\*|II\0\*|MM\*\0|II\+\0|MM\0\+")
+_MAX_MARKS = 16
 
 
 class Tag(NamedTuple):
@@ -88,11 +98,11 @@ class Tags(NamedTuple):
     def numbers(self, code: int, *, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Get the values of a tag of whole numbers, or a default."""
         tag = self.get(code)
-        letters = {1: "B", 3: "H", 4: "I"}
-        if tag is None or tag.kind not in letters:
+        if tag is None or tag.kind not in _WHOLE:
             return default
-        count = len(tag.data) // _SIZES[tag.kind]
-        return struct.unpack(f"{self.order}{count}{letters[tag.kind]}", tag.data)
+        count = len(tag.data) // _BIG_SIZES[tag.kind]
+        form = f"{self.order}{count}{_WHOLE[tag.kind]}"
+        return struct.unpack(form, tag.data) or default
 
     def orientation(self) -> int:
         """Get the orientation, 1 to 8; 1 if there is none."""
@@ -127,7 +137,8 @@ def read(data: bytes) -> Tags:
     unreadable: set[int] = set()
     directory: Directory = {}
     if is_tiff(data):
-        budget = [len(data)]  # Tags may overlap, so that a small file becomes large.
+        # Tags and directories may overlap, so that a small file becomes large.
+        budget = [len(data)]
         at = _first_directory(data)
         directory = _read_directory(data, order, at, 0, unreadable, budget)
     elif data:
@@ -144,26 +155,33 @@ def _read_directory(
     budget: list[int],
 ) -> Directory:
     directory: Directory = {}
+    big = _is_big(data) and not depth
     for code, kind, count, field in _entries(data, at):
-        size = count * _SIZES.get(kind, 0)
+        budget[0] -= 8 + len(field)
+        sizes = _BIG_SIZES if big and code in LAYOUT else _SIZES
+        size = count * sizes.get(kind, 0)
         value = field[:size]
         if size > len(field):
             offset = _number(field, order)
             value = data[offset : offset + size] if size <= budget[0] else b""
-        budget[0] -= len(value)
-        if code in _DIRECTORIES[depth]:
+            budget[0] -= len(value)
+        if budget[0] < 0:
+            unreadable.add(code)
+        elif code in _DIRECTORIES[depth]:
             inside = _number(field, order)
             directory[code] = _read_directory(
                 data, order, inside, depth + 1, unreadable, budget
             )
-        elif kind in _SIZES and len(value) == size:
+        elif kind in sizes and len(value) == size:
             directory[code] = Tag(kind, value)
         else:
             unreadable.add(code)
     return directory
 
 
-def _entries(data: bytes, at: int) -> Iterator[tuple[int, int, int, bytes]]:
+def _entries(
+    data: bytes | memoryview, at: int
+) -> Iterator[tuple[int, int, int, bytes]]:
     """Yield the number, type, count and field of the tags of a directory."""
     order = _order(data)
     big = _is_big(data)
@@ -212,13 +230,14 @@ def pack_within(tags: Tags, limit: int) -> tuple[bytes, set[int]]:
     Returns:
       The data, and the numbers of the tags that are left out.
     """
-    lost = set()
-    while len(data := pack(tags)) > limit:
-        sizes = {code: _size(tag) for code, tag in tags.directory.items()}
-        largest = max(sizes, key=sizes.__getitem__)
-        lost.add(largest)
-        tags = without(tags, {largest})
-    return data, lost
+    costs = {code: _size(tag) for code, tag in tags.directory.items()}
+    excess, lost = len(pack(tags)) - limit, set()
+    for code in sorted(costs, key=costs.__getitem__, reverse=True):
+        if excess <= 0:
+            break
+        excess -= costs[code]
+        lost.add(code)
+    return pack(without(tags, lost)), lost
 
 
 def add_to_tiff(data: bytes, tags: Tags) -> bytes:
@@ -228,10 +247,36 @@ def add_to_tiff(data: bytes, tags: Tags) -> bytes:
     return _replace_directory(data, {**_placed(data), **directory})
 
 
-def keep_layout(data: bytes) -> bytes:
-    """Reduce a TIFF file to its first image, without metadata, for decoders."""
-    kept = {c: e for c, e in _placed(data).items() if c in _DECODED}
+def keep_layout(data: bytes, *, orientation: bool = False) -> bytes:
+    """Reduce a TIFF file to its first image, without metadata, for decoders.
+
+    Args:
+      data: The file.
+      orientation: Whether to keep the orientation. The default is False.
+    """
+    codes = DECODED | ({ORIENTATION} if orientation else set())
+    kept = {c: e for c, e in _placed(data).items() if c in codes}
     return _replace_directory(data, kept)
+
+
+def sizes(tags: Tags) -> list[tuple[int, int]]:
+    """Get the width and height of a TIFF file's image, and of its tiles, if any.
+
+    Raises:
+      ValueError: If a size is missing, or a tag that decoders need cannot be read.
+    """
+    sides, codes = [(256, 257)], {*tags.directory} | tags.unreadable
+    if {322, 323} & codes:
+        sides.append((322, 323))
+    found = []
+    for pair in sides:
+        width, height = (tags.numbers(code, default=(0,))[0] for code in pair)
+        if not width * height:
+            raise ValueError("it is damaged: its width or height is missing")
+        found.append((width, height))
+    if damaged := tags.unreadable & DECODED:
+        raise ValueError(f"it is damaged: {names(damaged)} cannot be read")
+    return found
 
 
 def count_pages(data: bytes) -> int:
@@ -247,26 +292,42 @@ def count_pages(data: bytes) -> int:
     return len(seen)
 
 
+def check_exif_inside(data: bytes) -> None:
+    """Check EXIF data anywhere in a file, for programs that read all of its tags.
+
+    Raises:
+      ValueError: If their values are larger than the file in all, so that they overlap.
+    """
+    view = memoryview(data)
+    for number, mark in enumerate(_MARKS.finditer(data)):
+        inside, total = view[mark.start() :], 0
+        for _, kind, count, _ in _entries(inside, _first_directory(inside)):
+            size = count * _BIG_SIZES.get(kind, 8)
+            total += size if size <= len(inside) else 0  # Else, it cannot be read.
+        if total > len(data) or number == _MAX_MARKS:
+            raise ValueError("its EXIF data are damaged")
+
+
 def names(codes: Collection[int]) -> str:
     """Format the names of tags."""
     return ", ".join(str(ExifTags.TAGS.get(code, code)) for code in sorted(codes))
 
 
-def _order(data: bytes) -> str:
+def _order(data: bytes | memoryview) -> str:
     """Get the byte order of a file, as `struct` names it."""
     return ">" if data[:2] == b"MM" else "<"
 
 
-def _is_big(data: bytes) -> bool:
+def _is_big(data: bytes | memoryview) -> bool:
     return data[:4] in (b"II+\0", b"MM\0+")
 
 
-def _first_directory(data: bytes) -> int:
+def _first_directory(data: bytes | memoryview) -> int:
     order = _order(data)
     return _number(data[8:16] if _is_big(data) else data[4:8], order)
 
 
-def _number(field: bytes, order: str) -> int:
+def _number(field: bytes | memoryview, order: str) -> int:
     return int.from_bytes(field, "big" if order == ">" else "little")
 
 
@@ -331,7 +392,11 @@ def _pack_directory(directory: dict[int, Any], order: str, at: int) -> bytes:
 
 
 def _size(tag: Any) -> int:
-    return sum(map(_size, tag.values())) if isinstance(tag, dict) else len(tag.data)
+    """Count the bytes of a tag, or of a directory, where it is written."""
+    if isinstance(tag, dict):
+        return 12 + 6 + sum(map(_size, tag.values()))
+    values = len(tag.data) if len(tag.data) > 4 else 0
+    return 12 + values + values % 2
 
 
 def bytes_tag(data: bytes) -> Tag:
