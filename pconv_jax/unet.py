@@ -5,9 +5,7 @@ Images are ``[N, H, W, C]`` in [-1, 1]; masks ``[N, H, W, 1]``, 1 = valid, 0 = h
 Reference: Liu et al. 2018, section 3.2 and table 5 of the supplement.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
@@ -19,7 +17,6 @@ from flax.typing import Dtype, PrecisionLike
 from jax.typing import ArrayLike
 
 from pconv_jax import layers, ops
-from pconv_jax._errors import UserError
 from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 
 _BATCH_NORM_EPSILON = 1e-5
@@ -435,65 +432,3 @@ def fold_batch_norm(
         for side in (model.encoder, model.decoder)
     )
     return model.clone(stages=(encoder, decoder)), {"params": params}
-
-
-# A network is stored with its weights as JSON: its configuration.
-
-
-def model_config(model: PConvUNet) -> dict[str, Any]:
-    """Describe the function a network computes, as values that JSON can hold.
-
-    Fields that affect only how it is computed, such as the dtype, are left out.
-    """
-    return {
-        "conv": model.conv,
-        "stages": [
-            [stage._asdict() for stage in side]
-            for side in (model.encoder, model.decoder)
-        ],
-        "normalization": model.normalization and model.normalization._asdict(),
-        "sigmoid_head": model.sigmoid_head,
-    }
-
-
-def model_from_config(config: Mapping[str, Any], source: str | Path) -> PConvUNet:
-    """Make a network from its configuration.
-
-    Args:
-      config: Configuration from `model_config`, also after a round trip through JSON.
-      source: The file it was read from, for the error message.
-
-    Returns:
-      The network.
-
-    Raises:
-      UserError: If it is not the configuration of a network.
-    """
-    try:
-        fields = dict(config)
-        encoder, decoder = (
-            tuple(Stage(**stage) for stage in side) for side in fields.pop("stages")
-        )
-        if fields["normalization"]:
-            fields["normalization"] = Normalization(**fields["normalization"])
-        return unet_from_stages(encoder, decoder, **fields)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{source} has the configuration of no network that is known here: {error}."
-        ) from error
-
-
-def model_differences(config: Mapping[str, Any] | None, model: PConvUNet) -> list[str]:
-    """List the fields of a configuration in which a network differs from it.
-
-    Args:
-      config: Configuration from `model_config`, also after a round trip through JSON.
-        None is equal to that of any network.
-      model: The network.
-
-    Returns:
-      Names of fields; empty if there is no difference.
-    """
-    ours = json.loads(json.dumps(model_config(model)))
-    theirs = ours if config is None else json.loads(json.dumps(config))
-    return [name for name in ours if theirs.get(name) != ours[name]]

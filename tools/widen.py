@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from pconv_jax import unet
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.unet import PConvUNet, paper_stages
+from pconv_jax.weights.network_config import model_config
 from pconv_jax.weights.pretrained import from_pretrained, save_pretrained
 
 
@@ -51,7 +51,7 @@ def widen(
     if (tuple(model.encoder), tuple(model.decoder)) != stages or before >= width:
         raise UserError(
             "model must have the paper's stages, and fewer features in the first than "
-            f"width = {width}, got {unet.model_config(model)['stages']}."
+            f"width = {width}, got {model_config(model)['stages']}."
         )
     wide = model.clone(stages=None, depth=depth, width=width)
     size = 2 * model.size_multiple

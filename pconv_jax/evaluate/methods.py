@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol, cast
 import jax
 import numpy as np
 
-from pconv_jax import unet
 from pconv_jax._errors import UserError
 from pconv_jax.evaluate.baselines import classical
 from pconv_jax.evaluate.baselines.worker import Worker
@@ -27,6 +26,7 @@ from pconv_jax.runs import parallel
 from pconv_jax.runs.inference import fill_step
 from pconv_jax.runs.opening import load_network
 from pconv_jax.unet import PConvUNet
+from pconv_jax.weights.network_config import model_config
 
 # What the results of a repair depend on besides the network; it may change.
 _REPAIR_CODE = (blocks, detail, fill, inpainter, tiling, values)
@@ -124,7 +124,7 @@ class Network:
     def fingerprint(self) -> str:
         """See `Method`."""
         digest = hashlib.blake2b(digest_size=16)
-        config = [unet.model_config(self.model), str(self.model.dtype)]
+        config = [model_config(self.model), str(self.model.dtype)]
         if self.device_batch > 1:  # It changes the last bits.
             config.append(f"{self.device_batch} at a time")
         digest.update(json.dumps(config).encode())

@@ -12,13 +12,9 @@ from pconv_jax.data import sources
 from pconv_jax.data.base import ImageSource
 from pconv_jax.runs.checkpoint import restore_network
 from pconv_jax.runs.settings import DataSettings, ModelSettings, Settings
-from pconv_jax.unet import (
-    IMAGENET,
-    PConvUNet,
-    model_differences,
-    model_from_config,
-)
+from pconv_jax.unet import IMAGENET, PConvUNet
 from pconv_jax.weights import pretrained
+from pconv_jax.weights.network_config import model_differences, model_from_config
 
 
 class Trained(NamedTuple):

@@ -32,8 +32,9 @@ from pconv_jax.train.step import (
     scan_updates,
     train_step,
 )
-from pconv_jax.unet import PConvUNet, model_config
+from pconv_jax.unet import PConvUNet
 from pconv_jax.weights.formats.arrays import checksum, flatten
+from pconv_jax.weights.network_config import model_config
 from pconv_jax.weights.vgg import load_vgg_params
 
 _logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
-from pconv_jax.unet import PConvUNet, model_config, model_from_config
+from pconv_jax.unet import PConvUNet
 from pconv_jax.weights import hub
 from pconv_jax.weights.formats.arrays import (
     checksum,
@@ -28,6 +28,7 @@ from pconv_jax.weights.formats.arrays import (
     to_tree,
     write_arrays,
 )
+from pconv_jax.weights.network_config import model_config, model_from_config
 
 # The weights files in this package, by name.
 BUNDLED: Mapping[str, Path] = {

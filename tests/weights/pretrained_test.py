@@ -10,12 +10,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from pconv_jax import UserError, unet
+from pconv_jax import UserError
 from pconv_jax.runs.checkpoint import restore_network
 from pconv_jax.train import loop
 from pconv_jax.unet import IMAGENET, Normalization, Stage, paper_stages
 from pconv_jax.weights import importers, pretrained
 from pconv_jax.weights.formats.arrays import read_arrays
+from pconv_jax.weights.network_config import model_config
 from tests.helpers import ROOT, file_server
 from tests.helpers.networks import make_network, small_mmagic, train_config
 
@@ -47,7 +48,7 @@ def test_round_trip_bit_for_bit(fields, channels, tmp_path):
     read = pretrained.from_pretrained(path)
     jax.tree.map(np.testing.assert_array_equal, read.variables, variables)
     assert read.info == INFO
-    assert unet.model_config(read.model) == unet.model_config(model)
+    assert model_config(read.model) == model_config(model)
     sizes = len(model.encoder), model.encoder[0].features, model.decoder[-1].features
     assert (read.model.depth, read.model.width, read.model.out_features) == sizes
     hash(read.model)  # As functools.lru_cache wants it.
@@ -266,7 +267,7 @@ def test_configurations_that_make_no_sense(change, tmp_path):
     path = tmp_path / "m.safetensors"
     pretrained.save_pretrained(path, model, variables)
     arrays = read_arrays(path)
-    header = {"format": 1, "model": change(unet.model_config(model)), "info": {}}
+    header = {"format": 1, "model": change(model_config(model)), "info": {}}
     write(path, {"pconv_jax": json.dumps(header)}, arrays)
     with pytest.raises(ValueError, match="m.safetensors"):
         pretrained.from_pretrained(path)
@@ -280,7 +281,7 @@ def test_info_of_another_form(info, tmp_path):
     path = tmp_path / "m.safetensors"
     pretrained.save_pretrained(path, model, variables)
     arrays = read_arrays(path)
-    header = {"format": 1, "model": unet.model_config(model), "info": info}
+    header = {"format": 1, "model": model_config(model), "info": info}
     write(path, {"pconv_jax": json.dumps(header)}, arrays)
     with pytest.raises(UserError, match="m.safetensors is damaged: .* info"):
         pretrained.from_pretrained(path)
@@ -306,7 +307,7 @@ def test_files_without_a_checksum(tmp_path):
     model, variables = make_network()
     path = tmp_path / "m.safetensors"
     pretrained.save_pretrained(path, model, variables)
-    header = {"format": 1, "model": unet.model_config(model)}
+    header = {"format": 1, "model": model_config(model)}
     write(path, {"pconv_jax": json.dumps(header)}, read_arrays(path))
     read = pretrained.from_pretrained(path)
     jax.tree.map(np.testing.assert_array_equal, read.variables, variables)
