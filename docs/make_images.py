@@ -161,7 +161,7 @@ def draw_masks(size: tuple[int, int]) -> dict[str, Image.Image]:
 def examples() -> dict[str, Image.Image]:
     """Evaluate the bundled network, and take the median and the worst examples.
 
-    The same as ``pconv eval --weights photos --images FOLDER --image_size 256
+    The same as ``pconv eval --weights photos --images FOLDER --image-size 256
     --examples 5 --methods network,repair,telea --no-learned``.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Makes the weights file of a release from what a run wrote.
 
-    python -m tools.bundle RUN/weights.safetensors OUT.safetensors --trusted_depth 4
+    python -m tools.bundle RUN/weights.safetensors OUT.safetensors --trusted-depth 4
 
 The parts of a file, ``weights.safetensors.1`` and so on, are joined first. The kernels
 are stored in int8. Of absolute paths in the description of the run, only the names of
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="weights file of a run")
     parser.add_argument("out", type=Path, help="weights file to write (.safetensors)")
     parser.add_argument(
-        "--trusted_depth",
+        "--trusted-depth",
         type=int,
         help="the last encoder stage whose fillings Inpainter keeps (default: not "
         "stored, so that Inpainter chooses)",

@@ -334,7 +334,7 @@ def main() -> None:
         help="folder of runs and compiled programs (default: %(default)s)",
     )
     parser.add_argument(
-        "--measure_seconds",
+        "--measure-seconds",
         type=float,
         default=120.0,
         help="seconds after which no other candidate is tried; 0 takes the first "

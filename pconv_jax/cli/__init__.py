@@ -6,6 +6,7 @@ when it runs, so that ``--help`` and ``--version`` are fast.
 
 import argparse
 import io
+import re
 import sys
 from collections.abc import Sequence
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None, *, program: str = "pconv") -> None:
     # Names of files may have bytes that are no text, or that a terminal cannot show.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    arguments, unknown = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments, unknown = parser.parse_known_args(map(_spell_with_dashes, argv))
     if unknown:
         sys.exit(f"{program}: {config_options.explain_unknown(unknown[0])}")
     try:
@@ -48,3 +50,11 @@ def main(argv: Sequence[str] | None = None, *, program: str = "pconv") -> None:
         sys.exit(f"{program}: interrupted.")
     except (RunError, UserError) as error:
         sys.exit(f"{program}: {error}")
+
+
+def _spell_with_dashes(argument: str) -> str:
+    """Write the name of an option with dashes if it has underscores.
+
+    Names of settings, after ``--config.``, have underscores.
+    """
+    return re.sub(r"^--\w+", lambda name: name[0].replace("_", "-"), argument)

@@ -17,16 +17,10 @@ _MAX_BYTES = 2**28  # A thousand programs of 0.1 to 0.5 MB.
 _MIN_SECONDS = 0.1  # What compiles faster is not kept.
 
 
-def add_cache(command: argparse.ArgumentParser, *, option: str = "--no-cache") -> None:
-    """Add an option that turns the cache off.
-
-    Args:
-      command: The parser of a command.
-      option: The option. The default is ``--no-cache``.
-    """
+def add_cache(command: argparse.ArgumentParser) -> None:
+    """Add the option ``--no-cache``."""
     command.add_argument(
-        option,
-        dest="no_cache",
+        "--no-cache",
         action="store_true",
         help="compile anew, and keep nothing for the next run (default: compiled "
         "programs are kept in the user's cache folder, or in "

@@ -38,7 +38,7 @@ def add(commands: Subparsers) -> None:
     _add_examples(command)
     _add_metrics(command)
     command.add_argument("--out", type=expand, help="directory of the results")
-    add_cache(command, option="--no_cache")
+    add_cache(command)
     config_options.add_config_options(command, required=False)
     command.set_defaults(run=_run)
 
@@ -62,14 +62,14 @@ def _add_network(command: argparse.ArgumentParser) -> None:
         "baselines (default: network,mean,telea,navier_stokes)",
     )
     command.add_argument(
-        "--time_budget",
+        "--time-budget",
         type=float,
         default=60.0,
         metavar="SECONDS",
         help="longest time of a baseline for an image (default: 60)",
     )
     command.add_argument(
-        "--device_batch",
+        "--device-batch",
         type=int,
         default=1,
         metavar="N",
@@ -93,12 +93,12 @@ def _add_examples(command: argparse.ArgumentParser) -> None:
         "(default: bins,thin,wide)",
     )
     command.add_argument(
-        "--hole_color",
+        "--hole-color",
         choices=("white", "black"),
         default="white",
         help="color of the holes in --masks (default: white)",
     )
-    command.add_argument("--image_size", type=int, help="side of the images, in pixels")
+    command.add_argument("--image-size", type=int, help="side of the images, in pixels")
     command.add_argument(
         "--seed", type=int, default=0, help="seed of masks and intervals (default: 0)"
     )

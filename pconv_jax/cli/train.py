@@ -15,7 +15,7 @@ Trains an inpainting network.
 If it is interrupted, the same command resumes it. All GPUs of a machine are used. To
 use several machines, start one process on each with --distributed, on a common file
 system. If JAX cannot find the other processes by itself, also set
---coordinator_address, --num_processes and --process_id.
+--coordinator-address, --num-processes and --process-id.
 """
 
 _EXAMPLES = """\
@@ -42,7 +42,7 @@ def add(commands: Subparsers) -> None:
         help="directory of the run (default: runs/ and the config's name)",
     )
     command.add_argument(
-        "--allow_other_images",
+        "--allow-other-images",
         action="store_true",
         help="resume a run even if its images have changed",
     )
@@ -51,11 +51,11 @@ def add(commands: Subparsers) -> None:
         "--distributed", action="store_true", help="this is one process of several"
     )
     processes.add_argument(
-        "--coordinator_address", help="host and port of process number 0"
+        "--coordinator-address", help="host and port of process number 0"
     )
-    processes.add_argument("--num_processes", type=int, help="number of processes")
-    processes.add_argument("--process_id", type=int, help="index of this process")
-    add_cache(command, option="--no_cache")
+    processes.add_argument("--num-processes", type=int, help="number of processes")
+    processes.add_argument("--process-id", type=int, help="index of this process")
+    add_cache(command)
     config_options.add_config_options(command, required=True)
     command.set_defaults(run=_run)
 

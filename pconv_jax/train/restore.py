@@ -20,8 +20,8 @@ from pconv_jax.runs.checkpoint import Checkpoints, restore_network
 from pconv_jax.runs.settings import Settings, differences
 from pconv_jax.train.experiment import Experiment
 from pconv_jax.train.step import TrainState
-from pconv_jax.unet import model_config, model_differences
 from pconv_jax.weights import pretrained
+from pconv_jax.weights.network_config import model_config, model_differences
 
 # The parts of a state that a checkpoint stores, each as an item of its own.
 ITEMS = ("params", "batch_stats", "opt_state", "average")
@@ -222,7 +222,7 @@ def _check_images(
     if not allow:
         raise UserError(
             message + "Bring them back, use another workdir, or go on with "
-            "--allow_other_images."
+            "--allow-other-images."
         )
     experiment.warnings.append(message + "The run went on with these.")
     _logger.warning(experiment.warnings[-1])

@@ -31,6 +31,15 @@ def test_help(capsys):
     assert error.value.code == 2
 
 
+def test_names_of_options_may_have_underscores(tmp_path):
+    photo, mask, output = (tmp_path / name for name in ("a.png", "m.png", "o.png"))
+    Image.new("RGB", (8, 8)).save(photo)
+    Image.new("L", (8, 8)).save(mask)
+    command = ["inpaint", "--image", str(photo), "--mask", str(mask)]
+    with pytest.raises(SystemExit, match="max_pixels"):
+        cli.main([*command, "--output", str(output), "--max_pixels=-1_0"])
+
+
 @pytest.mark.parametrize("error", [UserError("a mistake"), RunError("a full disk")])
 def test_user_and_run_errors_become_one_sentence(error, monkeypatch):
     monkeypatch.setattr(cli.masks, "_check", fail_with(error))

@@ -56,7 +56,7 @@ def test_no_block_is_overlooked(page):
 
 def run_command(line):
     line = line.replace(".venv/bin/", "")
-    line = line.replace("--image_size 256", "--image_size 128")
+    line = line.replace("--image-size 256", "--image-size 128")
     words = shlex.split(line, comments=True)
     if not words or ELSEWHERE.match(" ".join(words)):
         return

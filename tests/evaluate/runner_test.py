@@ -466,7 +466,7 @@ def test_devices_and_kills_do_not_change_results_and_opencv_agrees(run, tmp_path
     """On one device, on four, and on four after a kill; and on other people's code."""
     write_images(tmp_path / "photos")
     written = write_mask_folder(tmp_path / "masks", BIN_CLASSES, size=48, per_class=2)
-    arguments = [f"--workdir={run}", "--image_size=48", "--examples=3"]
+    arguments = [f"--workdir={run}", "--image-size=48", "--examples=3"]
     arguments += [f"--images={tmp_path / 'photos'}", f"--masks={tmp_path / 'masks'}"]
     arguments += ["--nolearned", "--methods=pconv,telea,navier_stokes"]
     one = start(1, *arguments, f"--out={tmp_path / 'one'}")

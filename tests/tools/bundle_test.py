@@ -20,7 +20,7 @@ def test_parts_of_a_run_become_one_file(tmp_path, monkeypatch, capsys):
     save_pretrained(whole, model, variables, info=info, kernels="float16")
     export.split(whole, tmp_path, 3000)
     source, out = tmp_path / "weights.safetensors", tmp_path / "out.safetensors"
-    command = ["bundle", str(source), str(out), "--trusted_depth", "3"]
+    command = ["bundle", str(source), str(out), "--trusted-depth", "3"]
     monkeypatch.setattr(sys, "argv", command)
     bundle.main()
     assert f"{out}: 0.0 MB" in capsys.readouterr().out

@@ -637,11 +637,11 @@ def start_two(workdir, fields, fields_of_the_second=()):
         port = s.getsockname()[1]
     flags = [
         "--distributed",
-        f"--coordinator_address=127.0.0.1:{port}",
-        "--num_processes=2",
+        f"--coordinator-address=127.0.0.1:{port}",
+        "--num-processes=2",
     ]
     return [
-        start(command(workdir, *flags, f"--process_id={number}", **fields | dict(own)))
+        start(command(workdir, *flags, f"--process-id={number}", **fields | dict(own)))
         for number, own in enumerate([(), fields_of_the_second])
     ]
 
@@ -720,8 +720,8 @@ def test_a_process_that_waits_for_others_can_be_interrupted(tmp_path, number):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ["--distributed", f"--coordinator_address=127.0.0.1:{port}"]
-    flags += ["--num_processes=2", f"--process_id={number}"]
+    flags = ["--distributed", f"--coordinator-address=127.0.0.1:{port}"]
+    flags += ["--num-processes=2", f"--process-id={number}"]
     # Background jobs of shells ignore the signal, and so would their child processes.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(command(tmp_path, *flags))
@@ -801,9 +801,9 @@ def test_mistakes_end_in_a_sentence(tmp_path, fields, message):
 
 
 def test_processes_are_not_told_of_others_for_nothing(tmp_path):
-    result = run(command(tmp_path / "run", "--num_processes=2", "--process_id=1"))
+    result = run(command(tmp_path / "run", "--num-processes=2", "--process-id=1"))
     assert result.returncode == 1 and "needs --distributed" in result.stderr
-    result = run(command(tmp_path / "run", "--distributed", "--process_id=1"))
+    result = run(command(tmp_path / "run", "--distributed", "--process-id=1"))
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "coordinator_address = None" in result.stderr
     assert not list(tmp_path.iterdir())
