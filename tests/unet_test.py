@@ -644,6 +644,7 @@ def test_training_needs_more_than_one_value_per_channel():
     jax.eval_shape(frozen, variables, *make_inputs(1, 4))
 
 
+@pytest.mark.slow  # Without XLA's optimizations, nothing is moved or kept.
 def test_parts_of_kernels_are_not_all_in_memory_at_the_same_time(monkeypatch):
     images, mask = (jax.ShapeDtypeStruct((1, 256, 256, c), jnp.float32) for c in (3, 1))
     model = PConvUNet(depth=7)

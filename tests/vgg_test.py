@@ -135,6 +135,7 @@ def test_gradient_of_relu_is_that_of_flax():
     np.testing.assert_array_equal(pull_back(x + 1)[0], expected_pull_back(x + 1)[0])
 
 
+@pytest.mark.slow  # Without XLA's optimizations, nothing is moved or kept.
 def test_backward_pass_keeps_booleans_instead_of_floats(monkeypatch):
     images = jnp.zeros((1, 64, 64, 3))
     params = identity_params(vgg.VGG16Features())
