@@ -67,9 +67,11 @@ _DEPTH_PER_SIGMA = 16  # Depth of a hole, in pixels, for a sigma of 1.
 # the smaller one: with more of the guide, wide holes look soft.
 _BLEND = (0.2, 0.8)
 _BLEND_DEPTH = 12.0
+# Fine detail moves by the larger part, too, but only at the rim: the part falls by e with
+# each pixel of depth. In narrow holes the guide's is more accurate than that of patches.
 # Shares of the window that may be copied: much, and little. With little, patches fit
 # badly. Then coarse detail moves by the larger part at every depth, and fine detail by
-# this one. With much, fine detail stays.
+# at least this one.
 _MUCH, _LITTLE = 0.75, 0.5
 _FINE_BLEND = 0.4
 _MAX_DECAY = 30  # Pixels of depth from which on this factor stays the same.
@@ -287,8 +289,11 @@ def _fill_window(
             sigma,
             rng,
             length,
+            # An enlarged estimate lacks fine detail, so that smooth patches fit it best.
+            # At coarser scales a vote would cost accuracy.
+            vote_first=level == 0 and estimate is not None,
             # Each scale has about four times the pixels of the one before.
-            share(progress, 0.25 ** (level + 1), 0.25**level),
+            progress=share(progress, 0.25 ** (level + 1), 0.25**level),
         )
     assert estimate is not None
     return _blend(estimate, scale, sigma)
@@ -302,12 +307,14 @@ def _blend(estimate: np.ndarray, scale: _Scale, sigma: float) -> np.ndarray:
     """
     scarcity = np.clip((_MUCH - scale.source.mean()) / (_MUCH - _LITTLE), 0, 1)
     least, most = _BLEND
-    fall = np.exp(1 - _depth(scale.hole) / _BLEND_DEPTH)
-    coarse_part = np.clip(fall, least + scarcity * (most - least), most)[..., None]
+    depth = _depth(scale.hole)[..., None]
+    coarse_part = np.exp(1 - depth / _BLEND_DEPTH)
+    coarse_part = np.clip(coarse_part, least + scarcity * (most - least), most)
+    fine_part = most * np.exp(1 - depth)  # The rim has a depth of 1.
+    fine_part = np.maximum(fine_part, scarcity * _FINE_BLEND)
     difference = scale.image - estimate
     coarse = _blur(difference, sigma)
-    fine = difference - coarse
-    return estimate + coarse_part * coarse + scarcity * _FINE_BLEND * fine
+    return estimate + coarse_part * coarse + fine_part * (difference - coarse)
 
 
 def _refine_scale(
@@ -318,6 +325,8 @@ def _refine_scale(
     sigma: float,
     rng: np.random.Generator,
     length: int,
+    *,
+    vote_first: bool,
     progress: Progress = ignore,
 ) -> tuple[np.ndarray, _Matches]:
     """Search and vote at one scale.
@@ -330,6 +339,7 @@ def _refine_scale(
       sigma: Standard deviation of the low-pass of the guide, in pixels.
       rng: Source of random numbers.
       length: That of the arrays, P.
+      vote_first: Whether the matches of the coarser scale vote before the first search.
       progress: Called with the fraction of this scale that is done.
 
     Returns:
@@ -370,8 +380,12 @@ def _refine_scale(
     )
     rounds = _ROUNDS if count <= _MANY_TARGETS else _ROUNDS // 2
     key = jax.random.key(rng.integers(2**32))
-    state = grid.flatten(current), np.pad(grid.number(*first), (0, rest), mode="edge")
-    flat, match = _refine(key, *state, problem, rounds, progress)
+    flat = grid.flatten(current)
+    match = np.pad(grid.number(*first), (0, rest), mode="edge")
+    if vote_first:
+        weight = np.where(np.arange(length) < count, problem.targets.rim_weight, 0)
+        flat = np.asarray(_vote(flat, match, weight, problem))
+    flat, match = _refine(key, flat, match, problem, rounds, progress)
     rows_of_match, columns_of_match = grid.place(match[:count])
     found = _Matches(*(np.full(hole.shape, -1, np.int32) for _ in range(2)))
     found.rows[rows, columns] = rows_of_match
@@ -537,16 +551,9 @@ def _search_and_vote(
     match, distance = lax.fori_loop(0, chunks, search, (match, distance))
     spread = jnp.where(exists, distance, 0).sum() / problem.total + 1
     # The constant lets patches vote where all of them are dissimilar.
-    weight = problem.targets.rim_weight * (jnp.exp(-distance / (2 * spread)) + 1e-6)
-    weight = jnp.where(exists, weight, 0)
-
-    def vote(chunk: jax.Array, new: jax.Array) -> jax.Array:
-        targets = _cut(problem.targets, chunk * _CHUNK)
-        votes = _vote(image, targets, match, weight, problem)
-        place = jnp.where(targets.in_hole, targets.pixel, len(image))
-        return new.at[place].set(votes, mode="drop")
-
-    return lax.fori_loop(0, chunks, vote, image), match
+    similarity = jnp.exp(-distance / (2 * spread)) + 1e-6
+    weight = jnp.where(exists, problem.targets.rim_weight * similarity, 0)
+    return _vote(image, match, weight, problem), match
 
 
 def _cut(values: Any, start: jax.Array) -> Any:
@@ -620,7 +627,32 @@ def _search(
     return match, lax.dynamic_update_slice_in_dim(distance, best, start, 0)
 
 
+@jax.jit
 def _vote(
+    image: jax.Array, match: jax.Array, weight: jax.Array, problem: _Problem
+) -> jax.Array:
+    """Replace the hole by the weighted mean of what all patches suggest.
+
+    Args:
+      image: Float32 ``[P, C]``.
+      match: For each target, the center of the patch that is copied, ``[P]``.
+      weight: Weight of each target's votes, ``[P]``, 0 where there is no target.
+      problem: The rest.
+
+    Returns:
+      The image with the new estimate in the hole.
+    """
+
+    def add(chunk: jax.Array, new: jax.Array) -> jax.Array:
+        targets = _cut(problem.targets, chunk * _CHUNK)
+        colors = _average(image, targets, match, weight, problem)
+        place = jnp.where(targets.in_hole, targets.pixel, len(image))
+        return new.at[place].set(colors, mode="drop")
+
+    return lax.fori_loop(0, -(-problem.total // _CHUNK), add, image)
+
+
+def _average(
     image: jax.Array,
     targets: _Targets,
     match: jax.Array,

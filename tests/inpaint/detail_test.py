@@ -77,7 +77,9 @@ def test_excluded_pixels_are_not_copied():
     scale = detail._Scale(guide.astype(np.float32), hole, ~hole & ~red)
     weight = detail._guide_weight(hole, 1)
     length = detail._find_length(hole.shape)
-    _, matches = detail._refine_scale(scale, None, None, weight, 1.0, rng, length)
+    _, matches = detail._refine_scale(
+        scale, None, None, weight, 1.0, rng, length, vote_first=False
+    )
     assert matches.columns[matches.rows >= 0].min() == 40 + 2
 
 
@@ -156,7 +158,9 @@ def test_matches_are_nearly_the_nearest():
     scale = detail._Scale(image, hole, ~hole)
     weight = detail._guide_weight(hole, 1)
     length = detail._find_length(hole.shape)
-    filled, matches = detail._refine_scale(scale, image, None, weight, 1.0, rng, length)
+    filled, matches = detail._refine_scale(
+        scale, image, None, weight, 1.0, rng, length, vote_first=False
+    )
     centers = detail._centers(~hole)
     rows, columns = np.nonzero(matches.rows >= 0)
     assert len(rows) == 10 * 10  # The hole and two pixels around it.
