@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = "pconv") -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
-    arguments, unknown = parser.parse_known_args(map(_spell_with_dashes, argv))
+    arguments, unknown = parser.parse_known_args(_spell_with_dashes(argv))
     if unknown:
         sys.exit(f"{program}: {config_options.explain_unknown(unknown[0])}")
     try:
@@ -52,9 +52,16 @@ def main(argv: Sequence[str] | None = None, *, program: str = "pconv") -> None:
         sys.exit(f"{program}: {error}")
 
 
-def _spell_with_dashes(argument: str) -> str:
-    """Write the name of an option with dashes if it has underscores.
+def _spell_with_dashes(argv: Sequence[str]) -> list[str]:
+    """Write the names of options with dashes where they have underscores.
 
-    Names of settings, after ``--config.``, have underscores.
+    Names of settings, after ``--config.``, keep their underscores, and so does all that
+    follows ``--``, which ends the options.
     """
-    return re.sub(r"^--\w+", lambda name: name[0].replace("_", "-"), argument)
+    end = argv.index("--") if "--" in argv else len(argv)
+    options = [re.sub(r"^--\w+", _with_dashes, argument) for argument in argv[:end]]
+    return [*options, *argv[end:]]
+
+
+def _with_dashes(name: re.Match[str]) -> str:
+    return name[0].replace("_", "-")

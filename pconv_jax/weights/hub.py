@@ -165,21 +165,9 @@ def _check_etag(path: Path, etag: str | None) -> None:
             raise DownloadError(f"its SHA-256 is {actual}, and the Hub has {etag}")
 
 
-class Downloaded(NamedTuple):
-    """Arrays of a file on the Hugging Face Hub.
-
-    Attributes:
-      arrays: Arrays by name.
-      revision: The repository's revision that they are of.
-    """
-
-    arrays: dict[str, np.ndarray]
-    revision: str
-
-
 def read_repository_arrays(
     repository: str, filename: str, names: Collection[str], *, revision: str
-) -> Downloaded:
+) -> dict[str, np.ndarray]:
     """Read some arrays of a safetensors file on the Hugging Face Hub.
 
     Only the file's header and these arrays are downloaded, if the server supports range
@@ -190,6 +178,9 @@ def read_repository_arrays(
       filename: File in the repository.
       names: Names of float32 arrays. Those that the file does not have are left out.
       revision: The repository's revision, a commit.
+
+    Returns:
+      Arrays by name.
 
     Raises:
       DownloadError: If the file cannot be downloaded, is no such file, is of another
@@ -214,21 +205,29 @@ def read_repository_arrays(
         )
     if others := read.revisions - {revision}:
         raise DownloadError(f"the Hub gave revision {others.pop()}, not {revision}")
-    return Downloaded(arrays, revision)
+    return arrays
 
 
-def remember_arrays(repository: str, filename: str, downloaded: Downloaded) -> None:
-    """Remember the hashes and the revision of arrays, to compare later downloads.
+def remember_arrays(
+    repository: str, filename: str, arrays: Mapping[str, np.ndarray], *, revision: str
+) -> None:
+    """Remember the hashes of arrays, to compare later downloads with them.
 
-    They are in the file ``downloads.json`` of the cache.
+    They are stored in the file ``downloads.json`` of the cache, with the revision.
+
+    Args:
+      repository: As for `read_repository_arrays`.
+      filename: As for `read_repository_arrays`.
+      arrays: What it returned.
+      revision: The revision that they were read from.
 
     Raises:
-      RunError: If it cannot be written.
+      RunError: If the file cannot be written.
     """
     remembered = _read_remembered()
     remembered[f"{repository}/{filename}"] = {
-        "revision": downloaded.revision,
-        "sha256": _hash_arrays(downloaded.arrays),
+        "revision": revision,
+        "sha256": _hash_arrays(arrays),
     }
     text = json.dumps(remembered, indent=1) + "\n"
     _files.write_bytes(cache_path(_REMEMBERED), text.encode())

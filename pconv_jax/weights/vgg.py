@@ -81,7 +81,7 @@ def load_vgg_params(source: str | Path = "imagenet") -> Params:
     if path.exists():
         return _to_params(read_vgg(path), path)
     try:
-        downloaded = download_vgg16()
+        arrays = download_vgg16()
     except hub.DownloadError as error:
         raise UserError(
             f"There are no VGG16 weights: {VGG16_URL} cannot be downloaded "
@@ -90,10 +90,10 @@ def load_vgg_params(source: str | Path = "imagenet") -> Params:
             "vgg16-397923af.pth, or Keras' vgg16_weights_tf_dim_ordering_tf_kernels_"
             "notop.h5, may be named there as well."
         ) from error
-    params = _to_params(_rename(downloaded.arrays, VGG16_URL), VGG16_URL)
+    params = _to_params(_rename(arrays, VGG16_URL), VGG16_URL)
     try:
         write_cache(path, flatten(params))
-        hub.remember_arrays(_REPOSITORY, _HUB_FILE, downloaded)
+        hub.remember_arrays(_REPOSITORY, _HUB_FILE, arrays, revision=_REVISION)
     except RunError as error:
         _logger.warning("The VGG16 is not kept for the next time: %s", error)
     return params
@@ -129,7 +129,7 @@ def write_cache(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_arrays(path, arrays, {_CHECKSUM: checksum(arrays)})
 
 
-def download_vgg16() -> hub.Downloaded:
+def download_vgg16() -> dict[str, np.ndarray]:
     """Download the first three blocks of a VGG16: 7 MB of a file of 550 MB.
 
     Returns:

@@ -38,6 +38,9 @@ def test_names_of_options_may_have_underscores(tmp_path):
     command = ["inpaint", "--image", str(photo), "--mask", str(mask)]
     with pytest.raises(SystemExit, match="max_pixels"):
         cli.main([*command, "--output", str(output), "--max_pixels=-1_0"])
+    # What follows "--" is no option.
+    with pytest.raises(SystemExit, match="no file --a_b.pth"):
+        cli.main(["convert", "--", "--a_b.pth", str(tmp_path / "out.safetensors")])
 
 
 @pytest.mark.parametrize("error", [UserError("a mistake"), RunError("a full disk")])

@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save, save_file
 
 from pconv_jax import UserError, vgg
 from pconv_jax.weights import vgg as vgg_weights
-from pconv_jax.weights.hub import Downloaded
 from pconv_jax.weights.vgg import load_vgg_params, write_cache
 from tests.helpers import ROOT, file_server, torch_writer
 
@@ -88,9 +87,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch, cap
     (tmp_path / "cache").write_text("a file where the folder should be")
     params = jax.device_get(vgg.random_params(jax.random.key(0)))
     arrays = traverse_util.flatten_dict(params, sep="/")
-    monkeypatch.setattr(
-        vgg_weights, "download_vgg16", lambda: Downloaded(arrays, REVISION)
-    )
+    monkeypatch.setattr(vgg_weights, "download_vgg16", lambda: arrays)
     jax.tree.map(np.testing.assert_array_equal, load_vgg_params(), params)
     assert "not kept for the next time" in caplog.text
 
