@@ -9,8 +9,9 @@ Reference: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-S
 Image Recognition", 2015, https://arxiv.org/abs/1409.1556.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -24,15 +25,9 @@ from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 
 Params = Mapping[str, Any]
 
-
-class FeatureFn(Protocol):
-    """A function such as `vgg16_features`."""
-
-    def __call__(
-        self, params: Params, images: ArrayLike, *, dtype: Dtype | None = None
-    ) -> tuple[jax.Array, ...]:
-        """Compute feature maps of images."""
-        ...
+# Maps parameters and images [N, H, W, 3] to feature maps [N, h, w, c], as
+# `vgg16_features` does. With its parameters it is a `losses.FeaturesFn`.
+ApplyFeatures = Callable[[Params, jax.Array], Sequence[jax.Array]]
 
 
 class VGGFeatures(nn.Module):
@@ -167,9 +162,15 @@ def vgg19_features(
     return cast(tuple[jax.Array, ...], pools)  # apply has no precise type.
 
 
-def feature_fn_for(params: Params) -> FeatureFn:
-    """Choose `vgg16_features` or `vgg19_features`, by the names of the parameters."""
-    return vgg19_features if "conv3_4" in params else vgg16_features
+def feature_fn_for(params: Params, *, dtype: Dtype | None = None) -> ApplyFeatures:
+    """Choose `vgg16_features` or `vgg19_features`, by the names of the parameters.
+
+    Args:
+      params: Parameters of either network.
+      dtype: Dtype of the computation. None (the default) infers it.
+    """
+    features = vgg19_features if "conv3_4" in params else vgg16_features
+    return functools.partial(features, dtype=dtype)
 
 
 def random_params(key: jax.Array) -> Params:

@@ -19,7 +19,6 @@ batch where memory is too small, and else in float32, and then without a VGG.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -33,6 +32,7 @@ from typing import Any
 
 import jax
 
+from pconv_jax import vgg
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.cli import config_options
 from pconv_jax.runs import opening, output, parallel
@@ -204,8 +204,7 @@ def _measure(experiment: Experiment, settings: Settings) -> float:
     model = opening.get_model(settings.model)
     features = experiment.features
     if features:
-        apply: Any = features.apply
-        apply = functools.partial(apply, dtype=model.dtype)
+        apply = vgg.feature_fn_for(features.params, dtype=model.dtype)
         features = features._replace(apply=apply)
     phases = [phase for phase in experiment.phases if phase.start < phase.stop]
     phases = [phase for phase in phases if phase.use_features] or phases

@@ -110,7 +110,7 @@ def random_crop(
     Returns:
       uint8 ``[S, S, 3]``.
     """
-    part, *place, coin = jax.random.uniform(key, (4,))
+    part, *place, coin = jax.random.uniform(key, (4,), jnp.float32)
     bounds = cache.sizes[index].astype(jnp.float32)
     side = (scale[0] + part * (scale[1] - scale[0])) * bounds.min()
     start = jnp.stack(place) * (bounds - side)
@@ -118,7 +118,7 @@ def random_crop(
         cache.images[index].astype(jnp.float32),
         (size, size, 3),
         (0, 1),
-        size / side * jnp.ones(2),
+        jnp.full(2, size / side),
         -start * size / side,
         method="cubic",  # With antialiasing where it shrinks.
     )

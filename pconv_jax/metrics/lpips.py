@@ -95,10 +95,9 @@ class LPIPS(nn.Module):
                 f"{network.smallest} pixels, got shape {a.shape}."
             )
         # Equals the shift and scale of the original, which takes images in [-1, 1].
-        x = (jnp.concatenate([a, b]) - jnp.array(IMAGENET_MEAN)) / jnp.array(
-            IMAGENET_STD
-        )
-        distance = jnp.zeros(len(a))
+        mean, std = (jnp.array(x, a.dtype) for x in (IMAGENET_MEAN, IMAGENET_STD))
+        x = (jnp.concatenate([a, b]) - mean) / std
+        distance = jnp.zeros(len(a), a.dtype)
         for depth, (pool, convs) in enumerate(network.stages):
             if pool:
                 x = nn.max_pool(x, (pool, pool), strides=(2, 2))

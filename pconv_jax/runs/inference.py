@@ -1,6 +1,6 @@
 """Pure functions that run and score a network on a batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,11 +11,11 @@ from pconv_jax.unet import PConvUNet
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-# Draws a mask [H, W, 1] from a key.
-DrawMask = Callable[[jax.Array], jax.Array]
 
 
-def fill_step(variables: Any, batch: Batch, *, model: PConvUNet) -> Metrics:
+def fill_step(
+    variables: Mapping[str, Any], batch: Batch, *, model: PConvUNet
+) -> dict[str, jax.Array]:
     """Fill the holes of a batch.
 
     Args:
@@ -62,22 +62,14 @@ def score_step(batch: Batch) -> Metrics:
     }
 
 
-def prepare_batch(
-    batch: Batch, *, draw_mask: DrawMask | None = None
-) -> tuple[jax.Array, jax.Array]:
+def prepare_batch(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Convert a batch to images in [-1, 1] and masks, both float32.
 
     Args:
-      batch: ``image``, uint8 ``[N, H, W, C]``, and either ``mask``, ``[N, H, W, 1]``,
-        or ``seed``, uint32 ``[N]``.
-      draw_mask: Draws a mask ``[H, W, 1]`` from a key, for batches without masks.
+      batch: ``image``, uint8 ``[N, H, W, C]``, and ``mask``, ``[N, H, W, 1]``.
     """
     images = batch["image"].astype(jnp.float32) / 127.5 - 1
-    if "mask" in batch:
-        return images, batch["mask"].astype(jnp.float32)
-    assert draw_mask is not None, "a batch without masks needs draw_mask"
-    keys = jax.vmap(jax.random.key)(batch["seed"])
-    return images, jax.vmap(draw_mask)(keys)
+    return images, batch["mask"].astype(jnp.float32)
 
 
 def to_uint8(images: jax.Array) -> jax.Array:

@@ -25,10 +25,11 @@ from pconv_jax.train import optim
 from pconv_jax.train.mask_sampling import choose_mask, draw_pool, mask_sampler
 from pconv_jax.train.phases import Phase, get_phases
 from pconv_jax.train.step import (
-    ApplyFeatures,
+    CROP,
     Scales,
     TrainState,
     create_state,
+    example_keys,
     scan_updates,
     train_step,
 )
@@ -54,8 +55,8 @@ class Features(NamedTuple):
       apply: The function of these parameters and images.
     """
 
-    params: Any
-    apply: ApplyFeatures
+    params: vgg.Params
+    apply: vgg.ApplyFeatures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +170,9 @@ class Experiment:
             size=self.settings.image_size,
             scale=self.settings.data.scale,
         )
-        # Masks are drawn from the same seeds.
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 2))
-        seeds = batch["seed"]
-        images = jax.vmap(crop)(keys(seeds), index=batch["index"])
-        return {"image": images, "seed": seeds}
+        keys = example_keys(batch["seed"], CROP)
+        images = jax.vmap(crop)(keys, index=batch["index"])
+        return {"image": images, "seed": batch["seed"]}
 
     def open_batches(
         self, start_step: int
@@ -322,7 +321,7 @@ def _open_features(
         _logger.warning(warning)
         params = jax.jit(vgg.random_params)(jax.random.key(0))
         digest = "random"  # The last bits depend on the machine.
-    apply = functools.partial(vgg.feature_fn_for(params), dtype=model.dtype)
+    apply = vgg.feature_fn_for(params, dtype=model.dtype)
     return Features(parallel.replicate(params), apply), digest
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pconv_jax import masks
-from pconv_jax.runs.inference import DrawMask
 from pconv_jax.runs.settings import MaskSettings
+from pconv_jax.train.step import DrawMask
 
 _BORDERS = {"any": None, "always": True, "never": False}
 
@@ -21,10 +21,12 @@ def mask_sampler(settings: MaskSettings, size: int) -> DrawMask:
         )
 
     def draw_any(key: jax.Array) -> jax.Array:
+        if not settings.thin and not settings.wide:
+            return draw(key, settings.kind, settings.hole_ratio)
+        coin_key, key = jax.random.split(key)
+        coin = jax.random.uniform(coin_key, (), jnp.float32)
+        # Of the masks, one is used: they may be drawn from the same key.
         mask = draw(key, settings.kind, settings.hole_ratio)
-        # Not with 0 or 1, which give the keys that `random_mask` splits its key into;
-        # crops of cached images have 2.
-        coin = jax.random.uniform(jax.random.fold_in(key, 3))
         for kind, part in (("thin", settings.thin), ("wide", settings.wide)):
             if part:
                 other = draw(key, kind, masks.HOLE_RATIOS[kind])

@@ -1,14 +1,15 @@
 """One step of training, as a pure function of the state and a batch.
 
 A batch is a dict of arrays, as `pconv_jax.data.pipeline` yields them: ``image``, uint8
-``[N, H, W, 3]``; and either ``mask``, ``[N, H, W, 1]`` with 1 = valid, or ``seed``,
-uint32 ``[N]``, from which the mask of each example is drawn on the device. The result
-for an example depends neither on its place in the batch nor on its device.
+``[N, H, W, 3]``; ``mask``, ``[N, H, W, 1]`` with 1 = valid; and ``seed``, uint32
+``[N]``, from which all random numbers of an example are drawn on the device, also its
+mask if there is none in the batch. The result for an example depends neither on its
+place in the batch nor on its device.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
 
 import flax.struct
 import jax
@@ -17,12 +18,21 @@ import numpy as np
 import optax
 from jax import lax
 
-from pconv_jax import losses
-from pconv_jax.runs.inference import Batch, DrawMask, Metrics, prepare_batch
+from pconv_jax import losses, vgg
+from pconv_jax.runs.inference import Batch, Metrics, prepare_batch
 from pconv_jax.unet import PConvUNet
 
-# Maps parameters and images to feature maps, e.g. vgg.vgg16_features.
-ApplyFeatures = Callable[[Any, jax.Array], Any]
+Carry = TypeVar("Carry")
+Y = TypeVar("Y")
+
+# Parameters or statistics: arrays by name, in modules by name.
+Tree = Mapping[str, Any]
+
+# Draws a mask [H, W, 1] from a key.
+DrawMask = Callable[[jax.Array], jax.Array]
+
+# What the random numbers of an example are for; see `example_keys`.
+MASK, CROP, COLORS = range(3)
 
 
 class Scales(NamedTuple):
@@ -54,13 +64,13 @@ class TrainState:
     """
 
     step: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    average: Any = flax.struct.field(default_factory=dict)
+    params: Tree
+    batch_stats: Tree
+    opt_state: optax.OptState
+    average: Tree = flax.struct.field(default_factory=dict)
 
     @property
-    def variables(self) -> Any:
+    def variables(self) -> Tree:
         """Variables of the network for evaluation, the average if there is one."""
         return self.average or {
             "params": self.params,
@@ -87,10 +97,12 @@ def create_state(
     """
 
     @jax.jit
-    def init():
-        images = jnp.zeros((2, image_size, image_size, model.out_features))
-        variables = model.init(key, images, jnp.ones((*images.shape[:-1], 1)))
-        params, stats = variables["params"], variables.get("batch_stats", {})
+    def init() -> TrainState:
+        # In training, a network gives images like those that it takes.
+        shape = (2, image_size, image_size, model.decoder[-1].features)
+        images, mask = jnp.zeros(shape), jnp.ones((*shape[:-1], 1))
+        variables = model.init(key, images, mask)
+        params, stats = variables["params"], dict(variables).get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -105,12 +117,12 @@ def create_state(
 def train_step(
     state: TrainState,
     batch: Batch,
-    feature_params: Any,
+    feature_params: vgg.Params | None,
     *,
     scales: Scales = UNSCALED,
     model: PConvUNet,
     optimizer: optax.GradientTransformation,
-    apply_features: ApplyFeatures | None,
+    apply_features: vgg.ApplyFeatures | None,
     loss_weights: losses.LossWeights = losses.PAPER_WEIGHTS,
     feature_fraction: float = 1.0,
     draw_mask: DrawMask | None = None,
@@ -125,25 +137,28 @@ def train_step(
     Args:
       state: The state before the update.
       batch: The batch, see the module; under ``jax.pmap`` this device's part of it.
-      feature_params: Parameters of ``apply_features``.
+      feature_params: Parameters of ``apply_features``, or None without it.
       scales: Factors of this update. By default all are 1.
       model: The network.
       optimizer: The optimizer that made `TrainState.opt_state`.
-      apply_features: The network of the perceptual and style terms. None leaves these
-        terms out.
-      loss_weights: Weights of the loss terms.
+      apply_features: The network of the perceptual and style terms, e.g.
+        `vgg.vgg16_features`. None leaves these terms out.
+      loss_weights: Weights of the loss terms. The defaults are the paper's.
       feature_fraction: Part of the images that the perceptual and style terms see, at
         least one: the first of the batch. The default is 1.
-      draw_mask: Draws the masks of a batch that has none.
+      draw_mask: Draws a mask ``[H, W, 1]`` from a key, for a batch without masks. By
+        default the batch must have them.
       color_jitter: Largest relative change of brightness, contrast and saturation, see
         `jitter_colors`. The default is 0.
       freeze_encoder_norm: Whether the encoder normalizes by its running statistics, see
-        `PConvUNet`.
+        `PConvUNet`. The default is False.
       accumulate: Number of parts in which the batch is computed, one after the other,
         to save memory. The gradients of the parts are averaged. Batch normalization
-        sees one part at a time and updates its running statistics after each.
+        sees one part at a time and updates its running statistics after each. The
+        default is 1.
       average_decay: Decay of `TrainState.average`, if the state has one. It is smaller
-        in the first steps, so that the average soon forgets the initial weights.
+        in the first steps, so that the average soon forgets the initial weights. The
+        default is 0.
       axis_name: Name of the mapped axis that divides the batch. None (the default) if
         it is not divided.
 
@@ -152,37 +167,29 @@ def train_step(
       ``total``, ``gradient_norm`` and ``hole_ratio``.
 
     Raises:
-      ValueError: If ``accumulate`` does not divide the batch.
+      ValueError: If ``accumulate`` does not divide the batch, if the batch has neither
+        masks nor seeds to draw them from, or if parameters are missing.
     """
-    model = model.clone(axis_name=axis_name)
-    features_fn = apply_features and functools.partial(apply_features, feature_params)
-    loss_weights = _scale_features(loss_weights, scales.features)
+    features_fn = None
+    if apply_features is not None:
+        if feature_params is None:
+            raise ValueError("feature_params is needed for apply_features, got None.")
+        features_fn = functools.partial(apply_features, feature_params)
+    loss_fn = functools.partial(
+        _compute_loss,
+        model=model.clone(axis_name=axis_name),
+        freeze_encoder_norm=freeze_encoder_norm,
+        features_fn=features_fn,
+        weights=_scale_features(loss_weights, scales.features),
+        feature_fraction=feature_fraction,
+    )
 
-    def loss_fn(params, batch_stats, images, mask):
-        (output, _), updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images,
-            mask,
-            train=True,
-            freeze_encoder_norm=freeze_encoder_norm,
-            mutable=["batch_stats"],
-        )
-        terms = _mean_terms(
-            output,
-            images,
-            mask,
-            features_fn=features_fn,
-            weights=loss_weights,
-            count=max(1, round(feature_fraction * len(images))),
-        )
-        scalars = terms | {"hole_ratio": 1 - mask.mean()}
-        return scalars["total"], (scalars, updates.get("batch_stats", {}))
-
-    def differentiate(batch_stats, batch):
-        images, mask = prepare_batch(batch, draw_mask=draw_mask)
+    def differentiate(
+        batch_stats: Tree, batch: Batch
+    ) -> tuple[Tree, tuple[Tree, Metrics]]:
+        images, mask = prepare_batch(add_masks(batch, draw_mask))
         if color_jitter:
-            # Masks are drawn from the same seeds.
-            keys = jax.vmap(lambda seed: jax.random.key(~seed))(batch["seed"])
+            keys = example_keys(batch["seed"], COLORS)
             images = jitter_colors(keys, images, amount=color_jitter)
         grads, (scalars, batch_stats) = jax.grad(loss_fn, has_aux=True)(
             state.params, batch_stats, images, mask
@@ -198,23 +205,49 @@ def train_step(
         grads, batch_stats, scalars = lax.pmean(
             (grads, batch_stats, scalars), axis_name
         )
+    scalars = scalars | {"gradient_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: u * scales.learning_rate, updates)
-    params = optax.apply_updates(state.params, updates)
-    average = state.average
-    if average:
-        decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
-        average = optax.incremental_update(
-            {"params": params, "batch_stats": batch_stats}, average, 1 - decay
-        )
-    state = TrainState(
+    params = cast(Tree, optax.apply_updates(state.params, updates))
+    new_state = TrainState(
         step=state.step + 1,
         params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
-        average=average,
+        average=_update_average(state, params, batch_stats, decay=average_decay),
     )
-    return state, scalars | {"gradient_norm": optax.tree.norm(grads)}
+    return new_state, scalars
+
+
+def example_keys(seeds: jax.Array, purpose: int) -> jax.Array:
+    """Make a PRNG key for each example, others for each purpose.
+
+    Args:
+      seeds: uint32 ``[N]``.
+      purpose: `MASK`, `CROP` or `COLORS`.
+
+    Returns:
+      Keys ``[N]``.
+    """
+    keys = jax.vmap(jax.random.key)(seeds)
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, purpose)
+
+
+def add_masks(batch: Batch, draw_mask: DrawMask | None) -> Batch:
+    """Draw the masks of a batch if it has none.
+
+    Raises:
+      ValueError: If there is no ``draw_mask`` to draw them, or there are no seeds.
+    """
+    if "mask" in batch:
+        return batch
+    if draw_mask is None or "seed" not in batch:
+        raise ValueError(
+            "batch must have a mask, or a seed for each example and a draw_mask, got "
+            f"{sorted(batch)} and draw_mask = {draw_mask}."
+        )
+    masks = jax.vmap(draw_mask)(example_keys(batch["seed"], MASK))
+    return {**batch, "mask": masks}
 
 
 def jitter_colors(keys: jax.Array, images: jax.Array, *, amount: float) -> jax.Array:
@@ -228,11 +261,12 @@ def jitter_colors(keys: jax.Array, images: jax.Array, *, amount: float) -> jax.A
     Returns:
       ``[N, H, W, 3]`` in [-1, 1].
     """
-    numbers = jax.vmap(lambda key: jax.random.uniform(key, (3,), minval=-1))(keys)
+    dtype = images.dtype  # Not x64's default.
+    numbers = jax.vmap(lambda key: jax.random.uniform(key, (3,), dtype, -1))(keys)
     brightness, contrast, saturation = (1 + amount * numbers).T[..., None, None, None]
     images = (images + 1) / 2 * brightness
     # The luma of ITU-R BT.601.
-    gray = (images @ jnp.array([0.299, 0.587, 0.114]))[..., None]
+    gray = (images @ jnp.array([0.299, 0.587, 0.114], dtype))[..., None]
     mean = gray.mean(axis=(1, 2), keepdims=True)
     images = mean + contrast * (gray + saturation * (images - gray) - mean)
     return 2 * jnp.clip(images, 0, 1) - 1
@@ -259,6 +293,39 @@ def scan_updates(
         return state, [scalars]
     state, scalars = lax.scan(update, state, inputs)
     return state, [jax.tree.map(lambda x, i=i: x[i], scalars) for i in range(count)]
+
+
+def _compute_loss(
+    params: Tree,
+    batch_stats: Tree,
+    images: jax.Array,
+    mask: jax.Array,
+    *,
+    model: PConvUNet,
+    freeze_encoder_norm: bool,
+    features_fn: losses.FeaturesFn | None,
+    weights: losses.LossWeights,
+    feature_fraction: float,
+) -> tuple[jax.Array, tuple[Metrics, Tree]]:
+    """Compute the total loss; also all scalars, and the new running statistics."""
+    (output, _), updates = model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        images,
+        mask,
+        train=True,
+        freeze_encoder_norm=freeze_encoder_norm,
+        mutable=["batch_stats"],
+    )
+    terms = _mean_terms(
+        output,
+        images,
+        mask,
+        features_fn=features_fn,
+        weights=weights,
+        count=max(1, round(feature_fraction * len(images))),
+    )
+    scalars = terms | {"hole_ratio": 1 - mask.mean()}
+    return terms["total"], (scalars, dict(updates).get("batch_stats", {}))
 
 
 def _mean_terms(
@@ -290,13 +357,36 @@ def _mean_terms(
     return means
 
 
-def _scale_features(weights: losses.LossWeights, factor: Any) -> losses.LossWeights:
+def _scale_features(
+    weights: losses.LossWeights, factor: jax.Array | np.ndarray | float
+) -> losses.LossWeights:
     """Scale the weights of the perceptual and style terms."""
     names = ("perceptual", "style_out", "style_comp")
     return weights._replace(**{n: getattr(weights, n) * factor for n in names})
 
 
-def _over_parts(function, carry, batch, parts):
+def _update_average(
+    state: TrainState,
+    params: Tree,
+    batch_stats: Tree,
+    *,
+    decay: float,
+) -> Tree:
+    """Move the average of a state, if it has one, toward new weights."""
+    if not state.average:
+        return state.average
+    step = state.step.astype(jnp.float32)  # A quotient of integers is x64's default.
+    new = {"params": params, "batch_stats": batch_stats}
+    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return cast(Tree, optax.incremental_update(new, state.average, rate))
+
+
+def _over_parts(
+    function: Callable[[Carry, Batch], tuple[Carry, Y]],
+    carry: Carry,
+    batch: Batch,
+    parts: int,
+) -> tuple[Carry, Y]:
     """Apply ``(carry, batch) -> (carry, y)`` to parts of a batch; average y."""
     if parts == 1:
         return function(carry, batch)
@@ -307,8 +397,8 @@ def _over_parts(function, carry, batch, parts):
         )
     batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
 
-    def add(carry, part):
-        carry, total = carry
+    def add(carry_and_total: tuple[Carry, Y], part: Batch) -> Any:
+        carry, total = carry_and_total
         carry, y = function(carry, part)
         return (carry, jax.tree.map(jnp.add, total, y)), None
 

@@ -12,8 +12,13 @@ from pconv_jax.runs import parallel
 from pconv_jax.runs.inference import fill_step, prepare_batch, score_step
 from pconv_jax.train import optim
 from pconv_jax.train.step import (
+    COLORS,
+    CROP,
+    MASK,
     Scales,
+    add_masks,
     create_state,
+    example_keys,
     jitter_colors,
     scan_updates,
     train_step,
@@ -49,7 +54,7 @@ def make_batch(size=8, *, with_mask=False, number=0):
         "seed": rng.integers(2**32, size=size, dtype=np.uint32),
     }
     if with_mask:
-        _, mask = prepare_batch(batch, draw_mask=draw)
+        _, mask = prepare_batch(add_masks(batch, draw))
         batch["mask"] = np.asarray(mask, np.uint8)
     return batch
 
@@ -85,7 +90,7 @@ def test_scalars_are_the_terms_of_the_loss_and_the_update_is_adams():
     state, batch = make_state(), make_batch()
     new_state, scalars = jitted_step()(state, batch, EXTRA)
 
-    images, mask = prepare_batch(batch, draw_mask=draw)
+    images, mask = prepare_batch(add_masks(batch, draw))
 
     def loss(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -204,7 +209,7 @@ def test_feature_terms_of_a_part_of_the_batch():
     step = jax.jit(make_step(feature_fraction=0.5, optimizer=optax.sgd(0.0)))
     state = state.replace(opt_state=optax.sgd(0.0).init(state.params))
     _, scalars = step(state, batch, EXTRA)
-    images, mask = prepare_batch(batch, draw_mask=draw)
+    images, mask = prepare_batch(add_masks(batch, draw))
 
     @jax.jit
     def loss(params, images, mask):
@@ -256,9 +261,38 @@ def test_order_in_the_batch_does_not_matter():
     _, a = step(make_state(), batch, EXTRA)
     _, b = step(make_state(), shuffled, EXTRA)
     chex.assert_trees_all_close(a, b, rtol=1e-4)
-    _, mask = prepare_batch(batch, draw_mask=draw)
-    _, shuffled_mask = prepare_batch(shuffled, draw_mask=draw)
+    _, mask = prepare_batch(add_masks(batch, draw))
+    _, shuffled_mask = prepare_batch(add_masks(shuffled, draw))
     np.testing.assert_array_equal(mask[order], shuffled_mask)
+
+
+def test_random_numbers_of_an_example_differ_by_their_purpose():
+    seeds = np.array([0, 1, 2**32 - 1], np.uint32)
+    keys = [example_keys(seeds, purpose) for purpose in (MASK, CROP, COLORS)]
+    data = np.concatenate([jax.random.key_data(key) for key in keys])
+    assert len(np.unique(data, axis=0)) == 9
+
+
+def test_a_batch_without_masks_needs_seeds_and_a_function_that_draws():
+    batch = make_batch(4)
+    with pytest.raises(ValueError, match="batch must have a mask, .* draw_mask = None"):
+        add_masks(batch, None)
+    with pytest.raises(ValueError, match=r"got \['image'\]"):
+        add_masks({"image": batch["image"]}, draw)
+    with pytest.raises(ValueError, match="feature_params is needed"):
+        make_step()(make_state(), batch, None)
+
+
+@pytest.mark.slow
+def test_dtypes_stay_the_same_where_64_bits_are_the_default():
+    step = jax.jit(make_step(average_decay=0.9, color_jitter=0.1, accumulate=2))
+    state = make_state()
+    weights = {"params": state.params, "batch_stats": state.batch_stats}
+    state = state.replace(average=weights)
+    with jax.enable_x64(True):
+        after, scalars = step(state, make_batch(4), EXTRA)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    assert all(x.dtype == jnp.float32 for x in scalars.values())
 
 
 def test_steps_are_traced_once():
