@@ -148,7 +148,7 @@ def set_metrics(features: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 @functools.cache
-def _compile_distance(distance: Callable[..., jax.Array]) -> Callable[..., np.ndarray]:
+def _compile_distance(distance: Callable[..., jax.Array]) -> parallel.EvalStep:
     def step(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         a, b = (batch[name].astype(np.float32) / 255 for name in ("a", "b"))
         return distance(params, a, b)
@@ -157,7 +157,7 @@ def _compile_distance(distance: Callable[..., jax.Array]) -> Callable[..., np.nd
 
 
 @functools.cache
-def _compile_inception() -> Callable[..., np.ndarray]:
+def _compile_inception() -> parallel.EvalStep:
     def step(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
         both = inception.features_and_logits(params, batch["images"])
         return jnp.concatenate(both, axis=-1)

@@ -11,7 +11,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -257,14 +257,14 @@ def network_name(model: PConvUNet) -> str:
     return "pconv" if model.conv == "partial" else "conv"
 
 
-def compile_fill_step(model: PConvUNet) -> Callable[..., Any]:
+def compile_fill_step(model: PConvUNet) -> parallel.EvalStep:
     """Compile `inference.fill_step` of a network for all devices, once."""
     # Flax modules are hashable, but Flax's annotations hide it.
     return _compile_fill_step(cast(Hashable, model))
 
 
 @functools.lru_cache(maxsize=8)
-def _compile_fill_step(model: Any) -> Callable[..., Any]:
+def _compile_fill_step(model: Any) -> parallel.EvalStep:
     return parallel.compile_eval_step(functools.partial(fill_step, model=model))
 
 

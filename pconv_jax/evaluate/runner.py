@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -491,5 +491,5 @@ def _score_sets(
 
 
 @functools.cache
-def _compile_score_step() -> Callable[..., Any]:
+def _compile_score_step() -> parallel.EvalStep:
     return parallel.compile_eval_step(lambda _, batch: score_step(batch))

@@ -9,8 +9,8 @@ import functools
 import operator
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -150,7 +150,27 @@ def compile_train_step(
     return lambda state, batch, extra: mapped(state, _divide(batch, batch_axis), extra)
 
 
-def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
+class EvalStep(Protocol):
+    """A step of evaluation, compiled by `compile_eval_step`."""
+
+    def __call__(
+        self, variables: Any, batch: Mapping[str, Any], *, at_a_time: int = 1
+    ) -> Any:
+        """Apply the step to this process's share of a batch.
+
+        Args:
+          variables: The first argument of the step.
+          batch: Arrays with a leading batch axis of any size.
+          at_a_time: Number of examples that a device computes at a time. The default
+            is 1.
+
+        Returns:
+          The results for all examples, as NumPy arrays.
+        """
+        ...
+
+
+def compile_eval_step(step: Callable[[Any, Any], Any]) -> EvalStep:
     """Compile ``step(variables, batch)``, whose results have a leading batch axis.
 
     By default each device computes one example at a time. So the result for an example
@@ -161,9 +181,7 @@ def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
       step: The function of one device.
 
     Returns:
-      A function of the same arguments, for this process's share of a batch, which may
-      have any size, and of ``at_a_time``, the number of examples that a device computes
-      at a time, by default 1. Its results are NumPy arrays.
+      A function of the same arguments, and of ``at_a_time``.
     """
     local = jax.local_device_count()
     if local == 1:
@@ -171,18 +189,22 @@ def compile_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
     else:
         mapped = jax.pmap(step, in_axes=(None, 0), devices=jax.local_devices())
 
-        def run(variables, batch):
-            results = jax.device_get(mapped(variables, _divide(batch)))
-            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+        def run(variables: Any, batch: Mapping[str, Any]) -> Any:
+            return mapped(variables, _divide(batch))
 
-    def run_all(variables, batch, *, at_a_time=1):
+    def run_all(variables: Any, batch: Mapping[str, Any], *, at_a_time: int = 1) -> Any:
         size, together = len(jax.tree.leaves(batch)[0]), local * at_a_time
         # The last round repeats the last example.
         rounds = np.minimum(np.arange(size + -size % together), size - 1)
-        results = []
-        for number in rounds.reshape(-1, together):
-            examples = jax.tree.map(operator.itemgetter(number), batch)
-            results.append(jax.device_get(run(variables, examples)))
+        examples = (
+            jax.tree.map(operator.itemgetter(numbers), batch)
+            for numbers in rounds.reshape(-1, together)
+        )
+        # All rounds are started before the first is awaited, so that devices do not
+        # wait for the host.
+        results = jax.device_get([run(variables, x) for x in examples])
+        if local > 1:  # Join what the devices computed.
+            results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
         return jax.tree.map(lambda *x: np.concatenate(x)[:size], *results)
 
     return run_all
