@@ -19,7 +19,7 @@ from jax import lax
 
 from benchmarks import cases, inputs
 from benchmarks.worker import Program
-from pconv_jax import _conv, layers, ops, unet
+from pconv_jax import layers, ops, unet
 
 
 def describe() -> dict[str, Any]:
@@ -49,9 +49,26 @@ def build(program: str, *, decoder: str = "taps", **settings: Any) -> Program:
         (the package's form, the default).
       **settings: Settings of the program.
     """
-    if decoder == "repeated":
-        _conv._stays_small = lambda *_: False
-    return _PROGRAMS[program](**settings)
+    if decoder == "taps":
+        return _PROGRAMS[program](**settings)
+    with nn.intercept_methods(_repeat_pixels):
+        return _PROGRAMS[program](**settings)
+
+
+def _repeat_pixels(
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Give layers repeated pixels instead of `ops.Upsampled`."""
+    if isinstance(context.module, layers.PartialConv):
+        args = jax.tree.map(
+            lambda x: ops.upsample(x.x) if isinstance(x, ops.Upsampled) else x,
+            args,
+            is_leaf=lambda x: isinstance(x, ops.Upsampled),
+        )
+    return method(*args, **kwargs)
 
 
 def _matmul(n: int, dtype: str) -> Program:
