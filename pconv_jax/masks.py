@@ -113,6 +113,15 @@ def near_border(mask: ArrayLike) -> jax.Array:
     return jnp.any(hole & rim, axis=(-2, -1))
 
 
+def inner_pixels(shape: Sequence[int]) -> int:
+    """Count the pixels that `random_mask` may draw holes in if ``border`` is False.
+
+    Args:
+      shape: ``(H, W)``.
+    """
+    return int((~_quiet_rim(tuple(shape))).sum())
+
+
 def random_mask(
     key: jax.Array,
     shape: Sequence[int],
@@ -173,11 +182,11 @@ def random_mask(
                 "hole_ratio must be a number in (0, 1), or a range (low, high) with "
                 f"0 < low <= high < 1, got {hole_ratio}."
             )
-        inner = ~_quiet_rim(shape)
-        if border is False and _whole_pixels(bounds[1], inner.size) > inner.sum():
+        pixels, room = math.prod(shape), inner_pixels(shape)
+        if border is False and _whole_pixels(bounds[1], pixels) > room:
             raise ValueError(
                 f"hole_ratio reaches {bounds[1]}, but with border=False there is room "
-                f"for {inner.mean():.3f} of {shape[0]}x{shape[1]} pixels at most."
+                f"for {room / pixels:.3f} of {shape[0]}x{shape[1]} pixels at most."
             )
     first, last = (_whole_pixels(bound, math.prod(shape)) for bound in bounds)
     return _random_mask(key, first, last, shape=shape, kind=kind, border=border)
@@ -213,8 +222,7 @@ def _random_mask(
 ) -> jax.Array:
     key, field_key = jax.random.split(key)
     area, coin = jax.random.uniform(key, (2,), jnp.float32)
-    rim = _quiet_rim(shape)
-    room = int(rim.size - rim.sum())
+    rim, room = _quiet_rim(shape), inner_pixels(shape)
     count = last - jnp.floor(area * (last - first).astype(jnp.float32)).astype(
         jnp.int32
     )

@@ -408,15 +408,8 @@ class Settings:
 
     def _check_masks(self) -> None:
         masks = self.masks
-        # Masks without holes at the border leave a rim free.
-        rim = max(1, self.image_size * 50 // 512)
-        room = (1 - 2 * rim / self.image_size) ** 2
-        largest = masks.hole_ratio[1]
-        if masks.border == "never" and not masks.folder and largest > room:
-            raise UserError(
-                f"config: masks.hole_ratio reaches {largest}, but with masks.border = "
-                f"'never' there is room for {room:.3f} of the pixels."
-            )
+        if masks.border == "never" and not masks.folder:
+            self._check_room(masks.hole_ratio[1])
         if self.data.cache == "device" and masks.folder:
             raise UserError(
                 "config: masks.folder is read by the host, and data.cache = 'device' "
@@ -430,6 +423,18 @@ class Settings:
         if (sum_ := masks.thin + masks.wide) > 1:
             raise UserError(
                 f"config: masks.thin + masks.wide must be 1 at most, got {sum_:g}."
+            )
+
+    def _check_room(self, largest: float) -> None:
+        """Check that the largest hole fits where it does not touch the border."""
+        from pconv_jax.masks import inner_pixels  # JAX takes long to import.
+
+        size = self.image_size
+        room = inner_pixels((size, size)) / size**2
+        if largest > room:
+            raise UserError(
+                f"config: masks.hole_ratio reaches {largest}, but with masks.border = "
+                f"'never' there is room for {room:.3f} of the pixels."
             )
 
     def _check_steps(self) -> None:
