@@ -1,4 +1,8 @@
-"""Files: written atomically, found in folders, opened only if they are files."""
+"""Files: written atomically, found in folders, opened only if they are files.
+
+Libraries raise errors of many kinds for the content of a file. `content_errors` turns
+them into one kind, which the caller that knows the path turns into a `UserError`.
+"""
 
 import contextlib
 import os
@@ -13,11 +17,45 @@ MAX_PIXELS = 100_000_000
 """Default limit of an image's number of pixels, for all that read image files."""
 
 
-def as_path(path: str | os.PathLike[str]) -> Path:
-    """Make a path of what a person gave: of a text with a leading ``~``, the home.
+class FileContentError(ValueError):
+    """A file is damaged, or has content that cannot be used.
 
-    A path object was made by a program, and stays as it is.
+    The message lacks its subject, the file, and the period: ``it is truncated``.
     """
+
+
+@contextlib.contextmanager
+def content_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn what a library raises for the content of a file into `FileContentError`.
+
+    The kinds may be many. So the body should contain calls of the library only, and no
+    code of this package, whose bugs would look like damaged files.
+
+    Args:
+      *kinds: What the library raises.
+
+    Raises:
+      FileContentError: If the library raises one of them.
+    """
+    try:
+        yield
+    except FileContentError:
+        raise
+    except kinds as error:
+        raise FileContentError(describe_error(error)) from error
+
+
+def describe_error(error: Exception) -> str:
+    """Describe an error of the system or of a library, without a period."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).rstrip(".") or type(error).__name__
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """Convert to a path. In a string, a leading ``~`` is the home folder."""
     return Path(os.path.expanduser(path) if isinstance(path, str) else path)
 
 
@@ -29,7 +67,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError("it is no file, but a pipe, a socket or a device")
+        raise OSError("it is not a file, but a pipe, a socket or a device")
 
 
 def read_regular(path: str | os.PathLike[str]) -> bytes:

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 
 from pconv_jax import RunError, _files
+from pconv_jax._files import FileContentError
 
 
 def test_a_file_is_replaced_and_the_folders_above_it_are_made(tmp_path):
@@ -121,3 +122,21 @@ def test_pipes_and_links_that_go_round_are_not_replaced(tmp_path):
             _files.write_bytes(path, b"new")
     assert pipe.is_fifo() and link.is_symlink() and first.is_symlink()
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_errors_of_a_library_become_one_kind_and_say_what_is_wrong():
+    for error, reason in [
+        (KeyError("a"), "'a'"),
+        (ValueError("it is cut."), "it is cut"),
+        (ValueError(), "ValueError"),
+        (MemoryError(), "there is not enough memory"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (FileContentError("it is empty"), "it is empty"),
+    ]:
+        with pytest.raises(FileContentError, match=f"^{reason}$") as raised:
+            with _files.content_errors(LookupError, ValueError, MemoryError, OSError):
+                raise error
+        assert raised.value is error or raised.value.__cause__ is error
+    with pytest.raises(TypeError, match="a bug"):
+        with _files.content_errors(ValueError):
+            raise TypeError("a bug")

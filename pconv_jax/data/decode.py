@@ -4,14 +4,17 @@ import io
 import math
 import struct
 import threading
+import tokenize
+import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pconv_jax._errors import UserError
-from pconv_jax._files import MAX_PIXELS
+from pconv_jax._files import MAX_PIXELS, FileContentError, content_errors
 from pconv_jax.data import tags as tags_lib
 
 # Guards a global variable of Pillow; see `open_without_limit`.
@@ -19,15 +22,27 @@ _PILLOW_LIMIT = threading.Lock()
 
 _FORMATS = ("WEBP", "BMP", "JPEG2000", "AVIF", "PPM")
 
-# What Pillow raises if a file is damaged, or is no image.
-_PILLOW_ERRORS = (
-    *(struct.error, EOFError, OSError, RuntimeError, SyntaxError, TypeError),
-    *(ArithmeticError, AttributeError, LookupError, MemoryError, ValueError),
+# What Pillow, OpenCV, tifffile, zlib and NumPy raise if a file is damaged, is not an
+# image, or is of a kind that cannot hold an image, such as a WebP file of more than
+# 16,383 pixels a side. Many are not documented, but were found by changing files at
+# random (tests/faults.py).
+_CODEC_ERRORS = (
+    *(cv2.error, struct.error, zlib.error, tokenize.TokenError, EOFError, OSError),
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError),
+    *(SyntaxError, SystemError, TypeError, ValueError),
 )
 
 
 class UnreadableImageError(UserError):
     """An image that cannot be read: it is empty, damaged, or access is denied."""
+
+
+def codec_errors() -> AbstractContextManager[None]:
+    """Turn what a codec raises for the content of a file into `FileContentError`.
+
+    The body should contain calls of codecs only; see `content_errors`.
+    """
+    return content_errors(*_CODEC_ERRORS)
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -117,7 +132,7 @@ def _read_size(data: bytes) -> tuple[int, int]:
     try:
         with open_without_limit(io.BytesIO(data), _FORMATS) as image:
             return image.size
-    except _PILLOW_ERRORS:
+    except FileContentError:
         return 0, 0
 
 
@@ -133,8 +148,9 @@ def open_without_limit(stream: io.BytesIO, formats: Sequence[str]) -> Image.Imag
         as AVIF before version 11.3, are left out.
 
     Raises:
-      ValueError: If the EXIF data of an AVIF file, of which Pillow reads all tags when
-        it opens the file, take more memory than the file.
+      FileContentError: If it is not an image, or damaged; or if the EXIF data of an
+        AVIF file, of which Pillow reads all tags when it opens the file, take more
+        memory than the file.
     """
     data = stream.getvalue()
     if data[4:8] == b"ftyp":
@@ -144,7 +160,12 @@ def open_without_limit(stream: io.BytesIO, formats: Sequence[str]) -> Image.Imag
     with _PILLOW_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(stream, formats=known)
+            with codec_errors():
+                return Image.open(stream, formats=known)
+        except FileContentError as error:
+            if isinstance(error.__cause__, UnidentifiedImageError):
+                raise FileContentError("it is not an image") from error
+            raise
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
@@ -153,7 +174,7 @@ def _read_tiff_size(data: bytes) -> tuple[int, int]:
     """Read the size of a TIFF file's image, or of its tiles if they are larger."""
     try:
         return max(tags_lib.sizes(tags_lib.read(data)), key=math.prod)
-    except ValueError:
+    except FileContentError:
         return 0, 0
 
 

@@ -17,11 +17,12 @@ import numpy as np
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
+from pconv_jax._files import FileContentError
 from pconv_jax.data.base import ImageSource, Span, read_span
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
-# What `tarfile` raises for a damaged file.
+# What `tarfile` raises for a damaged file: it parses headers without checks.
 _TAR_ERRORS = (
     *(OSError, tarfile.TarError, EOFError, LookupError, MemoryError, OverflowError),
     *(RecursionError, TypeError, ValueError),
@@ -329,25 +330,35 @@ class _Member(tarfile.TarInfo):
         return member
 
 
+def _read_headers(path: str) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Yield the members of a tar file, and the number of headers for all members."""
+    # An error of the loop that takes them is not raised here.
+    with (
+        _files.content_errors(*_TAR_ERRORS),
+        tarfile.open(path, "r:", tarinfo=_Member) as tar,
+    ):
+        for member in tar:
+            yield member, len(tar.pax_headers)
+
+
 def _members(path: str) -> Iterator[tuple[str, Span]]:
     """Yield the keys and places of the images of a tar file."""
     try:
         _files.check_regular(path)
-        with tarfile.open(path, "r:", tarinfo=_Member) as tar:
-            size, last = os.path.getsize(path), -1
-            for member in tar:
-                if len(tar.pax_headers) > _MAX_GLOBAL:
-                    raise tarfile.TarError("its headers for all members are too many")
-                if member.offset <= last:
-                    raise tarfile.TarError("its members go round in circles")
-                last = member.offset
-                key = posixpath.normpath(member.name)
-                if not member.isreg() or not _is_image(key):
-                    continue
-                if member.issparse() or member.offset_data + member.size > size:
-                    raise tarfile.TarError(f"{key} is sparse, or not all there")
-                yield key, Span(path, member.offset_data, member.size)
-    except _TAR_ERRORS as error:
+        size, last = os.path.getsize(path), -1
+        for member, headers in _read_headers(path):
+            if headers > _MAX_GLOBAL:
+                raise FileContentError("its headers for all members are too many")
+            if member.offset <= last:
+                raise FileContentError("its members go round in circles")
+            last = member.offset
+            key = posixpath.normpath(member.name)
+            if not member.isreg() or not _is_image(key):
+                continue
+            if member.issparse() or member.offset_data + member.size > size:
+                raise FileContentError(f"{key} is sparse, or not all there")
+            yield key, Span(path, member.offset_data, member.size)
+    except (FileContentError, OSError) as error:
         raise UserError(
             f"path must be an uncompressed, whole tar file, got {path!r}: {error}."
         ) from error

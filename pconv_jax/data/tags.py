@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from PIL import ExifTags
 
+from pconv_jax._files import FileContentError
+
 EXIF_HEADER = b"Exif\0\0"
 
 ORIENTATION = 274
@@ -263,7 +265,8 @@ def sizes(tags: Tags) -> list[tuple[int, int]]:
     """Get the width and height of a TIFF file's image, and of its tiles, if any.
 
     Raises:
-      ValueError: If a size is missing, or a tag that decoders need cannot be read.
+      FileContentError: If a size is missing, or a tag that decoders need cannot be
+        read.
     """
     sides, codes = [(256, 257)], {*tags.directory} | tags.unreadable
     if {322, 323} & codes:
@@ -272,10 +275,10 @@ def sizes(tags: Tags) -> list[tuple[int, int]]:
     for pair in sides:
         width, height = (tags.numbers(code, default=(0,))[0] for code in pair)
         if not width * height:
-            raise ValueError("it is damaged: its width or height is missing")
+            raise FileContentError("it is damaged: its width or height is missing")
         found.append((width, height))
     if damaged := tags.unreadable & DECODED:
-        raise ValueError(f"it is damaged: {names(damaged)} cannot be read")
+        raise FileContentError(f"it is damaged: {names(damaged)} cannot be read")
     return found
 
 
@@ -296,7 +299,8 @@ def check_exif_inside(data: bytes) -> None:
     """Check EXIF data anywhere in a file, for programs that read all of its tags.
 
     Raises:
-      ValueError: If their values are larger than the file in all, so that they overlap.
+      FileContentError: If their values are larger than the file in all, so that they
+        overlap.
     """
     view = memoryview(data)
     for number, mark in enumerate(_MARKS.finditer(data)):
@@ -305,7 +309,7 @@ def check_exif_inside(data: bytes) -> None:
             size = count * _BIG_SIZES.get(kind, 8)
             total += size if size <= len(inside) else 0  # Else, it cannot be read.
         if total > len(data) or number == _MAX_MARKS:
-            raise ValueError("its EXIF data are damaged")
+            raise FileContentError("its EXIF data are damaged")
 
 
 def names(codes: Collection[int]) -> str:

@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from pconv_jax._errors import UserError
 from pconv_jax.data import tags as tags_lib
+from pconv_jax.data.decode import codec_errors
 from pconv_jax.inpaint.modes import alpha_of, as_array, swap_red_and_blue, to_array
 from pconv_jax.inpaint.values import to_uint8
 
@@ -62,6 +63,7 @@ def encode(
 
     Raises:
       UserError: If such a file cannot hold the image.
+      FileContentError: If its encoder says so.
     """
     file = io.BytesIO()
     if suffix == ".npy":
@@ -80,11 +82,9 @@ def encode(
     if suffix == ".png":
         return _encode_png(image, info)
     assert isinstance(image, Image.Image)
-    image.save(
-        file,
-        format=Image.registered_extensions()[suffix],
-        **_choose_options(suffix, info),
-    )
+    kind, options = Image.registered_extensions()[suffix], _choose_options(suffix, info)
+    with codec_errors():
+        image.save(file, format=kind, **options)
     return file.getvalue()
 
 
@@ -219,7 +219,8 @@ def _encode_png(image: Image.Image | np.ndarray, info: dict[str, Any]) -> bytes:
         options = {"dpi": dpi} if dpi else {}
         if exif:
             options["exif"] = exif
-        image.save(file, "PNG", icc_profile=profile, pnginfo=chunks, **options)
+        with codec_errors():
+            image.save(file, "PNG", icc_profile=profile, pnginfo=chunks, **options)
         return _insert_chunks(file.getvalue(), copied)
     if exif:
         chunks.add(b"eXIf", exif.removeprefix(tags_lib.EXIF_HEADER))
@@ -228,7 +229,9 @@ def _encode_png(image: Image.Image | np.ndarray, info: dict[str, Any]) -> bytes:
     if dpi:
         density = (round(float(n) / 0.0254) for n in dpi)
         chunks.add(b"pHYs", struct.pack(">2IB", *density, 1))
-    done, encoded = cv2.imencode(".png", swap_red_and_blue(image))
+    image = swap_red_and_blue(image)
+    with codec_errors():
+        done, encoded = cv2.imencode(".png", image)
     assert done
     extra = [_png_chunk(*chunk[:2]) for chunk in chunks.chunks]
     return _insert_chunks(encoded.tobytes(), copied + extra)
@@ -253,17 +256,19 @@ def _encode_tiff(image: Image.Image | np.ndarray, info: dict[str, Any]) -> bytes
         compression = info.get("compression", "raw")
         if compression in ("group3", "group4") and image.mode != "1":
             compression = "tiff_adobe_deflate"
-        image.save(file, "TIFF", compression=compression, icc_profile=None)
+        with codec_errors():
+            image.save(file, "TIFF", compression=compression, icc_profile=None)
     else:
         color = image.ndim == 3
-        tifffile.imwrite(
-            file,
-            image,
-            photometric="rgb" if color else "minisblack",
-            extrasamples=["unassalpha"] if color and image.shape[2] == 4 else None,
-            metadata=None,
-            software=False,
-        )
+        with codec_errors():
+            tifffile.imwrite(
+                file,
+                image,
+                photometric="rgb" if color else "minisblack",
+                extrasamples=["unassalpha"] if color and image.shape[2] == 4 else None,
+                metadata=None,
+                software=False,
+            )
     tags = tags_lib.read(info.get("exif", b""))
     for code, name in [
         (tags_lib.ICC_PROFILE, "icc_profile"),

@@ -8,8 +8,6 @@ import io
 import math
 import os
 import re
-import struct
-import tokenize
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -23,8 +21,9 @@ from PIL import Image, JpegImagePlugin
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
+from pconv_jax._files import FileContentError
 from pconv_jax.data import tags as tags_lib
-from pconv_jax.data.decode import is_whole_png, open_without_limit
+from pconv_jax.data.decode import codec_errors, is_whole_png, open_without_limit
 from pconv_jax.data.tags import Tags
 from pconv_jax.inpaint import parts
 from pconv_jax.inpaint.encoding import encode
@@ -33,15 +32,6 @@ from pconv_jax.inpaint.modes import swap_red_and_blue
 
 # Pillow's other formats are not tried: some of them start programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "JPEG2000")
-
-# What Pillow, OpenCV, tifffile and NumPy raise if a file is damaged, is no image, or is
-# of a kind that cannot hold an image, such as a WebP file of more than 16,383 pixels a
-# side.
-_CODEC_ERRORS = (
-    *(cv2.error, struct.error, zlib.error, tokenize.TokenError, EOFError, OSError),
-    *(ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError),
-    *(SyntaxError, SystemError, TypeError, ValueError),
-)
 
 # Compressions of TIFF files that keep pixels and suit all images.
 _LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate")
@@ -104,8 +94,11 @@ def read(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image
         if path.suffix.lower() == ".npy":
             return ImageFile(_read_npy(path, max_pixels), {})
         return _read_image(_files.read_regular(path), max_pixels)
-    except _CODEC_ERRORS as error:
-        raise UserError(f"cannot read {path}: {_reason(path, error)}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"cannot read {path}: there is no such file.") from error
+    except (FileContentError, MemoryError, OSError) as error:
+        reason = _files.describe_error(error)
+        raise UserError(f"cannot read {path}: {reason}.") from error
 
 
 def write(path: str | os.PathLike[str], file: ImageFile) -> None:
@@ -131,49 +124,41 @@ def write(path: str | os.PathLike[str], file: ImageFile) -> None:
     check_suffix(path)
     try:
         data = encode(path.suffix.lower(), *file)
-    except UserError:
-        raise
-    except _CODEC_ERRORS as error:
+    except FileContentError as error:
         raise UserError(f"cannot write {path}: {error}.") from error
     _files.write_bytes(path, data)
 
 
-def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "it is not an image." if path.stat().st_size else "it is empty."
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file."
-    if isinstance(error, MemoryError):
-        return "there is not enough memory."
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}."
-    return f"{error}".rstrip(".") + "."
-
-
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise ValueError(
+        raise FileContentError(
             f"it has {width} x {height} pixels, and max_pixels is {max_pixels:,}"
         )
 
 
 def _read_npy(path: Path, max_pixels: int) -> np.ndarray:
     _files.check_regular(path)
-    shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+    with codec_errors():
+        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
     if len(shape) not in (2, 3):
-        raise ValueError(f"its shape must be [H, W] or [H, W, C], not {list(shape)}")
+        raise FileContentError(
+            f"its shape must be [H, W] or [H, W, C], not {list(shape)}"
+        )
     _check_size(shape[1], shape[0], max_pixels)
-    return np.load(path, allow_pickle=False)
+    with codec_errors():
+        return np.load(path, allow_pickle=False)
 
 
 def _read_image(data: bytes, max_pixels: int) -> ImageFile:
+    if not data:
+        raise FileContentError("it is empty")
     if tags_lib.is_tiff(data):
         return _read_tiff(data, max_pixels)
     bare, exif = data, None
     if data.startswith(b"\xff\xd8"):  # Pillow would read tags, and not only once.
         bare, exif = parts.split_exif(data)
     if parts.gif_comments(data) > _MAX_COMMENTS:
-        raise ValueError(f"its comments are longer than {_MAX_COMMENTS} bytes")
+        raise FileContentError(f"its comments are longer than {_MAX_COMMENTS} bytes")
     with io.BytesIO(bare) as stream:  # Pillow would keep it with the image.
         return _read_opened(
             open_without_limit(stream, _FORMATS), data, exif, max_pixels
@@ -186,7 +171,8 @@ def _read_opened(
     """Read an opened image, given its file, and its EXIF data if Pillow lacks them."""
     _check_size(*image.size, max_pixels)
     frames = _count_frames(image, data)
-    image.load()
+    with codec_errors():
+        image.load()
     if frames:
         warnings.warn(f"it has {frames} frames; only the first is taken.", stacklevel=4)
     tags = tags_lib.read(_exif_of(image) if exif is None else exif)
@@ -203,7 +189,7 @@ def _read_opened(
     clear = image.info.get("transparency")
     if image.format == "PNG" and data[24] == 16 and (data[25] or clear is not None):
         if not is_whole_png(data):
-            raise ValueError("it is truncated or damaged")
+            raise FileContentError("it is truncated or damaged")
         array = _decode_with_opencv(data)
         if array.ndim == 2:  # Gray, with one value that stands for transparency.
             alpha = np.where(array == clear, 0, 65_535).astype(np.uint16)
@@ -235,14 +221,15 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
     with io.BytesIO(data) as stream:
         try:
             image = open_without_limit(stream, _FORMATS)
-        except Image.UnidentifiedImageError as error:
+        except FileContentError as error:
             compression = tags.numbers(259, default=(1,))[0]
-            raise ValueError(
+            raise FileContentError(
                 f"it is damaged, or its kind of TIFF is not known: {samples} band(s) "
                 f"of {kind}, compression {compression}"
             ) from error
         _check_size(*image.size, max_pixels)
-        image.load()
+        with codec_errors():
+            image.load()
     info = _read_info(image, tags)
     compression = image.info.get("compression")
     if compression != "raw":
@@ -262,7 +249,7 @@ def _check_samples(tags: Tags) -> tuple[int, str]:
         colors = tags.numbers(334, default=(4,))[0]
     extra = samples - colors
     if extra > 1 or (extra == 1 and tags.numbers(338)[:1] == (0,)):
-        raise ValueError(
+        raise FileContentError(
             f"it has {samples} bands: {colors} of color and {extra} of another kind, "
             "and only an alpha band can be kept. Repair the colors alone, or the bands "
             "as .npy files, one by one"
@@ -277,7 +264,7 @@ def _check_samples(tags: Tags) -> tuple[int, str]:
     known = ("float16", "float32", "float64")
     whole = kinds[0].startswith("uint") and max(bits) <= 16
     if len(kinds) > 1 or (kinds[0] not in known and not whole):
-        raise ValueError(
+        raise FileContentError(
             f"its values are {' and '.join(kinds)}, which cannot be repaired. Convert "
             "them to float32 or uint16"
         )
@@ -287,7 +274,7 @@ def _check_samples(tags: Tags) -> tuple[int, str]:
 def _decode_tiff(data: bytes, tags: Tags, kind: str) -> np.ndarray:
     """Decode a TIFF file that Pillow cannot, to ``[H, W]`` or ``[H, W, C]``."""
     if kind == "uint16" and tags.numbers(338) == (1,):
-        raise ValueError("its 16-bit colors are multiplied by their alpha")
+        raise FileContentError("its 16-bit colors are multiplied by their alpha")
     samples = tags.numbers(277, default=(1,))[0]
     planes = tags.numbers(284, default=(1,))[0] == 2 and samples > 1
     # OpenCV would read a plane as pixels.
@@ -297,11 +284,12 @@ def _decode_tiff(data: bytes, tags: Tags, kind: str) -> np.ndarray:
     if compression in (8, 32946):
         _check_inflated(data, tags)
     elif compression != 1:
-        raise ValueError(
+        raise FileContentError(
             f"it has {'planes' if planes else 'values'} of {kind} with compression "
             f"{compression}, which cannot be read; save it without compression"
         )
-    array = tifffile.imread(io.BytesIO(data), key=0)
+    with codec_errors():
+        array = tifffile.imread(io.BytesIO(data), key=0)
     return np.moveaxis(array, 0, -1) if planes else array
 
 
@@ -312,23 +300,29 @@ def _check_inflated(data: bytes, tags: Tags) -> None:
     offsets = tags.numbers(273) or tags.numbers(324)
     sizes = tags.numbers(279) or tags.numbers(325)
     if not offsets:
-        raise ValueError("it is damaged: the places of its data are missing")
-    for start, size in zip(offsets, sizes, strict=True):
+        raise FileContentError("it is damaged: the places of its data are missing")
+    if len(offsets) != len(sizes):
+        raise FileContentError("it is damaged: the sizes of its data are missing")
+    for start, size in zip(offsets, sizes):
         inflate = zlib.decompressobj()
-        inflate.decompress(data[start : start + size], limit)
+        with codec_errors():
+            inflate.decompress(data[start : start + size], limit)
         if not inflate.eof:
-            raise ValueError("its compressed data are damaged, or larger than it says")
+            raise FileContentError(
+                "its compressed data are damaged, or larger than it says"
+            )
 
 
 def _finish(
     image: Image.Image, orientation: int, info: Mapping[str, Any]
 ) -> Image.Image:
     """Turn an image upright, and let transparency be a channel of it."""
-    if orientation in _TURNS:
-        image = image.transpose(_TURNS[orientation])
-    # In these modes, transparency is a color that stands for it.
-    if image.mode in ("L", "RGB") and "transparency" in image.info:
-        image = image.convert("LA" if image.mode == "L" else "RGBA")
+    with codec_errors():
+        if orientation in _TURNS:
+            image = image.transpose(_TURNS[orientation])
+        # In these modes, transparency is a color that stands for it.
+        if image.mode in ("L", "RGB") and "transparency" in image.info:
+            image = image.convert("LA" if image.mode == "L" else "RGBA")
     for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
         image.info.pop(name, None)
     image.info |= {name: info[name] for name in ("exif", "xmp") if name in info}
@@ -339,11 +333,12 @@ def _count_frames(image: Image.Image, data: bytes) -> str:
     """Count the frames of an image, in words; empty for one."""
     # A PNG file has the number in its header, and so has a WebP. Those of a GIF must be
     # searched for.
-    if not getattr(image, "is_animated", False):
-        return ""
-    if image.format == "GIF" and len(data) > 2**20:
-        return "several"
-    return str(getattr(image, "n_frames", 1))
+    with codec_errors():
+        if not getattr(image, "is_animated", False):
+            return ""
+        if image.format == "GIF" and len(data) > 2**20:
+            return "several"
+        return str(getattr(image, "n_frames", 1))
 
 
 def _is_deep(data: bytes) -> bool:
@@ -389,7 +384,8 @@ def _read_info(image: Image.Image | None, tags: Tags) -> dict[str, Any]:
         elif segment.startswith(b"http://ns.adobe.com/xmp/extension/"):
             lost_names.append("extended XMP")
     profile, xmp = tags.get(tags_lib.ICC_PROFILE), tags.get(tags_lib.XMP)
-    text = getattr(image, "text", {}) if image and image.format == "PNG" else {}
+    with codec_errors():  # Pillow reads on, up to the end of the file.
+        text = getattr(image, "text", {}) if image and image.format == "PNG" else {}
     comment = source.get("comment")
     info = {
         "icc_profile": profile.data if profile else source.get("icc_profile"),
@@ -447,12 +443,15 @@ def _clean_xmp(xmp: Any) -> bytes | None:
 
 def _decode_with_opencv(data: bytes) -> np.ndarray:
     """Decode values of more than 8 bits to ``[H, W]`` or ``[H, W, C]``."""
-    array = cv2.imdecode(
-        np.frombuffer(data, np.uint8),
-        cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION,
-    )
+    with codec_errors():
+        array = cv2.imdecode(
+            np.frombuffer(data, np.uint8),
+            cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION,
+        )
     if array is None:
-        raise ValueError("it is damaged, or its kind of 16-bit color is not known")
+        raise FileContentError(
+            "it is damaged, or its kind of 16-bit color is not known"
+        )
     return array if array.ndim == 2 else swap_red_and_blue(array)
 
 

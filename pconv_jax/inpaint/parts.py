@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+from pconv_jax._files import FileContentError
+
 # Chunks of a PNG file that say what its colors are.
 _COLOR_CHUNKS = frozenset([b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI"])
 
-# Those that Pillow reads, or that are no metadata.
+# Those that Pillow reads, or that are not metadata.
 _READ_CHUNKS = frozenset(
     [b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"iCCP", b"eXIf", b"pHYs", b"hIST"]
     + [b"tEXt", b"zTXt", b"iTXt", b"acTL", b"fcTL", b"fdAT", b"iDOT"]
@@ -61,7 +63,7 @@ def split_exif(data: bytes) -> tuple[bytes, bytes]:
       EXIF data, which may be in several segments.
 
     Raises:
-      ValueError: If it has too many segments.
+      FileContentError: If it has too many segments.
     """
     kept, exif, end = [], [_EXIF], 0
     for marker, start, stop in _split_jpeg(data):
@@ -131,7 +133,7 @@ def _split_jpeg(data: bytes) -> Iterator[tuple[int, int, int]]:
     They are those that Pillow finds, whatever is between them.
 
     Raises:
-      ValueError: If there are more than a camera or a program writes.
+      FileContentError: If there are more than a camera or a program writes.
     """
     at, count = 2, 0
     while at + 4 <= len(data):
@@ -147,7 +149,7 @@ def _split_jpeg(data: bytes) -> Iterator[tuple[int, int, int]]:
             yield marker, at, stop
             at, count = stop, count + 1
             if count > _MAX_SEGMENTS:
-                raise ValueError(f"it has more than {_MAX_SEGMENTS} segments")
+                raise FileContentError(f"it has more than {_MAX_SEGMENTS} segments")
 
 
 def _split_png(data: bytes) -> Iterator[tuple[bytes, bytes]]:

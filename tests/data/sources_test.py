@@ -285,7 +285,7 @@ def test_pipes_in_folders_are_unreadable(tmp_path):
     write_folder(tmp_path, {"a.png": encode(photo())})
     os.mkfifo(tmp_path / "b.png")
     source = sources.FolderSource(tmp_path)
-    with pytest.raises(UnreadableImageError, match="b.png: it is no file, but a pipe"):
+    with pytest.raises(UnreadableImageError, match="b.png: it is not a file, "):
         source[1]
 
 

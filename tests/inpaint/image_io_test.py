@@ -393,3 +393,19 @@ def test_images_that_are_too_large_for_a_kind_of_file(suffix, tmp_path):
     with pytest.raises(UserError, match=f"cannot write .*a{suffix}: "):
         image_io.write(tmp_path / f"a{suffix}", file)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_bugs_are_not_reported_as_damaged_files(suffix, tmp_path, monkeypatch):
+    path = tmp_path / f"a{suffix}"
+    image_io.write(path, ImageFile(Image.new("L", (4, 4)), {}))
+
+    def fail(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(image_io, "_check_dpi", fail)
+    with pytest.raises(TypeError, match="a bug"):
+        image_io.read(path)
+    monkeypatch.setattr("pconv_jax.inpaint.encoding._warn_of_lost", fail)
+    with pytest.raises(TypeError, match="a bug"):
+        image_io.write(path, ImageFile(Image.new("L", (4, 4)), {}))
