@@ -99,9 +99,11 @@ def _read_metrics(path: Path, step: int | None) -> dict[str, Any]:
         return {}
     try:
         results = json.loads(path.read_text())
-        return {"metrics": results["table"]} if results["step"] == step else {}
-    except (LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"SOURCE: {path} cannot be read: {error!r}.") from error
+    if not isinstance(results, dict) or not {"step", "table"} <= results.keys():
+        raise UserError(f"SOURCE: {path} is damaged: it has no step, or no table.")
+    return {"metrics": results["table"]} if results["step"] == step else {}
 
 
 def _describe(network: "Pretrained") -> str:

@@ -32,21 +32,15 @@ from flax import traverse_util
 
 from pconv_jax import _files
 from pconv_jax._errors import RunError, UserError
+from pconv_jax._files import FileContentError
 from pconv_jax.runs import parallel
 
 PyTree = Any
 
 # What Orbax, TensorStore and JSON raise for missing, cut and changed files; and for
 # what says nothing about the checkpoint, which `_is_damage` tells apart.
-_DAMAGE = (
-    AttributeError,
-    EOFError,
-    FileNotFoundError,
-    IsADirectoryError,
-    LookupError,
-    NotADirectoryError,
-    TypeError,
-    ValueError,
+_READ_ERRORS = (
+    *(AttributeError, EOFError, LookupError, OSError, TypeError, ValueError),
 )
 
 _MISSING_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -123,7 +117,8 @@ class Checkpoints:
         self._current: int | None = None
         self._scores: dict[int, float] = {}
         for step in self.steps() if best_metric else ():
-            with contextlib.suppress(*_DAMAGE):  # `restore` reports broken steps.
+            # `restore` reports broken steps.
+            with contextlib.suppress(FileContentError, RunError):
                 self._note_score(step, self._read_record(step)["metrics"])
 
     def __enter__(self) -> Self:
@@ -267,15 +262,10 @@ class Checkpoints:
             try:
                 record = self._read_record(candidate)
                 stored = self._read_items(candidate, targets, record["leaves"])
-            except (*_DAMAGE, OSError) as error:
-                if not _is_damage(error):
-                    raise RunError(
-                        f"cannot read the checkpoint of step {candidate} in "
-                        f"{self._directory}: {error}"
-                    ) from error
+            except FileContentError as error:
                 self._damaged.add(candidate)
-                reason = " ".join(str(error).split())[:200] or "no message"
-                failures.append(f"step {candidate}: {type(error).__name__}: {reason}")
+                reason = " ".join(str(error).split())[:200]
+                failures.append(f"step {candidate}: {reason}")
                 _logger.warning("Skipped an unreadable checkpoint, %s", failures[-1])
                 continue
             self._require_match(candidate, stored, targets)
@@ -302,6 +292,25 @@ class Checkpoints:
             else:
                 raise
             raise RunError(f"cannot write to {self._directory}: {reason}.") from error
+
+    @contextlib.contextmanager
+    def _read_errors(self, step: int) -> Iterator[None]:
+        """Turn what Orbax raises into two kinds; the body should only call Orbax.
+
+        Raises:
+          FileContentError: If the checkpoint is damaged.
+          RunError: If it cannot be read for another reason.
+        """
+        try:
+            yield
+        except _READ_ERRORS as error:
+            if _is_damage(error):
+                kind = type(error).__name__
+                raise FileContentError(f"{kind}: {error or 'no message'}") from error
+            raise RunError(
+                f"cannot read the checkpoint of step {step} in {self._directory}: "
+                f"{error}"
+            ) from error
 
     def _put_aside_damaged_notes(self) -> None:
         """Rename the steps at whose notes Orbax would stop."""
@@ -376,9 +385,12 @@ class Checkpoints:
 
     def _read_record(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        record = self._manager.restore(step, args=args)["meta"]
+        with self._read_errors(step):
+            record = self._manager.restore(step, args=args)["meta"]
+        if not isinstance(record, dict):
+            raise FileContentError("meta is not an object")
         if record.pop("crc32", None) != _seal(record)["crc32"]:
-            raise ValueError("wrong checksum of meta")
+            raise FileContentError("wrong checksum of meta")
         return record
 
     def _read_items(
@@ -392,12 +404,15 @@ class Checkpoints:
             if leaves[name]
         }
         if trees:
-            read = self._manager.restore(step, args=ocp.args.Composite(**trees))
-            flat |= {name: _flatten(read[name]) for name in trees}
+            with self._read_errors(step):
+                read = self._manager.restore(step, args=ocp.args.Composite(**trees))
+                flat |= {name: _flatten(read[name]) for name in trees}
         for name in flat:
+            if flat[name].keys() != leaves[name].keys():
+                raise FileContentError(f"{name} has other arrays than meta says")
             for path, leaf in flat[name].items():
                 if _describe(leaf) != leaves[name][path]:
-                    raise ValueError(f"wrong checksum of {name}/{path}")
+                    raise FileContentError(f"wrong checksum of {name}/{path}")
         return flat
 
     def _require_match(

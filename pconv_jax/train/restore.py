@@ -72,8 +72,12 @@ def check_workdir(workdir: pathlib.Path, settings: Settings) -> None:
     if not path.exists():
         return  # `restore_or_create` compares those of the checkpoint.
     try:
-        old = Settings.from_json(json.loads(path.read_text()))
-    except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
+        with _files.content_errors(OSError, RecursionError, ValueError):
+            values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise UserError("it has no settings")
+        old = Settings.from_json(values)
+    except (_files.FileContentError, UserError) as error:
         raise UserError(
             f"workdir {workdir} has a config.json that is damaged, or not a run's "
             f"({error}). Use another workdir; or delete it, since checkpoints have the "

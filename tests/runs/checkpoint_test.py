@@ -281,7 +281,7 @@ def test_flipped_bytes_are_found_by_the_checksum_and_by_nothing_else(tmp_path, c
     assert not np.array_equal(read["pconv1"]["kernel"], expected["pconv1"]["kernel"])
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError) as error:
         checkpoints.restore(["params"])
-    assert "step 1: ValueError: wrong checksum of params/pconv1/ker" in str(error.value)
+    assert "step 1: wrong checksum of params/pconv1/ker" in str(error.value)
 
 
 def test_if_all_are_corrupt_the_error_lists_them(tmp_path):
