@@ -44,6 +44,7 @@ from pconv_jax.inpaint.hole import (
 from pconv_jax.inpaint.progress import Progress, ignore, share
 from pconv_jax.unet import PConvUNet
 from pconv_jax.weights import pretrained
+from pconv_jax.weights.network_config import input_channels
 from pconv_jax.weights.project_names import FIELD_PROJECTS
 
 # Share of the network in the time of a repair with detail, for reports of progress.
@@ -64,6 +65,14 @@ ImageSequence = (
 )
 MaskLike = ImageLike | ImageSequence | None
 ImageT = TypeVar("ImageT", Image.Image, np.ndarray, jax.Array)
+
+
+class InpainterOptions(TypedDict, total=False):
+    """Options of an inpainter; see `Inpainter`."""
+
+    value_range: tuple[float, float] | None
+    max_pixels: int
+    detail: bool
 
 
 class RepairOptions(TypedDict, total=False):
@@ -134,8 +143,7 @@ class Inpainter:
                 "Inpainter is for images: it would scale their values, and fill them "
                 "wrongly. Call the network itself, model.apply."
             )
-        channels = np.shape(variables["params"]["pconv1"]["kernel"])[-2]
-        channels -= model.conv == "standard"  # Its first layer takes the mask, too.
+        channels = input_channels(model, variables["params"]["pconv1"]["kernel"])
         features = model.decoder[-1].features
         if channels != features:
             raise UserError(
@@ -159,7 +167,7 @@ class Inpainter:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: PathLike | None = None, **options: Any
+        cls, name_or_path: PathLike | None = None, **options: Unpack[InpainterOptions]
     ) -> Self:
         """Load a network from a weights file.
 
@@ -535,7 +543,7 @@ def _split_masked(image: LoadedImage) -> tuple[LoadedImage, np.ndarray | None]:
     if not isinstance(image, np.ma.MaskedArray):
         return image, None
     masked = np.ma.getmaskarray(image)
-    # Fill values are no values, and may be out of range.
+    # The values under the mask do not count, and may be out of range.
     array = np.where(masked, np.zeros((), image.dtype), image.data)
     return array, masked if masked.ndim == 2 else masked.any(axis=-1)
 

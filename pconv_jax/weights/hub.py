@@ -6,6 +6,7 @@ No other module uses the network or knows where the cache is.
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -21,14 +22,11 @@ from tqdm import tqdm
 
 from pconv_jax import _files
 from pconv_jax._errors import RunError, UserError
+from pconv_jax._files import FileContentError
 from pconv_jax.weights.formats.arrays import check_hash, checksum
 
 _REMEMBERED = "downloads.json"
-_MAX_HEADER = 10_000_000  # Bytes. Longer ones are no header of a safetensors file.
-
-
-# What `_read_safetensors` raises for what is no such file.
-_DAMAGED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_MAX_HEADER = 10_000_000  # Bytes; a file with a longer one is not a safetensors file.
 
 
 class DownloadError(RunError):
@@ -183,8 +181,9 @@ def read_repository_arrays(
       Arrays by name.
 
     Raises:
-      DownloadError: If the file cannot be downloaded, is no such file, is of another
-        revision, or is not the one of the first download; see `remember_arrays`.
+      DownloadError: If the file cannot be downloaded, is not a safetensors file, is of
+        another revision, or is not the one of the first download; see
+        `remember_arrays`.
     """
     hub = _import_hub()
     known = _read_remembered().get(f"{repository}/{filename}", {})
@@ -193,7 +192,7 @@ def read_repository_arrays(
     read = _RangeReader(lambda headers: session.get(url, timeout=30, headers=headers))
     try:
         arrays = _read_safetensors(read, names)
-    except (*_hub_errors(hub), *_DAMAGED) as error:
+    except (*_hub_errors(hub), FileContentError) as error:
         raise DownloadError(f"{type(error).__name__}: {error}") from error
     hashes = _hash_arrays(arrays)
     expected = known.get("sha256", hashes)
@@ -237,13 +236,16 @@ def _read_remembered() -> dict[str, Any]:
     path = cache_path(_REMEMBERED)
     try:
         remembered = json.loads(path.read_bytes())
-        if all(isinstance(entry["sha256"], dict) for entry in remembered.values()):
-            return remembered
     except FileNotFoundError:
         return {}
-    except (OSError, *_DAMAGED) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise DownloadError(f"{path} cannot be read ({error}): delete it") from error
-    raise DownloadError(f"{path} is damaged: delete it")
+    if not isinstance(remembered, dict) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("sha256"), dict)
+        for entry in remembered.values()
+    ):
+        raise DownloadError(f"{path} is damaged: delete it")
+    return remembered
 
 
 def _hash_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -277,7 +279,7 @@ class _RangeReader:
     def __call__(self, start: int, stop: int) -> bytes:
         data = self._read(start, stop)
         if len(data) != stop - start:
-            raise ValueError(f"got {len(data)} bytes of {stop - start}")
+            raise FileContentError(f"got {len(data)} bytes of {stop - start}")
         return data
 
     def _read(self, start: int, stop: int) -> bytes:
@@ -297,13 +299,29 @@ def _read_safetensors(
 ) -> dict[str, np.ndarray]:
     size = int.from_bytes(read(0, 8), "little")
     if size > _MAX_HEADER:
-        raise ValueError("it is no safetensors file")
-    header = json.loads(read(8, 8 + size))
+        raise FileContentError("it is not a safetensors file")
+    try:
+        header = json.loads(read(8, 8 + size))
+    except (RecursionError, ValueError) as error:
+        raise FileContentError("it is not a safetensors file") from error
+    if not isinstance(header, dict):
+        raise FileContentError("it is not a safetensors file")
     arrays = {}
     for name in sorted(set(names) & set(header)):
-        if header[name]["dtype"] != "F32":
-            raise ValueError(f"{name} has type {header[name]['dtype']}, not F32")
-        start, stop = (8 + size + offset for offset in header[name]["data_offsets"])
-        data = np.frombuffer(read(start, stop), "<f4")
-        arrays[name] = data.reshape(header[name]["shape"])
+        start, stop, shape = _parse_entry(name, header[name])
+        data = read(8 + size + start, 8 + size + stop)
+        arrays[name] = np.frombuffer(data, "<f4").reshape(shape)
     return arrays
+
+
+def _parse_entry(name: str, entry: Any) -> tuple[int, int, list[int]]:
+    """Get where an array begins and ends after the header, and its shape."""
+    match entry:
+        case {
+            "dtype": "F32",
+            "shape": [*shape],
+            "data_offsets": [int(start), int(stop)],
+        } if all(isinstance(n, int) and n >= 0 for n in shape):
+            if start >= 0 and stop - start == 4 * math.prod(shape):
+                return start, stop, shape
+    raise FileContentError(f"{name} is not an array of F32, but {entry!r:.100}")

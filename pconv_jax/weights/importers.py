@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -26,6 +25,7 @@ from pconv_jax.unet import (
 )
 from pconv_jax.weights import project_names
 from pconv_jax.weights.formats.arrays import flatten, from_torch, read_arrays, to_tree
+from pconv_jax.weights.network_config import variable_shapes
 
 # Flax's epsilon of batch normalization, which the networks here use.
 _EPSILON = 1e-5
@@ -146,10 +146,7 @@ def import_network(
             project = _with_image_note(project, raw)
             if raw:
                 project = project._replace(bgr=False, normalization=None)
-            try:
-                return _convert(project, names, arrays, source)
-            except (TypeError, ZeroDivisionError, OverflowError) as error:
-                raise UserError(f"weights: {source} does not fit: {error}.") from error
+            return _convert(project, names, arrays, source)
     known = ", ".join(project_names.PROJECT_NAMES)
     examples = ", ".join(list(arrays)[:3]) or "nothing"
     raise UserError(
@@ -223,7 +220,7 @@ def _convert(
         normalization=project.normalization,
         sigmoid_head=project.sigmoid_head,
     )
-    expected = _expected_shapes(project, model, found)
+    expected = _expected_shapes(project, model, found, source)
     found |= _find_unexpected(project, names, arrays)  # `to_tree` reports them.
     flat = flatten(to_tree(found, expected, source, names=names.keys, strict=True))
     for i, stage in enumerate(stages, 1):
@@ -268,17 +265,15 @@ def _stage(
 
 
 def _expected_shapes(
-    project: Project, model: PConvUNet, found: Mapping[str, np.ndarray]
+    project: Project,
+    model: PConvUNet,
+    found: Mapping[str, np.ndarray],
+    source: str | Path,
 ) -> dict[str, Any]:
     """Compute the shapes of a project's arrays, by path without the collection."""
-    first, size = found.get("pconv1/kernel", np.empty(0)), model.size_multiple
-    channels = first.shape[2] if first.ndim == 4 else 3
-    images, mask = (
-        jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (channels, 1)
-    )
-    variables = jax.eval_shape(model.init, jax.random.key(0), images, mask)
-    expected = {}
-    for tree in variables.values():  # Names of different collections differ.
+    kernel, expected = found.get("pconv1/kernel"), {}
+    shapes = variable_shapes(model, kernel, source)
+    for tree in shapes.values():  # Names of different collections differ.
         expected |= flatten(tree)
     for i, stage in enumerate((*model.encoder, *model.decoder), 1):
         bias = f"pconv{i}/bias"

@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import flax.errors
-import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -28,7 +25,11 @@ from pconv_jax.weights.formats.arrays import (
     to_tree,
     write_arrays,
 )
-from pconv_jax.weights.network_config import model_config, model_from_config
+from pconv_jax.weights.network_config import (
+    model_config,
+    model_from_config,
+    variable_shapes,
+)
 
 # The weights files in this package, by name.
 BUNDLED: Mapping[str, Path] = {
@@ -42,11 +43,6 @@ _FORMATS = (1, 2)
 _SCALE = "_scale"
 
 KernelDtype = Literal["float32", "float16", "int8"]
-_MAX_STAGES = 100
-
-# What JAX and Flax raise for a network that cannot be built.
-_IMPOSSIBLE = (ArithmeticError, LookupError, TypeError, ValueError)
-_IMPOSSIBLE += (flax.errors.FlaxError,)
 
 
 class Pretrained(NamedTuple):
@@ -132,7 +128,7 @@ def from_pretrained(name_or_path: str | Path | None = None) -> Pretrained:
     """
     path = _find(next(iter(BUNDLED)) if name_or_path is None else name_or_path)
     header = _read_header(path)
-    model = _read_model(header, path)
+    model = model_from_config(header.get("model"), path)
     info = _read_info(header, path)
     arrays = read_arrays(path)
     variables = _to_variables(_dequantize(arrays, path), model, path)
@@ -147,6 +143,7 @@ def from_pretrained(name_or_path: str | Path | None = None) -> Pretrained:
 def is_weights_file(path: str | Path) -> bool:
     """Return whether a file is a weights file of this package, by its metadata."""
     try:
+        _files.check_regular(path)
         with safe_open(path, framework="np") as file:
             return _KEY in (file.metadata() or {})
     except (OSError, SafetensorError):
@@ -159,7 +156,7 @@ def _find(name_or_path: str | Path) -> Path:
         return _check_suffix(path)
     if name in BUNDLED:
         return BUNDLED[name]
-    # An existing folder is no name of a repository.
+    # The path of an existing folder is not the name of a repository.
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or path.exists():
         raise UserError(
             f"name_or_path: there is no file {name}, nor a bundled file of that name "
@@ -197,8 +194,8 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}") from error
     except (KeyError, RecursionError, ValueError) as error:
         raise UserError(
-            f"{path} is no weights file of pconv_jax: its metadata lacks {_KEY!r}, or "
-            "is damaged. If it is another project's, see 'pconv convert'."
+            f"{path} is not a weights file of pconv_jax: its metadata lacks {_KEY!r}, "
+            "or is damaged. If it is another project's, see 'pconv convert'."
         ) from error
     if not isinstance(header, dict) or header.get("format") not in _FORMATS:
         raise UserError(
@@ -206,19 +203,6 @@ def _read_header(path: Path) -> dict[str, Any]:
             f"formats {' and '.join(map(str, _FORMATS))}."
         )
     return header
-
-
-def _read_model(header: Mapping[str, Any], path: Path) -> PConvUNet:
-    config = header.get("model") or {}
-    try:
-        largest = max(len(side) for side in config["stages"])
-    except (LookupError, TypeError, ValueError):
-        largest = 0  # `model_from_config` reports the problem.
-    if largest > _MAX_STAGES:
-        raise UserError(
-            f"{path} describes a network of {largest} stages, more than {_MAX_STAGES}."
-        )
-    return model_from_config(config, path)
 
 
 def _read_info(header: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -231,7 +215,7 @@ def _read_info(header: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
             raise UserError(
                 f"{path} is damaged: the {name} of its info are {texts!r:.50}, not a "
-                "list of texts."
+                "list of strings."
             )
     return info
 
@@ -239,17 +223,7 @@ def _read_info(header: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _to_variables(
     arrays: Mapping[str, np.ndarray], model: PConvUNet, source: str | Path
 ) -> dict[str, Any]:
-    kernel = arrays.get("params/pconv1/kernel", np.empty(0))
-    channels = kernel.shape[2] if kernel.ndim == 4 else 3
-    channels -= model.conv == "standard"  # Its first layer takes the mask, too.
-    try:
-        size = model.size_multiple
-        images, mask = (
-            jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (channels, 1)
-        )
-        shapes = jax.eval_shape(model.init, jax.random.key(0), images, mask)
-    except _IMPOSSIBLE as error:
-        raise UserError(f"{source} describes an impossible network: {error}") from error
+    shapes = variable_shapes(model, arrays.get("params/pconv1/kernel"), source)
     return to_tree(arrays, shapes, source, strict=True)
 
 

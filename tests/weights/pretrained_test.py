@@ -224,9 +224,9 @@ def write(path, metadata, arrays=None):
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
-        (None, "is no weights file of pconv_jax"),
-        ({"pconv_jax": "{"}, "is no weights file of pconv_jax"),
-        ({"pconv_jax": "[" * 100_000}, "is no weights file of pconv_jax"),
+        (None, "is not a weights file of pconv_jax"),
+        ({"pconv_jax": "{"}, "is not a weights file of pconv_jax"),
+        ({"pconv_jax": "[" * 100_000}, "is not a weights file of pconv_jax"),
         ({"pconv_jax": "[]"}, "weights file of another version"),
         ({"pconv_jax": '{"format": 3}'}, "weights file of another version"),
         ({"pconv_jax": '{"format": 1}'}, "the configuration of no network"),
@@ -429,3 +429,8 @@ def test_bundled_networks_are_whole_and_speak_of_nobodys_machine(name):
 def test_the_first_bundled_network_is_the_default():
     default = pretrained.from_pretrained()
     assert default.info == pretrained.from_pretrained("photos").info
+
+
+def test_a_pipe_is_not_a_weights_file(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")  # Opening it would wait forever.
+    assert not pretrained.is_weights_file(tmp_path / "a.safetensors")

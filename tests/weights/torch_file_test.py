@@ -233,7 +233,7 @@ HOSTILE = {
     "no storage '1'": pickled(writer.tensor(writer.storage_id(ARRAY, "1"), (1,))),
 }
 
-REASONS = {"REDUCE": "no attribute 'name'"}
+REASONS = {"REDUCE": "it calls a tuple"}
 
 
 @pytest.mark.parametrize("reason", HOSTILE)
@@ -409,6 +409,34 @@ def test_storages_that_the_older_form_has_not(size, read):
     pickle = pickled({"a": writer.tensor(writer.storage_id(ARRAY, "0"), (1,))})
     with pytest.raises(ValueError, match="truncated"):
         read(writer.legacy_bytes(pickle, {"0": (ARRAY.tobytes(), size)}))
+
+
+def test_bugs_are_not_reported_as_damaged_files(read, monkeypatch):
+    def fail(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(torch_file, "_flatten", fail)
+    with pytest.raises(TypeError, match="a bug"):
+        read(writer.dump_zip({"a": ARRAY}))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 2**62), (0, 2**40, 2**40)])
+def test_tensors_without_values(shape, read):
+    saved_id = writer.storage_id(ARRAY, "0")
+    pickle = pickled({"a": writer.tensor(saved_id, shape, (1,) * len(shape))})
+    data = writer.zip_bytes(pickle, {"0": ARRAY.tobytes()})
+    if max(shape) > 3:
+        with pytest.raises(ValueError, match="a tensor of an impossible shape"):
+            read(data)
+    else:
+        assert read(data)["a"].shape == shape
+
+
+def test_strides_of_one_value_do_not_matter(read):
+    saved_id = writer.storage_id(ARRAY, "0")
+    pickle = pickled({"a": writer.tensor(saved_id, (1, 2), (2**70, 1))})
+    array = read(writer.zip_bytes(pickle, {"0": ARRAY.tobytes()}))["a"]
+    np.testing.assert_array_equal(array, ARRAY.reshape(-1)[None, :2])
 
 
 # Damaged files and bombs.

@@ -17,11 +17,12 @@ from safetensors.numpy import load_file, save
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
+from pconv_jax._files import FileContentError, content_errors
 from pconv_jax.weights.formats import torch_file
 
-# What the readers of .safetensors, .npz and .h5 files raise if a file is damaged, or
-# says that it holds what it does not.
-_DAMAGED = (
+# What safetensors, zipfile, NumPy and h5py raise if a file is damaged, or says that it
+# holds what it does not. Not all is documented.
+_LIBRARY_ERRORS = (
     *(SafetensorError, zipfile.BadZipFile, zlib.error, struct.error),
     *(tokenize.TokenError, SyntaxError, EOFError, OSError, RuntimeError),
     *(AttributeError, LookupError, MemoryError, TypeError, ValueError),
@@ -57,17 +58,15 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"weights: there is no file {path}.")
     check_hash(path)
-    if read is torch_file.read:  # It has its own message.
+    try:
         arrays = read(path)
-    else:
-        try:
-            arrays = read(path)
-        except _DAMAGED as error:
-            raise UserError(f"weights: {path} cannot be read: {error}") from error
+    except (FileContentError, MemoryError, OSError) as error:
+        reason = _files.describe_error(error)
+        raise UserError(f"weights: {path} cannot be read: {reason}.") from error
     for name in arrays:
         if not _is_text(name):
             raise UserError(
-                f"weights: {path} has an array whose name is no text: {name!r}."
+                f"weights: {path} has an array whose name is not text: {name!r}."
             )
     return arrays
 
@@ -117,7 +116,7 @@ def to_tree(
         elif array.shape != wanted.shape:
             problems.append(f"{name} is {array.shape}, not {wanted.shape}")
         elif not is_real(array):
-            problems.append(f"{name} has type {array.dtype}, which is no real number")
+            problems.append(f"{name} has type {array.dtype}, not one of real numbers")
         elif not np.isfinite(array := _as_float32(array)).all():
             problems.append(f"{name} is not finite")
         else:
@@ -195,22 +194,28 @@ def _is_text(name: str) -> bool:
     return name == name.encode("utf-8", "ignore").decode()
 
 
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    with content_errors(*_LIBRARY_ERRORS):
+        return load_file(path)
+
+
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(path) as archive:
+    with content_errors(*_LIBRARY_ERRORS), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     total = sum(member.file_size for member in members)
     # Weights are noise, and compress little.
     if len(members) > _MAX_ARRAYS or total > _MAX_RATIO * path.stat().st_size + 2**20:
-        raise ValueError(
+        raise FileContentError(
             f"its {len(members)} arrays of {total} bytes in all are too many for a "
             "file of its size"
         )
     # NumPy leaves a damaged file open that it has opened itself.
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as members:
-        arrays = dict(members)
+    with open(path, "rb") as file, content_errors(*_LIBRARY_ERRORS):
+        with np.load(file, allow_pickle=False) as members:
+            arrays = dict(members)
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):
-            raise ValueError(f"{name} is no array")
+            raise FileContentError(f"{name} is not an array")
     return arrays
 
 
@@ -218,17 +223,20 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
     try:
         import h5py  # Only Keras' files need it.
     except ImportError:
-        raise UserError("Keras' files need h5py: pip install h5py.") from None
+        raise FileContentError("Keras' files need h5py: pip install h5py") from None
     arrays: dict[str, np.ndarray] = {}
     room = path.stat().st_size  # Datasets may overlap, so that a file becomes large.
-    with h5py.File(path, "r") as file:
+    # Whatever is done to an item of the file is a call of h5py.
+    with content_errors(*_LIBRARY_ERRORS), h5py.File(path, "r") as file:
         groups: list[tuple[str, Any, int]] = [("", file, 0)]
         links = 0  # A group may have many, to itself.
         while groups:
             prefix, group, depth = groups.pop()
             links += len(group)
             if depth > _MAX_DEPTH or links > _MAX_ARRAYS:
-                raise ValueError("its groups are nested too deeply, or have no end")
+                raise FileContentError(
+                    "its groups are nested too deeply, or have no end"
+                )
             for key in sorted(group):
                 # Links to other files, or to another name, are not followed.
                 if not isinstance(group.get(key, getlink=True), h5py.HardLink):
@@ -241,9 +249,9 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
                     stored = not item.external and not item.is_virtual
                     room -= item.nbytes
                     if not stored or item.id.get_storage_size() < item.nbytes:
-                        raise ValueError(f"{name} is not stored in the file")
+                        raise FileContentError(f"{name} is not stored in the file")
                     if room < 0:
-                        raise ValueError("its arrays overlap, or are too many")
+                        raise FileContentError("its arrays overlap, or are too many")
                     arrays[name] = item[()]
     return arrays
 
@@ -256,7 +264,7 @@ def _is_array(item: Any) -> bool:
 
 
 _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
-    ".safetensors": load_file,
+    ".safetensors": _read_safetensors,
     ".npz": _read_npz,
     **dict.fromkeys((".pth", ".pt", ".ckpt", ".bin", ".tar"), torch_file.read),
     ".h5": _read_h5,

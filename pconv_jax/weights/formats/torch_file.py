@@ -14,16 +14,20 @@ import dataclasses
 import math
 import os
 import pickletools
+import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import ml_dtypes
 import numpy as np
 
 from pconv_jax._errors import UserError
+from pconv_jax._files import FileContentError, content_errors, describe_error
+
+Value = TypeVar("Value")
 
 _DTYPES = {
     "Double": np.float64,
@@ -51,16 +55,16 @@ _MAX_NODES = 200_000
 _MAX_PATH = 1000
 _MAX_RANK = 32
 _MAX_BITS = 128
+_MAX_EMPTY = 2**40  # NumPy bounds the other axes of an array of no values.
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
-# What reading raises if a file is damaged. A damaged pickle may do any operation to any
-# value, so the errors of Python's own values are among them. A damaged length may ask
-# for more memory than there is. pickletools warns about escape sequences, which is an
-# error under -W error.
-_DAMAGED = (
+# What zipfile and pickletools raise if a file is damaged, or says that it is larger
+# than memory. Not all is documented. pickletools warns about escape sequences, which is
+# an error under -W error.
+_LIBRARY_ERRORS = (
     *(zipfile.BadZipFile, struct.error, EOFError, MemoryError, OSError, RuntimeError),
-    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError, Warning),
+    *(ArithmeticError, LookupError, TypeError, ValueError, Warning),
 )
 
 
@@ -84,10 +88,10 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         with open(path, "rb") as file:
             tree, storages = _load(file)
         return {name: _to_array(t, storages) for name, t in _flatten(tree).items()}
-    except _DAMAGED as error:
-        reason = str(error) if isinstance(error, ValueError) else repr(error)
+    except (FileContentError, MemoryError, OSError) as error:
+        reason = describe_error(error)[:300]
         raise UserError(
-            f"{path} cannot be read as a file of PyTorch: {reason[:300]}"
+            f"{path} cannot be read as a file of PyTorch: {reason}"
         ) from error
 
 
@@ -132,18 +136,22 @@ def _load(file: BinaryIO) -> tuple[Any, _Storages]:
 
 
 def _load_zip(file: BinaryIO) -> tuple[Any, _Storages]:
-    archive = zipfile.ZipFile(file)
-    members = archive.infolist()
+    with content_errors(*_LIBRARY_ERRORS):
+        archive = zipfile.ZipFile(file)
+        members = archive.infolist()
     # PyTorch does not compress. Without compression and overlaps, a small file cannot
     # become large.
     if any(m.compress_type != zipfile.ZIP_STORED for m in members):
-        raise ValueError("it is a compressed archive, which PyTorch does not write")
+        raise FileContentError(
+            "it is a compressed archive, which PyTorch does not write"
+        )
     if sum(m.file_size for m in members) > _size(file):
-        raise ValueError("it is shorter than the sizes of its members say")
-    contents = {m.filename: archive.read(m) for m in members}
+        raise FileContentError("it is shorter than the sizes of its members say")
+    with content_errors(*_LIBRARY_ERRORS):
+        contents = {m.filename: archive.read(m) for m in members}
     pickles = [name for name in contents if name.split("/")[1:] == ["data.pkl"]]
     if len(pickles) != 1:
-        raise ValueError("it is an archive without data.pkl")
+        raise FileContentError("it is an archive without data.pkl")
     root = pickles[0].removesuffix("data.pkl")
     big_endian = contents.get(f"{root}byteorder") == b"big"
     tree = _unpickle(contents[pickles[0]], _storage_of_id)
@@ -151,8 +159,9 @@ def _load_zip(file: BinaryIO) -> tuple[Any, _Storages]:
     def get(storage: _Storage) -> bytes:
         data = contents.get(f"{root}data/{storage.key}")
         if data is None:
-            raise ValueError(f"it has no storage {storage.key!r}")
+            raise FileContentError(f"it has no storage {storage.key!r}")
         if big_endian:
+            _check_whole(data, storage.dtype)
             data = np.frombuffer(data, storage.dtype).byteswap().tobytes()
         return data
 
@@ -161,86 +170,146 @@ def _load_zip(file: BinaryIO) -> tuple[Any, _Storages]:
 
 def _load_legacy(file: BinaryIO) -> tuple[Any, _Storages]:
     if _unpickle(file) != _LEGACY_MAGIC:
-        raise ValueError("it does not have the magic number of PyTorch's files")
+        raise FileContentError("it does not have the magic number of PyTorch's files")
     _unpickle(file)  # Version of the protocol.
     _unpickle(file)  # Facts about the writer's machine.
     storages = {}
 
     def load_persistent(saved_id: Any) -> Any:
-        if saved_id[0] == "module":  # A class and its source. Using it is an error.
-            return saved_id[1]
+        kind, value, *_ = _items(saved_id, 2)
+        if kind == "module":  # A class and its source. Using it is an error.
+            return value
         storage = _storage_of_id(saved_id)
         storages[storage.key] = storage
         return storage
 
     tree = _unpickle(file, load_persistent)
     contents = {}
-    for key in _unpickle(file):
-        _check_key(key)
-        contents[key] = _read_storage(file, storages[key].dtype)
-    return tree, lambda storage: contents[storage.key]
+    for key in _items(_unpickle(file), 0):
+        contents[key] = _read_storage(file, _find(storages, key).dtype)
+    return tree, lambda storage: _find(contents, storage.key)
 
 
 def _load_tar(file: BinaryIO) -> tuple[Any, _Storages]:
     members = _tar_members(file)
-    storages, contents = {}, {}
-    file.seek(members["storages"])
-    for _ in range(_unpickle(file)):
-        key, _, kind = _unpickle(file)
-        _check_key(key)
-        storages[key] = _Storage(key, _STORAGES[kind.name])
-        contents[key] = _read_storage(file, storages[key].dtype)
-    for key, root, offset, _ in _unpickle(file):
-        _check_key(key, root, offset)
-        storages[key] = _Storage(root, storages[root].dtype, None, offset)
-    tensors = {}
-    file.seek(members["tensors"])
-    for _ in range(_unpickle(file)):
-        key, storage_key, _ = _unpickle(file)
-        _check_key(key, storage_key)
-        (ndim,) = struct.unpack("<i4x", _read_exactly(file, 8))
-        shape = struct.unpack(f"<{ndim}q", _read_exactly(file, 8 * ndim))
-        strides = struct.unpack(f"<{ndim}q", _read_exactly(file, 8 * ndim))
-        (offset,) = struct.unpack("<q", _read_exactly(file, 8))
-        tensors[key] = _Tensor(storages[storage_key], offset, shape, strides)
+    file.seek(_find(members, "storages"))
+    storages, contents = _read_tar_storages(file)
+    file.seek(_find(members, "tensors"))
+    tensors = _read_tar_tensors(file, storages)
 
     def load_persistent(saved_id: Any) -> Any:
         if isinstance(saved_id, tuple):
-            return saved_id[0]
-        return tensors[int(saved_id)]
+            return _items(saved_id, 1)[0]
+        text = str(saved_id) if isinstance(saved_id, str | int) else ""
+        if not re.fullmatch(r"\d{1,20}", text):
+            raise FileContentError(f"it has no tensor {saved_id!r:.50}")
+        return _find(tensors, int(text))
 
-    file.seek(members["pickle"])
+    file.seek(_find(members, "pickle"))
     tree = _unpickle(file, load_persistent)
-    return tree, lambda storage: contents[storage.key]
+    return tree, lambda storage: _find(contents, storage.key)
+
+
+def _read_tar_storages(
+    file: BinaryIO,
+) -> tuple[dict[Any, _Storage], dict[Any, bytes]]:
+    """Read the storages, also those that are views of others; and their bytes."""
+    storages, contents = {}, {}
+    for _ in range(_whole_number(_unpickle(file))):
+        key, _, kind, *_ = _items(_unpickle(file), 3)
+        _check_key(key)
+        storages[key] = _Storage(key, _dtype_of(kind))
+        contents[key] = _read_storage(file, storages[key].dtype)
+    for view in _items(_unpickle(file), 0):
+        key, root, offset, *_ = _items(view, 3)
+        _check_key(key)
+        dtype = _find(storages, root).dtype
+        storages[key] = _Storage(root, dtype, None, _whole_number(offset))
+    return storages, contents
+
+
+def _read_tar_tensors(
+    file: BinaryIO, storages: Mapping[Any, _Storage]
+) -> dict[Any, _Tensor]:
+    tensors = {}
+    for _ in range(_whole_number(_unpickle(file))):
+        key, storage_key, *_ = _items(_unpickle(file), 2)
+        _check_key(key)
+        (ndim,) = struct.unpack("<i4x", _read_exactly(file, 8))
+        if not 0 <= ndim <= _MAX_RANK:
+            raise FileContentError("it has a tensor of an impossible shape")
+        shape = struct.unpack(f"<{ndim}q", _read_exactly(file, 8 * ndim))
+        strides = struct.unpack(f"<{ndim}q", _read_exactly(file, 8 * ndim))
+        (offset,) = struct.unpack("<q", _read_exactly(file, 8))
+        tensors[key] = _Tensor(_find(storages, storage_key), offset, shape, strides)
+    return tensors
 
 
 def _tar_members(file: BinaryIO) -> dict[str, int]:
     """Find where the members of a tar archive begin."""
     members = {}  # Without Python's tarfile, which a damaged file can make hang.
     while len(header := file.read(512)) == 512 and header.strip(b"\0"):
-        name = header[:100].split(b"\0")[0].decode()
-        size = int(header[124:136].strip(b" \0"), 8)
-        if size < 0:
-            raise ValueError(f"its member {name!r} has a negative size")
+        name = header[:100].split(b"\0")[0].decode(errors="replace")
+        digits = header[124:136].strip(b" \0")
+        if not re.fullmatch(rb"[0-7]+", digits):
+            raise FileContentError(f"its member {name!r} has no size")
+        size = int(digits, 8)
         members[name] = file.tell()
         file.seek(size + -size % 512, os.SEEK_CUR)
     return members
 
 
 def _storage_of_id(saved_id: Any) -> _Storage:
-    fields: tuple[Any, ...] = (*saved_id[:6], None)
-    kind, storage_type, key, _, size, view = fields[:6]
-    if kind != "storage" or storage_type.name not in _STORAGES:
-        raise ValueError("it has an unknown kind of storage")
-    offset = 0 if view is None else view[1]
-    _check_key(key, size, offset)
-    return _Storage(key, _STORAGES[storage_type.name], size, offset)
+    kind, storage_type, key, _, size, *view = _items(saved_id, 5)
+    if kind != "storage":
+        raise FileContentError("it has an unknown kind of storage")
+    _check_key(key)
+    offset = 0
+    if view and view[0] is not None:
+        _, offset, *_ = _items(view[0], 2)
+    size, offset = _whole_number(size), _whole_number(offset)
+    return _Storage(key, _dtype_of(storage_type), size, offset)
+
+
+def _dtype_of(storage_type: Any) -> np.dtype:
+    name = storage_type.name if isinstance(storage_type, _Global) else ""
+    if name not in _STORAGES:
+        raise FileContentError("it has an unknown kind of storage")
+    return _STORAGES[name]
+
+
+# A damaged pickle gives values of any type, which these functions check.
+
+
+def _items(value: Any, least: int) -> Sequence[Any]:
+    """Check that a value is a tuple or list of at least so many items."""
+    if type(value) not in (tuple, list) or len(value) < least:
+        raise FileContentError(f"it has a {type(value).__name__} for {least} values")
+    return value
+
+
+def _whole_number(value: Any) -> int:
+    if type(value) is not int:
+        raise FileContentError(f"it has a {type(value).__name__} for a number")
+    return value
 
 
 def _check_key(*keys: Any) -> None:
     """Check that keys are strings or numbers; hashing other values may never end."""
     if any(type(k) not in (str, int, float, bool, type(None)) for k in keys):
-        raise ValueError("it has keys that are neither strings nor numbers")
+        raise FileContentError("it has keys that are neither strings nor numbers")
+
+
+def _find(values: Mapping[Any, Value], key: Any) -> Value:
+    _check_key(key)
+    if key not in values:
+        raise FileContentError(f"it has no part {key!r:.50}")
+    return values[key]
+
+
+def _check_whole(data: bytes, dtype: np.dtype) -> None:
+    if len(data) % dtype.itemsize:
+        raise FileContentError("it has a storage that is cut off within a value")
 
 
 def _read_storage(file: BinaryIO, dtype: np.dtype) -> bytes:
@@ -250,7 +319,7 @@ def _read_storage(file: BinaryIO, dtype: np.dtype) -> bytes:
 
 def _read_exactly(file: BinaryIO, size: int) -> bytes:
     if not 0 <= size <= _size(file) - file.tell():
-        raise ValueError("it is truncated")
+        raise FileContentError("it is truncated")
     return file.read(size)
 
 
@@ -260,26 +329,33 @@ def _size(file: BinaryIO) -> int:
 
 def _to_array(tensor: _Tensor, storages: _Storages) -> np.ndarray:
     storage = tensor.storage
-    array = np.frombuffer(storages(storage), storage.dtype.newbyteorder("<"))
+    data = storages(storage)
+    _check_whole(data, storage.dtype)
+    array = np.frombuffer(data, storage.dtype.newbyteorder("<"))
     if storage.size is not None and storage.size != len(array):
-        raise ValueError(
+        raise FileContentError(
             f"its storage {storage.key!r} has {len(array)} values, not {storage.size}"
         )
     array = array[max(storage.offset, 0) :]
     shape, strides, offset = tensor.shape, tensor.strides, tensor.offset
     if len(shape) != len(strides) or min(0, offset, *shape, *strides) < 0:
-        raise ValueError("it has a tensor of an impossible shape")
+        raise FileContentError("it has a tensor of an impossible shape")
     if math.prod(shape) > len(array):
-        raise ValueError("it has a tensor that is larger than its storage")
+        raise FileContentError("it has a tensor that is larger than its storage")
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
     if math.prod(shape) and last >= len(array):
-        raise ValueError("it has a tensor that reaches past the end of its storage")
+        raise FileContentError(
+            "it has a tensor that reaches past the end of its storage"
+        )
     if not math.prod(shape):
+        if math.prod(max(n, 1) for n in shape) > _MAX_EMPTY:
+            raise FileContentError("it has a tensor of an impossible shape")
         return np.empty(shape, array.dtype)
     return np.lib.stride_tricks.as_strided(
         array[offset:],
         shape,
-        [s * array.itemsize for s in strides],
+        # Where there is one value, the stride is not bounded, and does not matter.
+        [s * array.itemsize if n > 1 else 0 for n, s in zip(shape, strides)],
         writeable=False,
     )
 
@@ -292,7 +368,7 @@ def _flatten(tree: Any) -> dict[str, _Tensor]:
             return flat
         path, node = nodes.pop()
         if len(path) > _MAX_PATH:
-            raise ValueError("it has containers that are nested too deeply")
+            raise FileContentError("it has containers that are nested too deeply")
         if isinstance(node, _Tensor):
             flat[path] = node
         elif isinstance(node, dict | list | tuple):
@@ -301,7 +377,7 @@ def _flatten(tree: Any) -> dict[str, _Tensor]:
             items = node.items() if isinstance(node, dict) else enumerate(node)
             prefix = f"{path}/" if path else ""
             nodes += [(f"{prefix}{key}", value) for key, value in reversed(list(items))]
-    raise ValueError("it holds too many things")
+    raise FileContentError("it holds too many things")
 
 
 def _unpickle(
@@ -315,94 +391,112 @@ def _unpickle(
         default) refuses such ids.
 
     Raises:
-      ValueError: If the pickle asks for anything else.
-      One of `_DAMAGED`: If it is damaged.
+      FileContentError: If the pickle asks for anything else, or is damaged.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
+    machine = _Machine(load_persistent)
+    for number, (operation, argument) in enumerate(_read_operations(pickle)):
+        if number > _MAX_OPERATIONS:
+            raise FileContentError("its pickle is too long")
+        if operation == "STOP":
+            return machine.pop()
+        if operation not in _OPERATIONS:
+            raise FileContentError(f"it asks for the operation {operation}")
+        _OPERATIONS[operation](machine, argument)
+    raise FileContentError("its pickle has no end")
 
-    def pop_to_mark() -> list[Any]:
-        mark = marks.pop()
-        values = stack[mark:]
-        del stack[mark:]
+
+def _read_operations(pickle: bytes | BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Yield the names and the arguments of a pickle's operations."""
+    # An error of the loop that takes them is not raised here.
+    with content_errors(*_LIBRARY_ERRORS):
+        for operation, argument, _ in pickletools.genops(pickle):
+            yield operation.name, argument
+
+
+class _Machine:
+    """The machine of a pickle: a stack of values with marks, and a memo."""
+
+    def __init__(self, load_persistent: Callable[[Any], Any] | None):
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+        self._load_persistent = load_persistent
+
+    def push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def push_literal(self, value: Any) -> None:
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise FileContentError("it has a number that is too large")
+        self.push(value)
+
+    def pop(self) -> Any:
+        return self.pop_several(1)[0]
+
+    def pop_several(self, count: int) -> list[Any]:
+        if len(self._stack) < count:
+            raise FileContentError("its pickle takes a value where there is none")
+        values = self._stack[-count:]
+        del self._stack[-count:]
         return values
 
-    argument: Any  # Its type depends on the operation.
-    for number, (operation, argument, _) in enumerate(pickletools.genops(pickle)):
-        if number > _MAX_OPERATIONS:
-            raise ValueError("its pickle is too long")
-        match operation.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                marks.append(len(stack))
-            case name if name in _LITERALS:
-                if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
-                    raise ValueError("it has a number that is too large")
-                stack.append(argument)
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(operation.name == "NEWTRUE")
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE":
-                stack.append(tuple(pop_to_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(operation.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "LIST":
-                stack.append(pop_to_mark())
-            case "DICT":
-                values = pop_to_mark()
-                stack.append(_pairs(zip(values[::2], values[1::2], strict=True)))
-            case "APPEND":
-                value = stack.pop()
-                _container(stack[-1], list).append(value)
-            case "APPENDS":
-                values = pop_to_mark()
-                _container(stack[-1], list).extend(values)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _container(stack[-1], dict).update(_pairs([(key, value)]))
-            case "SETITEMS":
-                values = pop_to_mark()
-                pairs = _pairs(zip(values[::2], values[1::2], strict=True))
-                _container(stack[-1], dict).update(pairs)
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "GLOBAL":
-                stack.append(_admit(argument.replace(" ", ".")))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(_admit(".".join([module, name])))
-            case "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_CALLS[function.name](*arguments[:8]))
-            case "BUILD":  # Attributes of a dict, such as the versions of modules.
-                stack.pop()
-                _container(stack[-1], dict)
-            case "BINPERSID" if load_persistent:
-                stack.append(load_persistent(stack.pop()))
-            case "PERSID" if load_persistent:
-                stack.append(load_persistent(argument))
-            case "INST":
-                _admit(argument.replace(" ", "."))
-                raise ValueError("it asks for the operation INST")
-            case other:
-                raise ValueError(f"it asks for the operation {other}")
-    raise ValueError("its pickle has no end")
+    def mark(self) -> None:
+        self._marks.append(len(self._stack))
+
+    def pop_to_mark(self) -> list[Any]:
+        if not self._marks:
+            raise FileContentError("its pickle lacks a mark")
+        mark = self._marks.pop()
+        values = self._stack[mark:]
+        del self._stack[mark:]
+        return values
+
+    def top(self, kind: type | None = None) -> Any:
+        """Get the last value, without popping it, and check its type."""
+        value = self.pop()
+        if kind and type(value) is not kind:
+            raise FileContentError(
+                f"it takes a {type(value).__name__} for a {kind.__name__}"
+            )
+        self.push(value)
+        return value
+
+    def remember(self, place: int | None = None) -> None:
+        """Put the last value into the memo, by default at the next place."""
+        place = len(self._memo) if place is None else place
+        self._memo[place] = self.top()
+
+    def recall(self, place: int) -> None:
+        self.push(_find(self._memo, place))
+
+    def set_items(self, keys_and_values: list[Any]) -> None:
+        self.top(dict).update(_pair(keys_and_values))
+
+    def push_global(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise FileContentError("it has a name that is not a string")
+        self.push(_admit(f"{module}.{name}"))
+
+    def call(self) -> None:
+        function, arguments = self.pop_several(2)
+        name = function.name if isinstance(function, _Global) else ""
+        if name not in _CALLS:
+            raise FileContentError(f"it calls a {type(function).__name__}")
+        self.push(_CALLS[name](_items(arguments, 0)[:8]))
+
+    def refuse_instance(self, name: str) -> None:
+        _admit(name.replace(" ", "."))
+        raise FileContentError("it asks for the operation INST")
+
+    def push_persistent(self, saved_id: Any) -> None:
+        if self._load_persistent is None:
+            raise FileContentError("it has a persistent id where there is none")
+        self.push(self._load_persistent(saved_id))
+
+    def drop_attributes(self) -> None:
+        """Drop attributes of a dict, such as the versions of modules."""
+        self.pop()
+        self.top(dict)
 
 
 _LITERALS = {
@@ -413,29 +507,67 @@ _LITERALS = {
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 }
 
+# What the machine does for each operation, given the operation's argument.
+_OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, _: None),
+    **dict.fromkeys(_LITERALS, _Machine.push_literal),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "MARK": lambda machine, _: machine.mark(),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop_several(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop_several(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop_several(3))),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "LIST": lambda machine, _: machine.push(machine.pop_to_mark()),
+    "APPEND": lambda machine, _: _append(machine, machine.pop_several(1)),
+    "APPENDS": lambda machine, _: _append(machine, machine.pop_to_mark()),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "DICT": lambda machine, _: machine.push(_pair(machine.pop_to_mark())),
+    "SETITEM": lambda machine, _: machine.set_items(machine.pop_several(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_to_mark()),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.recall),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.remember),
+    "MEMOIZE": lambda machine, _: machine.remember(),
+    "GLOBAL": lambda machine, name: machine.push(_admit(name.replace(" ", "."))),
+    "STACK_GLOBAL": lambda machine, _: machine.push_global(*machine.pop_several(2)),
+    "INST": _Machine.refuse_instance,
+    "REDUCE": lambda machine, _: machine.call(),
+    "BUILD": lambda machine, _: machine.drop_attributes(),
+    "BINPERSID": lambda machine, _: machine.push_persistent(machine.pop()),
+    "PERSID": _Machine.push_persistent,
+}
 
-def _container(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise ValueError(f"it takes a {type(value).__name__} for a {kind.__name__}")
-    return value
+
+def _append(machine: _Machine, values: list[Any]) -> None:
+    machine.top(list).extend(values)
 
 
-def _pairs(pairs: Any) -> dict[Any, Any]:
-    pairs = [(key, value) for key, value in pairs]
-    _check_key(*(key for key, _ in pairs))
-    return dict(pairs)
+def _pair(keys_and_values: list[Any]) -> dict[Any, Any]:
+    """Make a dict of keys and values in turn."""
+    if len(keys_and_values) % 2:
+        raise FileContentError("it has a key without a value")
+    keys, values = keys_and_values[::2], keys_and_values[1::2]
+    _check_key(*keys)
+    return dict(zip(keys, values))
 
 
-def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
-    result = _pairs(pairs)
-    if result:
-        pairs.clear()  # Otherwise, a pickle could copy one list over and over.
+def _make_ordered_dict(arguments: Sequence[Any]) -> dict[Any, Any]:
+    if not arguments:
+        return {}
+    pairs = arguments[0]
+    if type(pairs) is not list:
+        raise FileContentError(f"it takes a {type(pairs).__name__} for a list")
+    result = _pair([x for pair in pairs for x in _items(pair, 2)[:2]])
+    pairs.clear()  # Otherwise, a pickle could copy one list over and over.
     return result
 
 
 def _admit(name: str) -> _Global:
     if name not in _CALLS and name not in _STORAGES and name not in _NAMES:
-        raise ValueError(
+        raise FileContentError(
             f"it asks for {name[:100]!r}, but only tensors and plain containers are "
             "read. No part of it was run. If you trust the file, load it with PyTorch "
             "and save only its state_dict()."
@@ -443,28 +575,33 @@ def _admit(name: str) -> _Global:
     return _Global(name)
 
 
-def _make_tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
-) -> _Tensor:
+def _make_tensor(arguments: Sequence[Any]) -> _Tensor:
+    storage, offset, shape, strides, *_ = _items(arguments, 4)
+    shape, strides = _items(shape, 0), _items(strides, 0)
     if (
         type(storage) is not _Storage
         or max(len(shape), len(strides)) > _MAX_RANK
         or any(type(n) is not int for n in (offset, *shape, *strides))
     ):
-        raise ValueError("it has a tensor of an impossible shape")
+        raise FileContentError("it has a tensor of an impossible shape")
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-# The functions that a pickle may call, and what runs instead of each.
-_CALLS: Mapping[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _ordered_dict,
+def _first(arguments: Sequence[Any]) -> Any:
+    return arguments[0] if arguments else None
+
+
+# The functions that a pickle may call, and what runs instead of each, given at most
+# eight arguments.
+_CALLS: Mapping[str, Callable[[Sequence[Any]], Any]] = {
+    "collections.OrderedDict": _make_ordered_dict,
     # A scheduler's milestones. Not copied, because copies would take memory.
-    "collections.Counter": lambda counts=None: counts,
-    "__builtin__.set": lambda items=None: items,
-    "builtins.set": lambda items=None: items,
+    "collections.Counter": _first,
+    "__builtin__.set": _first,
+    "builtins.set": _first,
     "torch._utils._rebuild_tensor": _make_tensor,
     "torch._utils._rebuild_tensor_v2": _make_tensor,
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "torch.Size": lambda sizes=(): tuple(sizes[:_MAX_RANK]),
-    "torch.device": lambda *_: None,
+    "torch._utils._rebuild_parameter": _first,
+    "torch.Size": lambda arguments: tuple(_items(_first(arguments), 0)[:_MAX_RANK]),
+    "torch.device": lambda arguments: None,
 }
