@@ -22,6 +22,12 @@ def add(commands: Subparsers) -> None:
             "files. White is filled. The same arguments draw the same masks."
         ),
     )
+    _add_files(command)
+    _add_shape(command)
+    command.set_defaults(run=_run)
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--output",
         metavar="FOLDER",
@@ -36,6 +42,16 @@ def add(commands: Subparsers) -> None:
         default=10,
         help="number of masks (default: %(default)s)",
     )
+    command.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the random numbers (default: %(default)s)",
+    )
+    add_force(command)
+
+
+def _add_shape(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--size",
         metavar="WIDTHxHEIGHT",
@@ -61,14 +77,6 @@ def add(commands: Subparsers) -> None:
         action=argparse.BooleanOptionalAction,
         help="whether holes touch the border (default: some do)",
     )
-    command.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of the random numbers (default: %(default)s)",
-    )
-    add_force(command)
-    command.set_defaults(run=_run)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -90,6 +90,14 @@ _CSS = """
 """
 
 
+class _Paths(NamedTuple):
+    """The files that were opened, and the first one that was written."""
+
+    image: gr.State
+    mask: gr.State
+    result: gr.State
+
+
 class _Inputs(NamedTuple):
     image: gr.UploadButton
     mask: gr.UploadButton
@@ -122,8 +130,7 @@ def build(inpainter: Inpainter) -> gr.Blocks:
         delete_cache=(3600, 86400),
         fill_width=True,
     ) as page:
-        image_path, mask_path = gr.State(), gr.State()
-        result_path = gr.State(delete_callback=_delete)
+        paths = _Paths(gr.State(), gr.State(), gr.State(delete_callback=_delete))
         gr.Markdown(_INTRODUCTION)
         with gr.Row(equal_height=False):
             with gr.Column():
@@ -141,41 +148,53 @@ def build(inpainter: Inpainter) -> gr.Blocks:
             elem_id="examples",
         )
 
-        opened = [image_path, mask_path, inputs.editor]
-        inputs.image.upload(
-            open_image,
-            [inputs.image, image_path, mask_path, inputs.invert],
-            opened,
-            **_QUEUED,
-        ).then(lambda: _NOTHING, None, list(results))
-        inputs.mask.upload(
-            lambda path, image, invert: (path, show(image, mask=path, invert=invert)),
-            [inputs.mask, image_path, inputs.invert],
-            [mask_path, inputs.editor],
-            **_QUEUED,
-        )
-        inputs.invert.input(
-            lambda path, mask, invert: show(path, mask=mask, invert=invert),
-            [image_path, mask_path, inputs.invert],
-            inputs.editor,
-            **_QUEUED,
-        )
-        examples.click(open_example, examples, opened, **_QUEUED).then(
-            lambda: _NOTHING, None, list(results)
-        )
-        inputs.run.click(
-            _repair_with_bar(inpainter),
-            [*opened, inputs.margin, inputs.invert, result_path, inputs.variants],
-            [*results, result_path],
-            **_QUEUED,
-        )
-        results.gallery.select(
-            choose,
-            [image_path, result_path],
-            [results.repaired, results.slider, results.download],
-            **_QUEUED,
-        )
+        _connect(inpainter, paths, inputs, results, examples)
     return page
+
+
+def _connect(
+    inpainter: Inpainter,
+    paths: _Paths,
+    inputs: _Inputs,
+    results: _Results,
+    examples: gr.Dataset,
+) -> None:
+    """Connect the events of the components to functions."""
+    image_path, mask_path, result_path = paths
+    opened = [image_path, mask_path, inputs.editor]
+    inputs.image.upload(
+        open_image,
+        [inputs.image, image_path, mask_path, inputs.invert],
+        opened,
+        **_QUEUED,
+    ).then(lambda: _NOTHING, None, list(results))
+    inputs.mask.upload(
+        lambda path, image, invert: (path, show(image, mask=path, invert=invert)),
+        [inputs.mask, image_path, inputs.invert],
+        [mask_path, inputs.editor],
+        **_QUEUED,
+    )
+    inputs.invert.input(
+        lambda path, mask, invert: show(path, mask=mask, invert=invert),
+        [image_path, mask_path, inputs.invert],
+        inputs.editor,
+        **_QUEUED,
+    )
+    examples.click(open_example, examples, opened, **_QUEUED).then(
+        lambda: _NOTHING, None, list(results)
+    )
+    inputs.run.click(
+        _repair_with_bar(inpainter),
+        [*opened, inputs.margin, inputs.invert, result_path, inputs.variants],
+        [*results, result_path],
+        **_QUEUED,
+    )
+    results.gallery.select(
+        choose,
+        [image_path, result_path],
+        [results.repaired, results.slider, results.download],
+        **_QUEUED,
+    )
 
 
 def _build_inputs() -> _Inputs:
