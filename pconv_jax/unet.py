@@ -307,7 +307,9 @@ class PConvUNet(nn.Module):
             return h
         return jax.nn.leaky_relu(h, stage.negative_slope)
 
-    def _check(self, images: jax.Array, mask: jax.Array, batch_statistics: bool):
+    def _check(
+        self, images: jax.Array, mask: jax.Array, batch_statistics: bool
+    ) -> None:
         if self.conv not in ("partial", "standard"):
             raise ValueError(
                 f"conv must be 'partial' or 'standard', got {self.conv!r}."

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = "pconv") -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add(commands)
-    # Names of files may have bytes that are no text, or that a terminal cannot show.
+    # Names of files may have bytes that are not text, or that a terminal cannot show.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv

@@ -8,7 +8,7 @@ from typing import TypeAlias
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-# The type of an option that is a path or a name, and stays a text.
+# The type of an option that is a path or a name, and stays a string.
 expand = os.path.expanduser
 
 

@@ -362,8 +362,8 @@ def _report_skipped(paths: list[Path]) -> None:
     if paths:
         names = ", ".join(path.name + "/" * path.is_dir() for path in paths)
         print(
-            f"pconv: {len(paths)} skipped, which are no images that can be read: "
-            f"{names}.",
+            f"pconv: {len(paths)} skipped, because they are not images of a known "
+            f"kind: {names}.",
             file=sys.stderr,
         )
 

@@ -49,7 +49,7 @@ class Decoder:
                 process.stdin.flush()
             if process.stdout.readline():
                 return True
-            # Python ends with 1 at an error of this package, which is no crash.
+            # Python ends with 1 at an error of this package, which is not a crash.
             return self._end(process) == 1
 
     def _start(self) -> subprocess.Popen[str]:
