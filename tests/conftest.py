@@ -1,6 +1,7 @@
 """Settings that JAX reads once, when it starts: so they stand before every test."""
 
 import atexit
+import collections
 import contextlib
 import ctypes
 import functools
@@ -90,10 +91,17 @@ def fast_computation_once():
         yield
 
 
+def pytest_collection_modifyitems(items):
+    """Put the longest modules first: the last one keeps a single worker busy."""
+    slow = collections.Counter(x.path for x in items if x.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Run a module on one worker, so that its fixtures are made once."""
     if config.getoption("dist") == "load":  # What -n means.
         from xdist.scheduler import LoadFileScheduling
 
+        config.option.loadscopereorder = False  # The order of the items stands.
         return LoadFileScheduling(config, log)
