@@ -462,13 +462,26 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
         loop.train_and_evaluate(tiny(), tmp_path / "file" / "run")
 
 
+LOGGED = {
+    "log_every": 4,
+    "checkpoint_every": 1,
+    "phase1.steps": 9,
+    "phase2.steps": 0,
+    "picture_every": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """The workdir of a run whose logs are of several steps."""
+    workdir = tmp_path_factory.mktemp("logged") / "run"
+    loop.train_and_evaluate(tiny(**LOGGED), workdir)
+    return workdir
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("at", ["before saving", "after saving", "in validation"])
-def test_the_log_is_that_of_a_run_that_never_ended(tmp_path, monkeypatch, at):
-    fields = {"log_every": 4, "checkpoint_every": 1, "phase1.steps": 9}
-    fields |= {"phase2.steps": 0, "picture_every": 100}
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    loop.train_and_evaluate(tiny(**fields), whole)
+def test_the_log_is_that_of_a_run_that_never_ended(logged, tmp_path, monkeypatch, at):
     calls = []
 
     def end(original, number, first):
@@ -491,14 +504,14 @@ def test_the_log_is_that_of_a_run_that_never_ended(tmp_path, monkeypatch, at):
             ended = end(hooks.Save.__call__, 6, at == "before saving")
             patch.setattr(hooks.Save, "__call__", ended)
         with pytest.raises(KeyboardInterrupt):
-            loop.train_and_evaluate(tiny(**fields), broken)
-    loop.train_and_evaluate(tiny(**fields), broken)
+            loop.train_and_evaluate(tiny(**LOGGED), tmp_path)
+    loop.train_and_evaluate(tiny(**LOGGED), tmp_path)
     lines = [
         [
             {k: v for k, v in line.items() if k not in ("time", _PACE)}
             for line in read_metrics(workdir)
         ]
-        for workdir in (whole, broken)
+        for workdir in (logged, tmp_path)
     ]
     assert lines[0] == lines[1]
 

@@ -85,7 +85,7 @@ def test_masks_of_a_pool_are_turned_and_mirrored_in_all_eight_ways():
 
 
 def test_a_pool_holds_masks_of_the_sampler():
-    settings = MaskSettings(kind="rectangles", thin=0.3)
+    settings = MaskSettings(kind="rectangles")
     draw = jax.jit(mask_sampling.mask_sampler(settings, 16))
     pool = mask_sampling.draw_pool(jax.random.key(3), draw, count=70)
     assert pool.shape == (70, 16, 16, 1) and pool.dtype == bool
