@@ -2,7 +2,7 @@
 
     python -m benchmarks.patch_search
 
-The photo is repaired once, and what `detail._refine` is called with is recorded: once
+The photo is repaired once, and what `search_and_vote` is called with is recorded: once
 for each hole and scale. Then the forms compute these calls again, in turns. They make
 the same proposals, but Numba visits one patch after the other: a patch profits at once
 from its neighbors, and a distance is no longer summed when it is too large. The photo
@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import skimage.data
 
-from pconv_jax.inpaint import detail
+from pconv_jax.inpaint import detail, patch_search
 from pconv_jax.inpaint.inpainter import Inpainter
 
 # Other layers spin while they wait, which slows all that shares the machine.
@@ -34,18 +34,18 @@ except ModuleNotFoundError:
     sys.exit("benchmarks.patch_search needs Numba: pip install numba.")
 
 _TURNS = 7  # Besides the first one.
-_STEPS = np.arange(-detail.RADIUS, detail.RADIUS + 1)
+_STEPS = np.arange(-patch_search.RADIUS, patch_search.RADIUS + 1)
 _FASTMATH = {"contract", "nsz", "reassoc"}  # Distances may start at infinity.
 _CHANNELS = 3  # A constant, so that the loops over a patch are vectorized.
 
 
 class _Call(NamedTuple):
-    """What `detail._refine` is called with."""
+    """What `search_and_vote` is called with."""
 
     key: jax.Array
     image: np.ndarray
     match: np.ndarray
-    problem: detail._Problem
+    problem: patch_search.Problem
     rounds: int
 
 
@@ -78,13 +78,12 @@ def _megabytes(package: str) -> float:
 def _record(hole: np.ndarray) -> list[_Call]:
     """Repair the photo, and record the calls of the search."""
     calls: list[_Call] = []
-    refine = detail._refine
 
     def record(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
         calls.append(_Call(*arguments[:-1]))  # Without the progress.
-        return refine(*arguments)
+        return patch_search.search_and_vote(*arguments)
 
-    with mock.patch.object(detail, "_refine", record):
+    with mock.patch.object(detail, "search_and_vote", record):
         Inpainter.from_pretrained()(skimage.data.astronaut(), hole)
     return calls
 
@@ -135,14 +134,14 @@ def _distance(
 
 
 def _search_by_jax(call: _Call) -> tuple[np.ndarray, np.ndarray]:
-    return detail._refine(*call, detail.ignore)
+    return patch_search.search_and_vote(*call)
 
 
 def _compile(threads: int) -> _Form:
     """Define the search anew, so that it is compiled at its first call."""
     jit = numba.njit(fastmath=_FASTMATH, inline="always")
-    ratio = np.float32(len(_STEPS) ** 2 / 5)  # As in `detail`: 5 points for a patch.
-    estimate_weight = np.float32(detail._ESTIMATE_WEIGHT**2)
+    ratio = np.float32(len(_STEPS) ** 2 / 5)  # 5 points for a patch.
+    estimate_weight = np.float32(patch_search.ESTIMATE_WEIGHT**2)
 
     @jit
     def measure(image, problem, guide_weight, own, other, least):

@@ -20,7 +20,15 @@ import numpy as np
 from pconv_jax._errors import UserError
 from pconv_jax.evaluate.baselines import classical
 from pconv_jax.evaluate.baselines.worker import Worker
-from pconv_jax.inpaint import blocks, detail, fill, inpainter, tiling, values
+from pconv_jax.inpaint import (
+    blocks,
+    detail,
+    fill,
+    inpainter,
+    patch_search,
+    tiling,
+    values,
+)
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.runs import parallel
 from pconv_jax.runs.inference import fill_step
@@ -29,7 +37,7 @@ from pconv_jax.unet import PConvUNet
 from pconv_jax.weights.network_config import model_config
 
 # What the results of a repair depend on besides the network; it may change.
-_REPAIR_CODE = (blocks, detail, fill, inpainter, tiling, values)
+_REPAIR_CODE = (blocks, detail, fill, inpainter, patch_search, tiling, values)
 
 
 class InpaintResult(NamedTuple):

@@ -23,31 +23,29 @@ network's output as the guide; Damelin and Hoang, "On Surface Completion and Ima
 Inpainting by Biharmonic Functions", 2018, for the smoothing of the guide.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import cv2
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pconv_jax._errors import UserError
+from pconv_jax.inpaint.patch_search import (
+    SIDE,
+    Grid,
+    Problem,
+    Targets,
+    find_length,
+    search_and_vote,
+    vote,
+)
 from pconv_jax.inpaint.progress import Progress, ignore, share
-
-# Patches are squares of 2 RADIUS + 1 = 5 pixels. Smaller ones copy less structure,
-# larger ones fit less well.
-RADIUS = 2
-_SIDE = 2 * RADIUS + 1
 
 _ROUNDS = 8  # Searches and votes at each scale.
 # With more patches than these, half as many: coarser scales have found most matches.
 _MANY_TARGETS = 60_000
-_STRIDES = (8, 4, 2, 1)  # Distances, in pixels, at which neighbors share their matches.
-_ESTIMATE_WEIGHT = 0.6  # Of differences from the estimate, beside those from the guide.
 # Depth, in pixels of the image, from which on the guide's weight falls by e each such
 # depth, in narrow and in wide holes; but at most _RIM pixels of the scale at hand.
 _TRUSTED = (16.0, 4.0)
@@ -67,19 +65,19 @@ _DEPTH_PER_SIGMA = 16  # Depth of a hole, in pixels, for a sigma of 1.
 # the smaller one: with more of the guide, wide holes look soft.
 _BLEND = (0.2, 0.8)
 _BLEND_DEPTH = 12.0
-# Fine detail moves by the larger part, too, but only at the rim: the part falls by e with
-# each pixel of depth. In narrow holes the guide's is more accurate than that of patches.
+# At the rim, fine detail also moves by the larger part, which falls by e with each
+# pixel of depth: in narrow holes the guide's is more accurate than that of patches.
+#
 # Shares of the window that may be copied: much, and little. With little, patches fit
 # badly. Then coarse detail moves by the larger part at every depth, and fine detail by
 # at least this one.
 _MUCH, _LITTLE = 0.75, 0.5
 _FINE_BLEND = 0.4
 _MAX_DECAY = 30  # Pixels of depth from which on this factor stays the same.
-_MIN_SIDE = 48  # Pixels. Smaller images are not halved.
+_MINSIDE = 48  # Pixels. Smaller images are not halved.
 _MIN_SOURCES = 64  # Patches to copy from. An image with fewer is not halved further.
 _MIN_MARGIN = 64  # Pixels around a hole to copy from; at least its extent.
 _SMOOTHING_STEPS = 10  # Of a guide. With 6 or 15, thin holes lose 0.05 to 0.1 dB.
-_CHUNK = 2048  # Patches that are searched at a time: they fit into a CPU's cache.
 _CELL = 16  # Pixels. Holes closer than this are filled together.
 
 
@@ -271,13 +269,13 @@ def _fill_window(
     widest = float(_depth(scale.hole).max())
     scales = [scale]
     # Halve until the hole is a few pixels wide.
-    while widest > 2 ** len(scales) and min(scales[-1].hole.shape) >= _MIN_SIDE:
+    while widest > 2 ** len(scales) and min(scales[-1].hole.shape) >= _MINSIDE:
         smaller = _halve(scales[-1])
         if _centers(smaller.source).sum() < _MIN_SOURCES:
             break
         scales.append(smaller)
     sigma = float(np.clip(widest / _DEPTH_PER_SIGMA, *_GUIDE_SIGMA))
-    length = _find_length(scale.hole.shape)  # One program serves all scales.
+    length = find_length(scale.hole.shape)  # One program serves all scales.
     estimate = matches = None
     for level, scale in reversed(list(enumerate(scales))):
         weight = _guide_weight(scale.hole, 2**level)
@@ -289,8 +287,8 @@ def _fill_window(
             sigma,
             rng,
             length,
-            # An enlarged estimate lacks fine detail, so that smooth patches fit it best.
-            # At coarser scales a vote would cost accuracy.
+            # An enlarged estimate lacks fine detail, so smooth patches fit it best. At
+            # coarser scales a vote would cost accuracy.
             vote_first=level == 0 and estimate is not None,
             # Each scale has about four times the pixels of the one before.
             progress=share(progress, 0.25 ** (level + 1), 0.25**level),
@@ -356,9 +354,9 @@ def _refine_scale(
     near = _near(hole)
     rows, columns = np.nonzero(near)
     is_center = _centers(source)
-    grid = _Grid(hole.shape[0], hole.shape[1], length)
+    grid = Grid(hole.shape[0], hole.shape[1], length)
     first = _first_matches(rows, columns, is_center, matches, rng)
-    targets = _Targets(
+    targets = Targets(
         pixel=grid.number(rows, columns),
         in_hole=hole[rows, columns],
         guide_weight=guide_weight[rows, columns],
@@ -368,15 +366,15 @@ def _refine_scale(
     rest = length - count
     target_at = np.full(hole.shape, -1, np.int32)
     target_at[rows, columns] = np.arange(count)
-    problem = _Problem(
+    problem = Problem(
         low=grid.flatten(low),
         is_center=grid.flatten(is_center, border=False),
         target_at=grid.flatten(target_at, border=-1),
         # The last target fills them up: its neighbors are pixels, too.
-        targets=_Targets(*(np.pad(x, (0, rest), mode="edge") for x in targets)),
-        total=count,
-        row=grid.row,
-        reach=max(hole.shape),
+        targets=Targets(*(np.pad(x, (0, rest), mode="edge") for x in targets)),
+        total=np.int32(count),
+        row=np.int32(grid.row),
+        reach=np.int32(max(hole.shape)),
     )
     rounds = _ROUNDS if count <= _MANY_TARGETS else _ROUNDS // 2
     key = jax.random.key(rng.integers(2**32))
@@ -384,8 +382,8 @@ def _refine_scale(
     match = np.pad(grid.number(*first), (0, rest), mode="edge")
     if vote_first:
         weight = np.where(np.arange(length) < count, problem.targets.rim_weight, 0)
-        flat = np.asarray(_vote(flat, match, weight, problem))
-    flat, match = _refine(key, flat, match, problem, rounds, progress)
+        flat = np.asarray(vote(flat, match, weight, problem))
+    flat, match = search_and_vote(key, flat, match, problem, rounds, progress)
     rows_of_match, columns_of_match = grid.place(match[:count])
     found = _Matches(*(np.full(hole.shape, -1, np.int32) for _ in range(2)))
     found.rows[rows, columns] = rows_of_match
@@ -419,279 +417,6 @@ def _first_matches(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Grid:
-    """The pixels of an image with a border of RADIUS, numbered row by row."""
-
-    height: int
-    width: int
-    length: int  # Of the arrays.
-
-    @property
-    def row(self) -> int:
-        """The number of pixels in a row."""
-        return self.width + 2 * RADIUS
-
-    def number(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Return the numbers of pixels."""
-        return ((rows + RADIUS) * self.row + columns + RADIUS).astype(np.int32)
-
-    def place(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows and columns of numbers."""
-        return number // self.row - RADIUS, number % self.row - RADIUS
-
-    def flatten(self, image: np.ndarray, border: int | None = None) -> np.ndarray:
-        """Return values by number, padded to a length: ``[P, ...]``.
-
-        The border has a value, or by default those of the nearest pixels.
-        """
-        widths = [(RADIUS, RADIUS)] * 2 + [(0, 0)] * (image.ndim - 2)
-        if border is None:
-            flat = np.pad(image, widths, mode="edge")
-        else:
-            flat = np.pad(image, widths, constant_values=border)
-        flat = flat.reshape(-1, *image.shape[2:])
-        rest = self.length - len(flat)
-        widths = [(0, rest)] + [(0, 0)] * (flat.ndim - 1)
-        return np.pad(flat, widths, constant_values=border or 0)
-
-    def unflatten(self, flat: np.ndarray) -> np.ndarray:
-        """Return the image that was flattened, without its border."""
-        size = (self.height + 2 * RADIUS) * self.row
-        image = flat[:size].reshape(-1, self.row, *flat.shape[1:])
-        return image[RADIUS:-RADIUS, RADIUS:-RADIUS]
-
-
-class _Targets(NamedTuple):
-    """The patches that touch the hole, by their centers.
-
-    Arrays ``[P]``; `_Problem.total` says how many entries are in use.
-
-    Attributes:
-      pixel: Number of the center.
-      in_hole: Whether the center is in the hole.
-      guide_weight: Weight of differences from the guide.
-      rim_weight: Weight of the patch's votes.
-    """
-
-    pixel: Any
-    in_hole: Any
-    guide_weight: Any
-    rim_weight: Any
-
-
-class _Problem(NamedTuple):
-    """What does not change while matches are searched at one scale.
-
-    Attributes:
-      low: Float32 ``[P, C]``, the low frequencies of the guide.
-      is_center: Bool ``[P]``, whether the patch around a pixel may be copied.
-      target_at: Int32 ``[P]``, the target whose center a pixel is, or -1.
-      targets: The patches that touch the hole.
-      total: Number of targets.
-      row: Number of pixels in a row.
-      reach: Largest distance of a random jump, in pixels.
-    """
-
-    low: Any
-    is_center: Any
-    target_at: Any
-    targets: _Targets
-    total: Any
-    row: Any
-    reach: Any
-
-
-def _refine(
-    key: jax.Array,
-    image: np.ndarray,
-    match: np.ndarray,
-    problem: _Problem,
-    rounds: int,
-    progress: Progress,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Search matches and vote, in turn.
-
-    All pixels are numbered along one axis, and the geometry and the number of targets
-    are dynamic, so that a few lengths P serve images and holes of any size.
-
-    Args:
-      key: PRNG key.
-      image: Float32 ``[P, C]``, with the current estimate in the hole.
-      match: For each target, the center of the patch that is copied, ``[P]``.
-      problem: The rest.
-      rounds: Number of searches and votes.
-      progress: Called with the fraction that is done.
-
-    Returns:
-      The image with the new estimate, and the matches ``[P]``.
-    """
-    state, problem = jax.device_put(((image, match), problem))
-    for number in range(rounds):
-        state = jax.block_until_ready(_search_and_vote(key, number, *state, problem))
-        progress((number + 1) / rounds)
-    return jax.device_get(state)
-
-
-@functools.partial(jax.jit, donate_argnames=("image", "match"))
-def _search_and_vote(
-    key: jax.Array, number: int, image: jax.Array, match: jax.Array, problem: _Problem
-) -> tuple[jax.Array, jax.Array]:
-    key_of_round = jax.random.fold_in(key, number)
-    chunks = -(-problem.total // _CHUNK)
-    exists = jnp.arange(len(match)) < problem.total
-
-    def search(chunk: jax.Array, state: Any) -> Any:
-        key_of_chunk = jax.random.fold_in(key_of_round, chunk)
-        match, distance = state
-        start = chunk * _CHUNK
-        return _search(key_of_chunk, image, match, distance, start, problem)
-
-    distance = jnp.zeros(len(match))
-    match, distance = lax.fori_loop(0, chunks, search, (match, distance))
-    spread = jnp.where(exists, distance, 0).sum() / problem.total + 1
-    # The constant lets patches vote where all of them are dissimilar.
-    similarity = jnp.exp(-distance / (2 * spread)) + 1e-6
-    weight = jnp.where(exists, problem.targets.rim_weight * similarity, 0)
-    return _vote(image, match, weight, problem), match
-
-
-def _cut(values: Any, start: jax.Array) -> Any:
-    """Cut a chunk of N = _CHUNK values from arrays ``[P, ...]``."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, _CHUNK), values)
-
-
-def _search(
-    key: jax.Array,
-    image: jax.Array,
-    match: jax.Array,
-    distance: jax.Array,
-    start: jax.Array,
-    problem: _Problem,
-) -> tuple[jax.Array, jax.Array]:
-    """Improve the matches of a chunk of targets, in place in all matches.
-
-    Args:
-      key: PRNG key.
-      image: Float32 ``[P, C]``, with the current estimate in the hole.
-      match: The matches of all targets, ``[P]``.
-      distance: The distances of their patches, ``[P]``.
-      start: The first target of the chunk.
-      problem: The rest.
-
-    Returns:
-      The matches and the distances.
-    """
-    _, is_center, target_at, _, _, row, reach = problem
-    targets = _cut(problem.targets, start)
-    # The guide is smooth: the center and the corners of a patch stand for all of it.
-    points = row * jnp.array([0, -2, -2, 2, 2]) + jnp.array([0, -2, 2, -2, 2])
-    wanted = _patches(image, targets.pixel, row)
-    guide = _take(problem.low, targets.pixel[:, None] + points)
-
-    def measure(center: jax.Array) -> jax.Array:
-        detail = jnp.square(wanted - _patches(image, center, row)).sum((1, 2, 3))
-        low = _take(problem.low, center[:, None] + points)
-        structure = jnp.square(guide - low).sum((1, 2)) * (_SIDE**2 / len(points))
-        return targets.guide_weight * structure + _ESTIMATE_WEIGHT**2 * detail
-
-    def offer(state: Any, center: jax.Array) -> Any:
-        match, best = state
-        own = _cut(match, start)
-        center = jnp.clip(center, 0, len(image) - 1)
-        center = jnp.where(_take(is_center, center), center, own)
-        new = measure(center)
-        own = jnp.where(new < best, center, own)
-        match = lax.dynamic_update_slice_in_dim(match, own, start, 0)
-        return match, jnp.minimum(new, best)
-
-    def propagate(state: Any, shift: jax.Array) -> Any:
-        neighbor = target_at.at[targets.pixel - shift].get(mode="clip")
-        center = state[0].at[neighbor].get(mode="clip") + shift
-        return offer(state, jnp.where(neighbor >= 0, center, -1)), None
-
-    def jump(state: Any, key: jax.Array, far: jax.Array) -> Any:
-        down, right = jax.random.randint(key, (2, _CHUNK), -far, far + 1)
-        return offer(state, _cut(state[0], start) + down * row + right)
-
-    def step(state: Any, stride_and_key: tuple[jax.Array, jax.Array]) -> Any:
-        stride, key = stride_and_key
-        shifts = stride * (row * jnp.array([0, 0, 1, -1]) + jnp.array([1, -1, 0, 0]))
-        state, _ = lax.scan(propagate, state, shifts)
-        return jump(state, key, jnp.maximum(1, reach * stride // 32)), None
-
-    keys = jax.random.split(key, len(_STRIDES) + 1)
-    state = match, measure(_cut(match, start))
-    state, _ = lax.scan(step, state, (jnp.array(_STRIDES), keys[1:]))
-    match, best = jump(state, keys[0], reach)
-    return match, lax.dynamic_update_slice_in_dim(distance, best, start, 0)
-
-
-@jax.jit
-def _vote(
-    image: jax.Array, match: jax.Array, weight: jax.Array, problem: _Problem
-) -> jax.Array:
-    """Replace the hole by the weighted mean of what all patches suggest.
-
-    Args:
-      image: Float32 ``[P, C]``.
-      match: For each target, the center of the patch that is copied, ``[P]``.
-      weight: Weight of each target's votes, ``[P]``, 0 where there is no target.
-      problem: The rest.
-
-    Returns:
-      The image with the new estimate in the hole.
-    """
-
-    def add(chunk: jax.Array, new: jax.Array) -> jax.Array:
-        targets = _cut(problem.targets, chunk * _CHUNK)
-        colors = _average(image, targets, match, weight, problem)
-        place = jnp.where(targets.in_hole, targets.pixel, len(image))
-        return new.at[place].set(colors, mode="drop")
-
-    return lax.fori_loop(0, -(-problem.total // _CHUNK), add, image)
-
-
-def _average(
-    image: jax.Array,
-    targets: _Targets,
-    match: jax.Array,
-    weight: jax.Array,
-    problem: _Problem,
-) -> jax.Array:
-    """Average what the patches around a chunk of targets suggest: ``[N, C]``."""
-    target_at, row = problem.target_at, problem.row
-    steps = jnp.arange(_SIDE) - RADIUS
-
-    def add(state: tuple[jax.Array, jax.Array], offset: jax.Array) -> Any:
-        total, votes = state
-        voter = target_at.at[targets.pixel - offset].get(mode="clip")
-        one = jnp.where(voter >= 0, weight.at[voter].get(mode="clip"), 0)
-        color = _take(image, match.at[voter].get(mode="clip") + offset)
-        return (total + one, votes + one[:, None] * color), None
-
-    nothing = jnp.full(_CHUNK, 1e-12), jnp.zeros((_CHUNK, image.shape[1]))
-    offsets = (steps[:, None] * row + steps).ravel()
-    (total, votes), _ = lax.scan(add, nothing, offsets)
-    return votes / total[:, None]
-
-
-def _patches(image: jax.Array, center: jax.Array, row: jax.Array) -> jax.Array:
-    """Gather the patches around pixels, row by row: ``[N, S, S, C]``."""
-    starts = center[:, None] + row * (jnp.arange(_SIDE) - RADIUS) - RADIUS
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=(2, 3), collapsed_slice_dims=(), start_index_map=(0,)
-    )
-    shape = (_SIDE, image.shape[1])
-    return lax.gather(
-        image, starts[..., None], numbers, shape, mode="promise_in_bounds"
-    )
-
-
-def _take(values: jax.Array, index: jax.Array) -> jax.Array:
-    return values.at[index].get(mode="promise_in_bounds")
-
-
 def _halve(scale: _Scale) -> _Scale:
     """Halve an image; a pixel of the hole keeps the larger one in the hole."""
     size = tuple(-(-n // 2) for n in scale.hole.shape[::-1])
@@ -705,7 +430,7 @@ def _halve(scale: _Scale) -> _Scale:
 
 def _centers(source: np.ndarray) -> np.ndarray:
     """Find the centers of the patches that lie in a source completely."""
-    square = np.ones((_SIDE, _SIDE))
+    square = np.ones((SIDE, SIDE))
     border: dict[str, Any] = dict(borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return cv2.erode(source.astype(np.uint8), square, **border) > 0
 
@@ -737,15 +462,4 @@ def _channels(image: np.ndarray) -> np.ndarray:
 
 def _near(hole: np.ndarray) -> np.ndarray:
     """Find the centers of the patches that touch a hole."""
-    return cv2.dilate(hole.astype(np.uint8), np.ones((_SIDE, _SIDE))) > 0
-
-
-def _find_length(shape: tuple[int, ...]) -> int:
-    """Find the length P of the arrays for an image and its smaller scales.
-
-    It is one of a few, so that little is compiled: a power of two and an eighth, since
-    an image of a power of two has a border.
-    """
-    height, width = (n + 2 * RADIUS for n in shape)
-    needed = max(height * width, 16384)
-    return int(1.125 * 2 ** math.ceil(math.log2(needed / 1.125)))
+    return cv2.dilate(hole.astype(np.uint8), np.ones((SIDE, SIDE))) > 0

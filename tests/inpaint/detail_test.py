@@ -4,7 +4,7 @@ import pytest
 from skimage.restoration import inpaint
 
 from pconv_jax._errors import UserError
-from pconv_jax.inpaint import detail
+from pconv_jax.inpaint import detail, patch_search
 from pconv_jax.inpaint.detail import add_detail, refine_guide
 
 
@@ -76,7 +76,7 @@ def test_excluded_pixels_are_not_copied():
     rng = np.random.default_rng(0)
     scale = detail._Scale(guide.astype(np.float32), hole, ~hole & ~red)
     weight = detail._guide_weight(hole, 1)
-    length = detail._find_length(hole.shape)
+    length = patch_search.find_length(hole.shape)
     _, matches = detail._refine_scale(
         scale, None, None, weight, 1.0, rng, length, vote_first=False
     )
@@ -157,7 +157,7 @@ def test_matches_are_nearly_the_nearest():
     hole = square_hole((40, 44), 6)
     scale = detail._Scale(image, hole, ~hole)
     weight = detail._guide_weight(hole, 1)
-    length = detail._find_length(hole.shape)
+    length = patch_search.find_length(hole.shape)
     filled, matches = detail._refine_scale(
         scale, image, None, weight, 1.0, rng, length, vote_first=False
     )
@@ -240,6 +240,35 @@ def test_the_guide_counts_less_in_wide_holes():
     # Half the size halves the depth in pixels, not the weight.
     half = detail._guide_weight(hole[::2, ::2], 2)
     assert half[50, 13] == pytest.approx(weight[100, 27], rel=0.3)
+
+
+def test_the_rim_follows_the_guide_and_the_middle_the_estimate():
+    """Four fifths of the guide at the rim, and a fifth of its lows in the middle.
+
+    Two channels tell apart low and high frequencies: in a constant difference there is
+    nothing fine, and hardly anything else in a checkerboard.
+    """
+    hole = square_hole((200, 200), 80)
+    y, x = np.mgrid[:200, :200]
+    difference = np.stack([np.ones_like(x), (-1) ** (x + y)], axis=-1)
+    guide = (100 + 10 * difference).astype(np.float32)
+    scale = detail._Scale(guide, hole, ~hole)
+    result = detail._blend(np.full_like(guide, 100), scale, 1.0)
+    np.testing.assert_allclose(result[60, 100] - 100, [8, 8], rtol=1e-5)
+    np.testing.assert_allclose(result[100, 100] - 100, [2, 0], atol=0.02)
+
+
+def test_little_to_copy_from_leaves_more_to_the_guide():
+    hole = square_hole((60, 60), 50)
+    guide = np.full((60, 60, 3), 110, np.float32)
+    guide[::2, ::2] = 90
+    estimate = np.full_like(guide, 100)
+    errors = [
+        np.abs(detail._blend(estimate, detail._Scale(guide, hole, source), 1.0) - guide)
+        for source in (np.ones_like(hole), ~hole)
+    ]
+    much, little = (error[hole].mean() for error in errors)
+    assert little < 0.8 * much
 
 
 def test_mistakes():
