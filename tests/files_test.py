@@ -94,10 +94,10 @@ def test_a_leading_tilde_of_a_text_is_the_home(tmp_path, monkeypatch):
 
 def test_pipes_are_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no file, but a pipe"):
+    with pytest.raises(OSError, match="not a file, but a pipe"):
         _files.read_regular(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no file, but a pipe"):
+    with pytest.raises(OSError, match="not a file, but a pipe"):
         _files.read_regular(tmp_path / "link")
 
 
