@@ -6,12 +6,12 @@ A method fills images, uint8 ``[N, H, W, 3]``, with masks, uint8 ``[N, H, W, 1]`
 
 import functools
 import hashlib
-import inspect
 import json
 import re
 import time
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -20,24 +20,13 @@ import numpy as np
 from pconv_jax._errors import UserError
 from pconv_jax.evaluate.baselines import classical
 from pconv_jax.evaluate.baselines.worker import Worker
-from pconv_jax.inpaint import (
-    blocks,
-    detail,
-    fill,
-    inpainter,
-    patch_search,
-    tiling,
-    values,
-)
+from pconv_jax.inpaint import inpainter
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.runs import parallel
 from pconv_jax.runs.inference import fill_step
 from pconv_jax.runs.opening import load_network
 from pconv_jax.unet import PConvUNet
 from pconv_jax.weights.network_config import model_config
-
-# What the results of a repair depend on besides the network; it may change.
-_REPAIR_CODE = (blocks, detail, fill, inpainter, patch_search, tiling, values)
 
 
 class InpaintResult(NamedTuple):
@@ -172,9 +161,10 @@ class Repair:
     def __init__(self, network: Network):
         """Prepare to repair with a network."""
         self._inpainter = network.to_inpainter()
+        # Its results also depend on code that changes: on part of this package.
         digest = hashlib.blake2b(digest_size=16)
-        for module in _REPAIR_CODE:
-            digest.update(inspect.getsource(module).encode())
+        for path in sorted(Path(inpainter.__file__).parent.glob("*.py")):
+            digest.update(path.read_bytes())
         depth = f"trusted depth {self._inpainter.trusted_depth}"
         self.fingerprint = f"{network.fingerprint} {depth} {digest.hexdigest()}"
 
