@@ -64,7 +64,7 @@ _DEPTH_PER_SIGMA = 16  # Depth of a hole, in pixels, for a sigma of 1.
 # to this depth, in pixels. From there on, the part falls by e each so many pixels, to
 # the smaller one: with more of the guide, wide holes look soft.
 _BLEND = (0.2, 0.8)
-_BLEND_DEPTH = 12.0
+_BLEND_DEPTH = 16.0
 # At the rim, fine detail also moves by the larger part, which falls by e with each
 # pixel of depth: in narrow holes the guide's is more accurate than that of patches.
 #
