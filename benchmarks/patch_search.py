@@ -79,8 +79,9 @@ def _record(hole: np.ndarray) -> list[_Call]:
     """Repair the photo, and record the calls of the search."""
     calls: list[_Call] = []
 
-    def record(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-        calls.append(_Call(*arguments[:-1]))  # Without the progress.
+    def record(*arguments: Any, progress: Any) -> tuple[np.ndarray, np.ndarray]:
+        del progress
+        calls.append(_Call(*arguments))
         return patch_search.search_and_vote(*arguments)
 
     with mock.patch.object(detail, "search_and_vote", record):

@@ -383,7 +383,7 @@ def _refine_scale(
     if vote_first:
         weight = np.where(np.arange(length) < count, problem.targets.rim_weight, 0)
         flat = np.asarray(vote(flat, match, weight, problem))
-    flat, match = search_and_vote(key, flat, match, problem, rounds, progress)
+    flat, match = search_and_vote(key, flat, match, problem, rounds, progress=progress)
     rows_of_match, columns_of_match = grid.place(match[:count])
     found = _Matches(*(np.full(hole.shape, -1, np.int32) for _ in range(2)))
     found.rows[rows, columns] = rows_of_match

@@ -68,7 +68,7 @@ class Grid:
         """Return the rows and columns of numbers."""
         return number // self.row - RADIUS, number % self.row - RADIUS
 
-    def flatten(self, image: np.ndarray, border: int | None = None) -> np.ndarray:
+    def flatten(self, image: np.ndarray, *, border: int | None = None) -> np.ndarray:
         """Return values by number, padded to a length: ``[P, ...]``.
 
         The border has a value, or by default those of the nearest pixels.
@@ -138,6 +138,7 @@ def search_and_vote(
     match: np.ndarray,
     problem: Problem,
     rounds: int,
+    *,
     progress: Progress = ignore,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Search matches and vote, in turn.
