@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None, *, program: str = "pconv") -> None:
 def _spell_with_dashes(argv: Sequence[str]) -> list[str]:
     """Write the names of options with dashes where they have underscores.
 
-    Names of settings, after ``--config.``, keep their underscores, and so does all that
-    follows ``--``, which ends the options.
+    Names of settings, after ``--config.``, keep their underscores. Arguments after
+    ``--``, which ends the options, stay as they are.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     options = [re.sub(r"^--\w+", _with_dashes, argument) for argument in argv[:end]]

@@ -22,8 +22,8 @@ _PILLOW_LIMIT = threading.Lock()
 
 _FORMATS = ("WEBP", "BMP", "JPEG2000", "AVIF", "PPM")
 
-# What Pillow, OpenCV, tifffile, zlib and NumPy raise if a file is damaged, is not an
-# image, or is of a kind that cannot hold an image, such as a WebP file of more than
+# What Pillow, OpenCV, tifffile, zlib and NumPy raise for a file that is damaged or not
+# an image, and for an image that a format cannot hold: WebP, for example, has at most
 # 16,383 pixels a side. Many are not documented, but were found by changing files at
 # random (tests/faults.py).
 _CODEC_ERRORS = (

@@ -74,7 +74,7 @@ _BLEND_DEPTH = 16.0
 _MUCH, _LITTLE = 0.75, 0.5
 _FINE_BLEND = 0.4
 _MAX_DECAY = 30  # Pixels of depth from which on this factor stays the same.
-_MINSIDE = 48  # Pixels. Smaller images are not halved.
+_MIN_SIDE = 48  # Pixels. Smaller images are not halved.
 _MIN_SOURCES = 64  # Patches to copy from. An image with fewer is not halved further.
 _MIN_MARGIN = 64  # Pixels around a hole to copy from; at least its extent.
 _SMOOTHING_STEPS = 10  # Of a guide. With 6 or 15, thin holes lose 0.05 to 0.1 dB.
@@ -269,7 +269,7 @@ def _fill_window(
     widest = float(_depth(scale.hole).max())
     scales = [scale]
     # Halve until the hole is a few pixels wide.
-    while widest > 2 ** len(scales) and min(scales[-1].hole.shape) >= _MINSIDE:
+    while widest > 2 ** len(scales) and min(scales[-1].hole.shape) >= _MIN_SIDE:
         smaller = _halve(scales[-1])
         if _centers(smaller.source).sum() < _MIN_SOURCES:
             break

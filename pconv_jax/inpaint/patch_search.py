@@ -31,6 +31,7 @@ from pconv_jax.inpaint.progress import Progress, ignore
 # larger ones fit less well.
 RADIUS = 2
 SIDE = 2 * RADIUS + 1
+_STEPS = np.arange(-RADIUS, RADIUS + 1, dtype=np.int32)
 _STRIDES = (8, 4, 2, 1)  # Distances, in pixels, at which neighbors share their matches.
 ESTIMATE_WEIGHT = 0.6  # Of differences from the estimate, beside those from the guide.
 _CHUNK = 2048  # Patches that are searched at a time: they fit into a CPU's cache.
@@ -289,7 +290,6 @@ def _average(
 ) -> jax.Array:
     """Average what the patches around a chunk of targets suggest: ``[N, C]``."""
     target_at, row = problem.target_at, problem.row
-    steps = jnp.arange(-RADIUS, RADIUS + 1, dtype=jnp.int32)
 
     def add(state: tuple[jax.Array, jax.Array], offset: jax.Array) -> Any:
         total, votes = state
@@ -302,18 +302,14 @@ def _average(
         jnp.full(_CHUNK, 1e-12, image.dtype),
         jnp.zeros((_CHUNK, image.shape[1]), image.dtype),
     )
-    offsets = (steps[:, None] * row + steps).ravel()
+    offsets = (_STEPS[:, None] * row + _STEPS).ravel()
     (total, votes), _ = lax.scan(add, nothing, offsets)
     return votes / total[:, None]
 
 
 def _patches(image: jax.Array, center: jax.Array, row: jax.Array) -> jax.Array:
     """Gather the patches around pixels, row by row: ``[N, S, S, C]``."""
-    starts = (
-        center[:, None]
-        + row * jnp.arange(-RADIUS, RADIUS + 1, dtype=jnp.int32)
-        - RADIUS
-    )
+    starts = center[:, None] + row * _STEPS - RADIUS
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(2, 3), collapsed_slice_dims=(), start_index_map=(0,)
     )

@@ -160,7 +160,7 @@ class EvalStep(Protocol):
 
         Args:
           variables: The first argument of the step.
-          batch: Arrays with a leading batch axis of any size.
+          batch: Arrays. The first axis is the batch, and may have any length.
           at_a_time: Number of examples that a device computes at a time. The default
             is 1.
 
