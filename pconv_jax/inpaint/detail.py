@@ -35,9 +35,8 @@ from pconv_jax._errors import UserError
 from pconv_jax.inpaint.patch_search import (
     SIDE,
     Grid,
-    Problem,
-    Targets,
     find_length,
+    make_problem,
     search_and_vote,
     vote,
 )
@@ -355,31 +354,21 @@ def _refine_scale(
     rows, columns = np.nonzero(near)
     is_center = _centers(source)
     grid = Grid(hole.shape[0], hole.shape[1], length)
-    first = _first_matches(rows, columns, is_center, matches, rng)
-    targets = Targets(
-        pixel=grid.number(rows, columns),
+    problem = make_problem(
+        grid,
+        rows,
+        columns,
         in_hole=hole[rows, columns],
         guide_weight=guide_weight[rows, columns],
         rim_weight=_RIM_DECAY ** -np.minimum(_depth(near), _MAX_DECAY)[rows, columns],
+        low=low,
+        is_center=is_center,
     )
-    count = len(rows)
-    rest = length - count
-    target_at = np.full(hole.shape, -1, np.int32)
-    target_at[rows, columns] = np.arange(count)
-    problem = Problem(
-        low=grid.flatten(low),
-        is_center=grid.flatten(is_center, border=False),
-        target_at=grid.flatten(target_at, border=-1),
-        # The last target fills them up: its neighbors are pixels, too.
-        targets=Targets(*(np.pad(x, (0, rest), mode="edge") for x in targets)),
-        total=np.int32(count),
-        row=np.int32(grid.row),
-        reach=np.int32(max(hole.shape)),
-    )
+    first = _first_matches(rows, columns, is_center, matches, rng)
+    match, count = grid.fill_up(grid.number(*first)), len(rows)
     rounds = _ROUNDS if count <= _MANY_TARGETS else _ROUNDS // 2
     key = jax.random.key(rng.integers(2**32))
     flat = grid.flatten(current)
-    match = np.pad(grid.number(*first), (0, rest), mode="edge")
     if vote_first:
         weight = np.where(np.arange(length) < count, problem.targets.rim_weight, 0)
         flat = np.asarray(vote(flat, match, weight, problem))
