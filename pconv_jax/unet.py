@@ -209,10 +209,11 @@ class PConvUNet(nn.Module):
           be closed, both are 0.
 
         Raises:
-          ValueError: If shapes do not fit the depth.
+          ValueError: If shapes do not fit the depth, or the stages do not fit together.
         """
         images, mask = jnp.asarray(images), jnp.asarray(mask)
-        self._check(images, mask, train and not freeze_encoder_norm)
+        self._check_fields()
+        self._check_inputs(images, mask, train and not freeze_encoder_norm)
         mask_dtype, mask = mask.dtype, ops.is_valid(mask)
         mean_and_std = None
         if self.normalization:
@@ -235,6 +236,12 @@ class PConvUNet(nn.Module):
             h = self._norm_and_activation(f"bn{i}", stage, h, running)
         for i, stage in enumerate(self.decoder, len(self.encoder) + 1):
             skip, skip_mask = skips.pop()
+            if skip.shape[1:3] != (2 * h.shape[1], 2 * h.shape[2]):
+                raise ValueError(
+                    "stages must halve the size in the encoder and keep it in the "
+                    f"decoder, but {h.shape[1:3]} comes before {skip.shape[1:3]} at "
+                    f"pconv{i}: correct their padding."
+                )
             inputs, masks = (ops.Upsampled(h), skip), (ops.Upsampled(m), skip_mask)
             h, m = self._conv(f"pconv{i}", stage, inputs, masks)
             h = self._norm_and_activation(f"bn{i}", stage, h, not train)
@@ -307,9 +314,7 @@ class PConvUNet(nn.Module):
             return h
         return jax.nn.leaky_relu(h, stage.negative_slope)
 
-    def _check(
-        self, images: jax.Array, mask: jax.Array, batch_statistics: bool
-    ) -> None:
+    def _check_fields(self) -> None:
         if self.conv not in ("partial", "standard"):
             raise ValueError(
                 f"conv must be 'partial' or 'standard', got {self.conv!r}."
@@ -319,8 +324,27 @@ class PConvUNet(nn.Module):
                 "stages must have as many decoder as encoder stages, got "
                 f"{len(self.encoder)} and {len(self.decoder)}."
             )
+        if any(
+            stage.features < 1 or stage.kernel_size < 1
+            for stage in (*self.encoder, *self.decoder)
+        ):
+            raise ValueError(
+                "stages must have positive features and kernel_size, got "
+                f"{self.encoder} and {self.decoder}."
+            )
+
+    def _check_inputs(
+        self, images: jax.Array, mask: jax.Array, batch_statistics: bool
+    ) -> None:
         if images.ndim != 4:
             raise ValueError(f"images must be [N, H, W, C], got {images.shape}.")
+        channels = {images.shape[-1], self.decoder[-1].features}
+        for values in self.normalization or ():
+            if len(values) != 1 and channels != {len(values)}:
+                raise ValueError(
+                    "normalization must have one number, or one for each channel of "
+                    f"input and output, got {self.normalization} for {channels}."
+                )
         ops.check_mask(mask, images)
         if self.conv == "standard" and mask.shape[-1] != 1:
             raise ValueError(
