@@ -19,7 +19,8 @@ from jax.typing import ArrayLike
 from pconv_jax import layers, ops
 from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 
-_BATCH_NORM_EPSILON = 1e-5
+BATCH_NORM_EPSILON = 1e-5
+"""Added to the variance in batch normalization; Flax's default."""
 
 
 class Stage(NamedTuple):
@@ -304,7 +305,7 @@ class PConvUNet(nn.Module):
             h = nn.BatchNorm(
                 use_running_average=use_running_average,
                 momentum=0.9,
-                epsilon=_BATCH_NORM_EPSILON,
+                epsilon=BATCH_NORM_EPSILON,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 axis_name=self.axis_name,
@@ -447,7 +448,7 @@ def fold_batch_norm(
             continue
         norm = params.pop(f"bn{i}") | statistics[f"bn{i}"]
         norm = {name: np.asarray(x, np.float64) for name, x in norm.items()}
-        factor = norm["scale"] / np.sqrt(norm["var"] + _BATCH_NORM_EPSILON)
+        factor = norm["scale"] / np.sqrt(norm["var"] + BATCH_NORM_EPSILON)
         kernel = np.asarray(params[f"pconv{i}"]["kernel"])
         params[f"pconv{i}"] = {
             "kernel": (kernel * factor).astype(kernel.dtype),
