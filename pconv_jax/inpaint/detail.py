@@ -41,6 +41,7 @@ from pconv_jax.inpaint.patch_search import (
     vote,
 )
 from pconv_jax.inpaint.progress import Progress, ignore, share
+from pconv_jax.inpaint.tiling import Box
 
 _ROUNDS = 8  # Searches and votes at each scale.
 # With more patches than these, half as many: coarser scales have found most matches.
@@ -174,7 +175,7 @@ def refine_guide(image: np.ndarray, hole: np.ndarray, guide: np.ndarray) -> np.n
     return result
 
 
-def _bounding_box(hole: np.ndarray, *, margin: int) -> tuple[slice, slice]:
+def _bounding_box(hole: np.ndarray, *, margin: int) -> Box:
     """Return the smallest window around a hole with a margin, within the image."""
     left, top, width, height = cv2.boundingRect(hole.astype(np.uint8))
     return (
@@ -228,7 +229,7 @@ class _Matches(NamedTuple):
     columns: np.ndarray
 
 
-def regions(hole: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
+def regions(hole: np.ndarray) -> Iterator[tuple[Box, np.ndarray]]:
     """Divide a hole into parts that are filled one after the other.
 
     Yields:
