@@ -277,7 +277,8 @@ def sizes(tags: Tags) -> list[tuple[int, int]]:
       FileContentError: If a size is missing, or a tag that decoders need cannot be
         read.
     """
-    sides, codes = [_IMAGE_SIDES], {*tags.directory} | tags.unreadable
+    sides: list[tuple[int, int]] = [_IMAGE_SIDES]
+    codes = {*tags.directory} | tags.unreadable
     if set(_TILE_SIDES) & codes:
         sides.append(_TILE_SIDES)
     found = []
