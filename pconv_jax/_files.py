@@ -39,8 +39,6 @@ def content_errors(*kinds: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except FileContentError:
-        raise
     except kinds as error:
         raise FileContentError(describe_error(error)) from error
 

@@ -19,7 +19,8 @@ from jax.typing import ArrayLike
 from pconv_jax import layers, ops
 from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 
-_BATCH_NORM_EPSILON = 1e-5
+BATCH_NORM_EPSILON = 1e-5
+"""Added to the variance in batch normalization; Flax's default."""
 
 
 class Stage(NamedTuple):
@@ -209,10 +210,11 @@ class PConvUNet(nn.Module):
           be closed, both are 0.
 
         Raises:
-          ValueError: If shapes do not fit the depth.
+          ValueError: If shapes do not fit the depth, or the stages do not fit together.
         """
         images, mask = jnp.asarray(images), jnp.asarray(mask)
-        self._check(images, mask, train and not freeze_encoder_norm)
+        self._check_fields()
+        self._check_inputs(images, mask, train and not freeze_encoder_norm)
         mask_dtype, mask = mask.dtype, ops.is_valid(mask)
         mean_and_std = None
         if self.normalization:
@@ -235,6 +237,12 @@ class PConvUNet(nn.Module):
             h = self._norm_and_activation(f"bn{i}", stage, h, running)
         for i, stage in enumerate(self.decoder, len(self.encoder) + 1):
             skip, skip_mask = skips.pop()
+            if skip.shape[1:3] != (2 * h.shape[1], 2 * h.shape[2]):
+                raise ValueError(
+                    "stages must halve the size in the encoder and keep it in the "
+                    f"decoder, but {h.shape[1:3]} comes before {skip.shape[1:3]} at "
+                    f"pconv{i}: correct their padding."
+                )
             inputs, masks = (ops.Upsampled(h), skip), (ops.Upsampled(m), skip_mask)
             h, m = self._conv(f"pconv{i}", stage, inputs, masks)
             h = self._norm_and_activation(f"bn{i}", stage, h, not train)
@@ -297,7 +305,7 @@ class PConvUNet(nn.Module):
             h = nn.BatchNorm(
                 use_running_average=use_running_average,
                 momentum=0.9,
-                epsilon=_BATCH_NORM_EPSILON,
+                epsilon=BATCH_NORM_EPSILON,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 axis_name=self.axis_name,
@@ -307,9 +315,7 @@ class PConvUNet(nn.Module):
             return h
         return jax.nn.leaky_relu(h, stage.negative_slope)
 
-    def _check(
-        self, images: jax.Array, mask: jax.Array, batch_statistics: bool
-    ) -> None:
+    def _check_fields(self) -> None:
         if self.conv not in ("partial", "standard"):
             raise ValueError(
                 f"conv must be 'partial' or 'standard', got {self.conv!r}."
@@ -319,8 +325,27 @@ class PConvUNet(nn.Module):
                 "stages must have as many decoder as encoder stages, got "
                 f"{len(self.encoder)} and {len(self.decoder)}."
             )
+        if any(
+            stage.features < 1 or stage.kernel_size < 1
+            for stage in (*self.encoder, *self.decoder)
+        ):
+            raise ValueError(
+                "stages must have positive features and kernel_size, got "
+                f"{self.encoder} and {self.decoder}."
+            )
+
+    def _check_inputs(
+        self, images: jax.Array, mask: jax.Array, batch_statistics: bool
+    ) -> None:
         if images.ndim != 4:
             raise ValueError(f"images must be [N, H, W, C], got {images.shape}.")
+        channels = {images.shape[-1], self.decoder[-1].features}
+        for values in self.normalization or ():
+            if len(values) != 1 and channels != {len(values)}:
+                raise ValueError(
+                    "normalization must have one number, or one for each channel of "
+                    f"input and output, got {self.normalization} for {channels}."
+                )
         ops.check_mask(mask, images)
         if self.conv == "standard" and mask.shape[-1] != 1:
             raise ValueError(
@@ -423,7 +448,7 @@ def fold_batch_norm(
             continue
         norm = params.pop(f"bn{i}") | statistics[f"bn{i}"]
         norm = {name: np.asarray(x, np.float64) for name, x in norm.items()}
-        factor = norm["scale"] / np.sqrt(norm["var"] + _BATCH_NORM_EPSILON)
+        factor = norm["scale"] / np.sqrt(norm["var"] + BATCH_NORM_EPSILON)
         kernel = np.asarray(params[f"pconv{i}"]["kernel"])
         params[f"pconv{i}"] = {
             "kernel": (kernel * factor).astype(kernel.dtype),

@@ -583,6 +583,24 @@ def test_kernels_are_he_initialized():
             "as many decoder as encoder stages, got 2 and 3",
         ),
         (dict(stages=((), ())), (1, 16, 16, 3), None, "stages must"),
+        (
+            dict(stages=((Stage(4, 0),), (Stage(3, 3),))),
+            *((1, 16, 16, 3), None),
+            "stages must have positive features and kernel_size",
+        ),
+        *(
+            (
+                dict(stages=((Stage(4, 3, padding=0),), (Stage(3, 3),)), conv=conv),
+                *((1, 16, 16, 3), None),
+                r"\(7, 7\) comes before \(16, 16\) at pconv2: correct their padding",
+            )
+            for conv in ("partial", "standard")
+        ),
+        (
+            dict(normalization=unet.Normalization((0.5, 0.5), (0.5,))),
+            *((1, 16, 16, 3), None),
+            "normalization must have one number, or one for each channel",
+        ),
     ],
 )
 def test_errors(fields, shape, mask_shape, message):

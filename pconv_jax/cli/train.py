@@ -79,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.distributed:
         parallel.initialize(**others)
     elif any(value is not None for value in others.values()):
-        names = ", ".join(f"--{name}" for name in others)
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise UserError(f"{names}: each of these needs --distributed.")
     summary = loop.train_and_evaluate(
         config, workdir, allow_other_images=arguments.allow_other_images

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from PIL import ExifTags
+from PIL.ExifTags import Base
 
 from pconv_jax._files import FileContentError
 
@@ -33,8 +34,12 @@ DECODED = frozenset(
     + [*range(322, 326), 332, 334, 338, 339, 347, *range(512, 522), *range(529, 533)]
 )
 
-# Layers and smaller copies of the image show what was there before.
-_OLD_IMAGES = frozenset([330, 37724, 50933])
+_IMAGE_SIDES = (Base.ImageWidth, Base.ImageLength)
+_TILE_SIDES = (Base.TileWidth, Base.TileLength)
+
+# Layers and smaller copies of the image show what was there before. The last two are
+# Photoshop's ImageSourceData and DNG's ExtraCameraProfiles.
+_OLD_IMAGES = frozenset([Base.SubIFDs, 37724, 50933])
 
 # Directories that a directory may hold, by its depth: EXIF and GPS; Interoperability.
 _DIRECTORIES = ((34665, 34853), (40965,), ())
@@ -106,14 +111,18 @@ class Tags(NamedTuple):
         form = f"{self.order}{count}{_WHOLE[tag.kind]}"
         return struct.unpack(form, tag.data) or default
 
+    def number(self, code: int, *, default: int = 1) -> int:
+        """Get the first value of a tag of whole numbers, or a default."""
+        return self.numbers(code, default=(default,))[0]
+
     def orientation(self) -> int:
         """Get the orientation, 1 to 8; 1 if there is none."""
-        (value,) = (self.numbers(ORIENTATION) or (1,))[:1]
+        value = self.number(ORIENTATION)
         return value if value in range(1, 9) else 1
 
     def dpi(self) -> tuple[float, float] | None:
         """Get the horizontal and the vertical resolution, or None."""
-        unit = {2: 1.0, 3: 2.54}.get(self.numbers(RESOLUTION_UNIT, default=(2,))[0])
+        unit = {2: 1.0, 3: 2.54}.get(self.number(RESOLUTION_UNIT, default=2))
         values = []
         for code in (X_RESOLUTION, Y_RESOLUTION):
             tag = self.get(code)
@@ -214,7 +223,7 @@ def split_metadata(tags: Tags) -> tuple[Tags, set[int]]:
     places = {ORIENTATION, XMP, ICC_PROFILE}
     kept = without(tags, LAYOUT | _OLD_IMAGES | places)
     lost = (tags.unreadable - LAYOUT - places) | (_OLD_IMAGES & {*tags.directory})
-    return kept, lost - {330}
+    return kept, lost - {Base.SubIFDs}
 
 
 def pack(tags: Tags) -> bytes:
@@ -268,12 +277,13 @@ def sizes(tags: Tags) -> list[tuple[int, int]]:
       FileContentError: If a size is missing, or a tag that decoders need cannot be
         read.
     """
-    sides, codes = [(256, 257)], {*tags.directory} | tags.unreadable
-    if {322, 323} & codes:
-        sides.append((322, 323))
+    sides: list[tuple[int, int]] = [_IMAGE_SIDES]
+    codes = {*tags.directory} | tags.unreadable
+    if set(_TILE_SIDES) & codes:
+        sides.append(_TILE_SIDES)
     found = []
     for pair in sides:
-        width, height = (tags.numbers(code, default=(0,))[0] for code in pair)
+        width, height = (tags.number(code, default=0) for code in pair)
         if not width * height:
             raise FileContentError("it is damaged: its width or height is missing")
         found.append((width, height))

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
-from pconv_jax._errors import RunError, UserError
+from pconv_jax._errors import RunError
+from pconv_jax.runs.lock import lock_folder
 
 Record = dict[str, Any]
 
@@ -51,8 +51,7 @@ class Store:
     def locked(self) -> Iterator[None]:
         """Lock the directory against other processes.
 
-        Two evaluations that append to the same files would mix their records. The lock
-        of a process ends with the process, however it ends.
+        Two evaluations that append to the same files would mix their records.
 
         Raises:
           UserError: If another evaluation holds the lock.
@@ -61,21 +60,8 @@ class Store:
         if self._directory is None:
             yield
             return
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self._directory / ".lock")
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise UserError(
-                f"directory: another evaluation is writing to {self._directory}; wait "
-                "until it has ended, or use another directory."
-            ) from error
-        except OSError as error:
-            raise _cannot_write(self._directory, error) from error
-        try:
+        with lock_folder(self._directory, name="directory"):
             yield
-        finally:
-            lock.release()
 
     def open(self, method: str, fingerprint: str) -> None:
         """Read the existing records of a method.

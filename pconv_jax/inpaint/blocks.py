@@ -8,15 +8,16 @@ from the image at a lower resolution, and then at its rim in several blocks.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from pconv_jax.inpaint.progress import Progress, ignore, share
+from pconv_jax.inpaint.tiling import Box
 
-MAX_PIXELS = 2_150_000
-"""Larger images are filled in blocks of at most this number of pixels."""
+BLOCK_PIXELS = 2_150_000
+"""Largest number of pixels of a block; larger images are filled in several."""
 
 # Fills, in place, the hole of colors [H, W, C], given where they are known, the hole,
 # where not to copy detail from, and a report of progress; returns the fill depth.
@@ -62,12 +63,12 @@ def fill_in_blocks(
     Returns:
       The fill depth, uint8 ``[H, W]``.
     """
-    if hole.size <= MAX_PIXELS:
+    if hole.size <= BLOCK_PIXELS:
         return fill(colors, known, hole, exclude, progress)
     depth = np.zeros(hole.shape, np.uint8)
     done, total = 0, np.count_nonzero(hole)
 
-    def fill_block(box: Any, part: np.ndarray) -> None:
+    def fill_block(box: Box, part: np.ndarray) -> None:
         nonlocal done
         if count := np.count_nonzero(part):
             task = share(progress, done, done + count, total=total)
@@ -128,30 +129,30 @@ def _find_parts(hole: np.ndarray) -> tuple[np.ndarray, list[_Part]]:
 
 def _fits(part: _Part) -> bool:
     height, width = part.bottom - part.top, part.right - part.left
-    return (height + 2 * _MARGIN) * (width + 2 * _MARGIN) <= MAX_PIXELS
+    return (height + 2 * _MARGIN) * (width + 2 * _MARGIN) <= BLOCK_PIXELS
 
 
 def _split(part: _Part) -> Iterator[_Part]:
     """Divide a part that does not fit into squares."""
-    side = math.isqrt(MAX_PIXELS) - 2 * _MARGIN
+    side = math.isqrt(BLOCK_PIXELS) - 2 * _MARGIN
     for top in range(part.top, part.bottom, side):
         for left in range(part.left, part.right, side):
             bottom, right = min(top + side, part.bottom), min(left + side, part.right)
             yield _Part(part.labels, top, left, bottom, right)
 
 
-def _expand(part: _Part, shape: tuple[int, ...]) -> tuple[slice, slice]:
+def _expand(part: _Part, shape: tuple[int, ...]) -> Box:
     """Get the box of a block: a part, and as much around it as there is room for."""
     height, width = part.bottom - part.top, part.right - part.left
-    # Solves (height + 2 m) (width + 2 m) = MAX_PIXELS for the margin m.
+    # Solves (height + 2 m) (width + 2 m) = BLOCK_PIXELS for the margin m.
     half = (height + width) / 2
-    margin = int((math.sqrt(half**2 - height * width + MAX_PIXELS) - half) / 2)
+    margin = int((math.sqrt(half**2 - height * width + BLOCK_PIXELS) - half) / 2)
     rows = slice(max(part.top - margin, 0), min(part.bottom + margin, shape[0]))
     columns = slice(max(part.left - margin, 0), min(part.right + margin, shape[1]))
     return rows, columns
 
 
-def _enlarge(cells: np.ndarray, box: tuple[slice, slice], side: int) -> np.ndarray:
+def _enlarge(cells: np.ndarray, box: Box, side: int) -> np.ndarray:
     """Enlarge cells of a side to the pixels of a box."""
     rows, columns = (np.arange(part.start, part.stop) // side for part in box)
     return cells[np.ix_(rows, columns)]
@@ -179,7 +180,7 @@ def _fill_centers(
       is_large: Bool, True for cells of holes that are too large for a block.
       progress: Called with the fraction of the whole hole that is filled.
     """
-    ratio = max(hole.size / MAX_PIXELS, np.count_nonzero(hole) / _MAX_CENTER)
+    ratio = max(hole.size / BLOCK_PIXELS, np.count_nonzero(hole) / _MAX_CENTER)
     factor = math.ceil(math.sqrt(ratio) + 0.05)
     strips = [
         slice(top, min(top + factor * _CELL, len(hole)))

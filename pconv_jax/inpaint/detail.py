@@ -35,13 +35,13 @@ from pconv_jax._errors import UserError
 from pconv_jax.inpaint.patch_search import (
     SIDE,
     Grid,
-    Problem,
-    Targets,
     find_length,
+    make_problem,
     search_and_vote,
     vote,
 )
 from pconv_jax.inpaint.progress import Progress, ignore, share
+from pconv_jax.inpaint.tiling import Box
 
 _ROUNDS = 8  # Searches and votes at each scale.
 # With more patches than these, half as many: coarser scales have found most matches.
@@ -65,9 +65,6 @@ _DEPTH_PER_SIGMA = 16  # Depth of a hole, in pixels, for a sigma of 1.
 # the smaller one: with more of the guide, wide holes look soft.
 _BLEND = (0.2, 0.8)
 _BLEND_DEPTH = 16.0
-# At the rim, fine detail also moves by the larger part, which falls by e with each
-# pixel of depth: in narrow holes the guide's is more accurate than that of patches.
-#
 # Shares of the window that may be copied: much, and little. With little, patches fit
 # badly. Then coarse detail moves by the larger part at every depth, and fine detail by
 # at least this one.
@@ -135,7 +132,7 @@ def add_detail(
             np.float32
         )
         scale = _Scale(start, part, ~excluded[window])
-        if not _centers(scale.source).any():  # Nothing to copy: the guide is all.
+        if not _source_centers(scale.source).any():  # The guide is all there is.
             result[window][part] = guide[window][part]
             task(1)
             continue
@@ -178,7 +175,7 @@ def refine_guide(image: np.ndarray, hole: np.ndarray, guide: np.ndarray) -> np.n
     return result
 
 
-def _bounding_box(hole: np.ndarray, *, margin: int) -> tuple[slice, slice]:
+def _bounding_box(hole: np.ndarray, *, margin: int) -> Box:
     """Return the smallest window around a hole with a margin, within the image."""
     left, top, width, height = cv2.boundingRect(hole.astype(np.uint8))
     return (
@@ -232,7 +229,7 @@ class _Matches(NamedTuple):
     columns: np.ndarray
 
 
-def regions(hole: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
+def regions(hole: np.ndarray) -> Iterator[tuple[Box, np.ndarray]]:
     """Divide a hole into parts that are filled one after the other.
 
     Yields:
@@ -271,7 +268,7 @@ def _fill_window(
     # Halve until the hole is a few pixels wide.
     while widest > 2 ** len(scales) and min(scales[-1].hole.shape) >= _MIN_SIDE:
         smaller = _halve(scales[-1])
-        if _centers(smaller.source).sum() < _MIN_SOURCES:
+        if _source_centers(smaller.source).sum() < _MIN_SOURCES:
             break
         scales.append(smaller)
     sigma = float(np.clip(widest / _DEPTH_PER_SIGMA, *_GUIDE_SIGMA))
@@ -308,7 +305,9 @@ def _blend(estimate: np.ndarray, scale: _Scale, sigma: float) -> np.ndarray:
     depth = _depth(scale.hole)[..., None]
     coarse_part = np.exp(1 - depth / _BLEND_DEPTH)
     coarse_part = np.clip(coarse_part, least + scarcity * (most - least), most)
-    fine_part = most * np.exp(1 - depth)  # The rim has a depth of 1.
+    # In narrow holes, the guide's fine detail is more accurate than that of patches.
+    # The rim has a depth of 1.
+    fine_part = most * np.exp(1 - depth)
     fine_part = np.maximum(fine_part, scarcity * _FINE_BLEND)
     difference = scale.image - estimate
     coarse = _blur(difference, sigma)
@@ -351,35 +350,26 @@ def _refine_scale(
         size = image.shape[1::-1]
         current = _channels(cv2.resize(estimate, size, interpolation=cv2.INTER_CUBIC))
     current = np.where(hole[..., None], current, image)
-    near = _near(hole)
-    rows, columns = np.nonzero(near)
-    is_center = _centers(source)
+    touching = _target_centers(hole)
+    rows, columns = np.nonzero(touching)
+    is_center = _source_centers(source)
     grid = Grid(hole.shape[0], hole.shape[1], length)
-    first = _first_matches(rows, columns, is_center, matches, rng)
-    targets = Targets(
-        pixel=grid.number(rows, columns),
+    depth = np.minimum(_depth(touching), _MAX_DECAY)
+    problem = make_problem(
+        grid,
+        rows,
+        columns,
         in_hole=hole[rows, columns],
         guide_weight=guide_weight[rows, columns],
-        rim_weight=_RIM_DECAY ** -np.minimum(_depth(near), _MAX_DECAY)[rows, columns],
+        rim_weight=_RIM_DECAY ** -depth[rows, columns],
+        low=low,
+        is_center=is_center,
     )
-    count = len(rows)
-    rest = length - count
-    target_at = np.full(hole.shape, -1, np.int32)
-    target_at[rows, columns] = np.arange(count)
-    problem = Problem(
-        low=grid.flatten(low),
-        is_center=grid.flatten(is_center, border=False),
-        target_at=grid.flatten(target_at, border=-1),
-        # The last target fills them up: its neighbors are pixels, too.
-        targets=Targets(*(np.pad(x, (0, rest), mode="edge") for x in targets)),
-        total=np.int32(count),
-        row=np.int32(grid.row),
-        reach=np.int32(max(hole.shape)),
-    )
+    first = _first_matches(rows, columns, is_center, matches, rng)
+    match, count = grid.fill_up(grid.number(*first)), len(rows)
     rounds = _ROUNDS if count <= _MANY_TARGETS else _ROUNDS // 2
     key = jax.random.key(rng.integers(2**32))
     flat = grid.flatten(current)
-    match = np.pad(grid.number(*first), (0, rest), mode="edge")
     if vote_first:
         weight = np.where(np.arange(length) < count, problem.targets.rim_weight, 0)
         flat = np.asarray(vote(flat, match, weight, problem))
@@ -428,7 +418,7 @@ def _halve(scale: _Scale) -> _Scale:
     )
 
 
-def _centers(source: np.ndarray) -> np.ndarray:
+def _source_centers(source: np.ndarray) -> np.ndarray:
     """Find the centers of the patches that lie in a source completely."""
     square = np.ones((SIDE, SIDE))
     border: dict[str, Any] = dict(borderType=cv2.BORDER_CONSTANT, borderValue=0)
@@ -460,6 +450,6 @@ def _channels(image: np.ndarray) -> np.ndarray:
     return image if image.ndim == 3 else image[..., None]
 
 
-def _near(hole: np.ndarray) -> np.ndarray:
+def _target_centers(hole: np.ndarray) -> np.ndarray:
     """Find the centers of the patches that touch a hole."""
     return cv2.dilate(hole.astype(np.uint8), np.ones((SIDE, SIDE))) > 0

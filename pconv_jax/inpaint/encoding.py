@@ -76,7 +76,7 @@ def encode(
         image, info = _convert(image, suffix, info)
     if "exif" in info:
         info["exif"] = _fit_exif(info["exif"], suffix)
-    _warn_of_lost(suffix, info)
+    _drop_unwritable(suffix, info)
     if suffix in _TIFF_SUFFIXES:
         return _encode_tiff(image, info)
     if suffix == ".png":
@@ -132,8 +132,8 @@ def _fit_exif(exif: bytes, suffix: str) -> bytes:
     return exif
 
 
-def _warn_of_lost(suffix: str, info: dict[str, Any]) -> None:
-    """Drop the metadata that a kind of file cannot hold, with a warning."""
+def _drop_unwritable(suffix: str, info: dict[str, Any]) -> None:
+    """Drop what cannot be copied, or a kind of file cannot hold, with a warning."""
     if lost := info.pop("lost", ()):
         warnings.warn(
             f"left out of its metadata, because it cannot be copied: "

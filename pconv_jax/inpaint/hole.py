@@ -60,7 +60,8 @@ def hole_from_mask(
             f"{list(array.shape)}."
         )
     array = array.reshape(*array.shape[:2], -1)
-    scale = _white(array)
+    scale = _find_white(array)
+    _refuse_labels(array, scale)
     brush = _find_brush(array, scale)
     hole, between = np.empty(array.shape[:2], bool), 0
     for top, strip in zip(range(0, len(array), _STRIP), _strips(array)):
@@ -100,11 +101,11 @@ def hole_from_label(mask: Image.Image | np.ndarray, label: int) -> np.ndarray:
     return hole
 
 
-def _white(mask: np.ndarray) -> float:
-    """Get the value of white in a mask ``[H, W, C]``.
+def _find_white(mask: np.ndarray) -> int:
+    """Find the value of white in a mask ``[H, W, C]``: 1, 255 or 65535.
 
     Raises:
-      UserError: If the mask has values outside its range, or labels.
+      UserError: If the mask has values outside its range.
     """
     if not mask.size:
         return 1
@@ -117,14 +118,23 @@ def _white(mask: np.ndarray) -> float:
             "mask must have integers, 0 or 1 or up to 255, or bools, or floats in "
             f"[0, 1], got {mask.dtype} from {mask.min()} to {mask.max()}."
         )
-    if top > 1 and mask.shape[2] in (1, 3) and _is_gray(mask):
-        counts = np.zeros(top + 1, int)
-        for strip in _strips(mask):
-            counts += np.bincount(strip[..., 0].ravel(), minlength=top + 1)
-        if _are_labels(counts):
-            named = ", ".join(str(value) for value in np.flatnonzero(counts)[:20])
-            raise UserError(_LABELS.format(f"the values {named}"))
     return top
+
+
+def _refuse_labels(mask: np.ndarray, white: int) -> None:
+    """Check that a mask ``[H, W, C]`` does not have labels instead of gray values.
+
+    Raises:
+      UserError: If it has.
+    """
+    if white == 1 or mask.shape[2] not in (1, 3) or not _is_gray(mask):
+        return
+    counts = np.zeros(white + 1, int)
+    for strip in _strips(mask):
+        counts += np.bincount(strip[..., 0].ravel(), minlength=white + 1)
+    if _are_labels(counts):
+        named = ", ".join(str(value) for value in np.flatnonzero(counts)[:20])
+        raise UserError(_LABELS.format(f"the values {named}"))
 
 
 def _strips(mask: np.ndarray) -> Iterator[np.ndarray]:

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import tifffile
 from PIL import Image, JpegImagePlugin
+from PIL.ExifTags import Base
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
@@ -51,6 +52,12 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# Compressions of TIFF files by their numbers.
+_UNCOMPRESSED, _DEFLATE = 1, (8, 32946)
+
+# The photometric interpretation of inks, CMYK or others.
+_SEPARATED = 5
 
 # Colors of a pixel in a TIFF file by their photometric interpretation, and the names of
 # types by their sample format.
@@ -222,7 +229,7 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
         try:
             image = open_without_limit(stream, _FORMATS)
         except FileContentError as error:
-            compression = tags.numbers(259, default=(1,))[0]
+            compression = tags.number(Base.Compression)
             raise FileContentError(
                 f"it is damaged, or its kind of TIFF is not known: {samples} band(s) "
                 f"of {kind}, compression {compression}"
@@ -242,21 +249,21 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
 
 def _check_samples(tags: Tags) -> tuple[int, str]:
     """Check the bands and the type of a TIFF file, and return both."""
-    samples = tags.numbers(277, default=(1,))[0]
-    photometric = tags.numbers(262, default=(1,))[0]
+    samples = tags.number(Base.SamplesPerPixel)
+    photometric = tags.number(Base.PhotometricInterpretation)
     colors = _TIFF_COLORS.get(photometric, samples)
-    if photometric == 5:  # Not always CMYK.
-        colors = tags.numbers(334, default=(4,))[0]
+    if photometric == _SEPARATED:
+        colors = tags.number(Base.NumberOfInks, default=4)
     extra = samples - colors
-    if extra > 1 or (extra == 1 and tags.numbers(338)[:1] == (0,)):
+    if extra > 1 or (extra == 1 and tags.numbers(Base.ExtraSamples)[:1] == (0,)):
         raise FileContentError(
             f"it has {samples} bands: {colors} of color and {extra} of another kind, "
             "and only an alpha band can be kept. Repair the colors alone, or the bands "
             "as .npy files, one by one"
         )
     bits, formats = (
-        set(tags.numbers(258, default=(1,))),
-        set(tags.numbers(339, default=(1,))),
+        set(tags.numbers(Base.BitsPerSample, default=(1,))),
+        set(tags.numbers(Base.SampleFormat, default=(1,))),
     )
     kinds = sorted(
         f"{_SAMPLE_FORMATS.get(form, 'uint')}{bit}" for form in formats for bit in bits
@@ -273,17 +280,17 @@ def _check_samples(tags: Tags) -> tuple[int, str]:
 
 def _decode_tiff(data: bytes, tags: Tags, kind: str) -> np.ndarray:
     """Decode a TIFF file that Pillow cannot, to ``[H, W]`` or ``[H, W, C]``."""
-    if kind == "uint16" and tags.numbers(338) == (1,):
+    if kind == "uint16" and tags.numbers(Base.ExtraSamples) == (1,):
         raise FileContentError("its 16-bit colors are multiplied by their alpha")
-    samples = tags.numbers(277, default=(1,))[0]
-    planes = tags.numbers(284, default=(1,))[0] == 2 and samples > 1
+    samples = tags.number(Base.SamplesPerPixel)
+    planes = tags.number(Base.PlanarConfiguration) == 2 and samples > 1
     # OpenCV would read a plane as pixels.
     if not planes and kind != "float16":
         return _decode_with_opencv(data)
-    compression = tags.numbers(259, default=(1,))[0]
-    if compression in (8, 32946):
+    compression = tags.number(Base.Compression)
+    if compression in _DEFLATE:
         _check_inflated(data, tags)
-    elif compression != 1:
+    elif compression != _UNCOMPRESSED:
         raise FileContentError(
             f"it has {'planes' if planes else 'values'} of {kind} with compression "
             f"{compression}, which cannot be read; save it without compression"
@@ -295,10 +302,11 @@ def _decode_tiff(data: bytes, tags: Tags, kind: str) -> np.ndarray:
 
 def _check_inflated(data: bytes, tags: Tags) -> None:
     """Check that no compressed part of a TIFF file is larger than the image."""
-    numbers = [tags.numbers(code, default=(1,)) for code in (256, 257, 277, 258)]
-    limit = math.prod(values[0] for values in numbers) // 8 + 2**20
-    offsets = tags.numbers(273) or tags.numbers(324)
-    sizes = tags.numbers(279) or tags.numbers(325)
+    sides = tags.number(Base.ImageWidth), tags.number(Base.ImageLength)
+    depth = tags.number(Base.SamplesPerPixel) * tags.number(Base.BitsPerSample)
+    limit = math.prod(sides) * depth // 8 + 2**20
+    offsets = tags.numbers(Base.StripOffsets) or tags.numbers(Base.TileOffsets)
+    sizes = tags.numbers(Base.StripByteCounts) or tags.numbers(Base.TileByteCounts)
     if not offsets:
         raise FileContentError("it is damaged: the places of its data are missing")
     if len(offsets) != len(sizes):

@@ -87,8 +87,8 @@ class RepairOptions(TypedDict, total=False):
 
 
 class _Options(NamedTuple):
-    invert: bool
-    resize: bool
+    invert_mask: bool
+    resize_mask: bool
     dilate: int
     seed: int
     exclude: MaskLike
@@ -448,10 +448,10 @@ class Inpainter:
         if mask is not None:
             hole = self._read_mask(mask, options)
             if hole.shape != missing.shape:
-                if not options.resize:
+                if not options.resize_mask:
                     raise UserError(_sizes_differ(image, hole.shape, missing.shape))
                 hole = resize_hole(hole, missing.shape)
-        elif options.invert or options.resize:
+        elif options.invert_mask or options.resize_mask:
             raise UserError(
                 "mask is needed for invert_mask and resize_mask: there is none."
             )
@@ -477,7 +477,7 @@ class Inpainter:
             mask = np.asarray(mask)
             if values.is_float(mask):
                 mask = mask.astype(np.float32)
-        return hole_from_mask(mask, invert=options.invert)
+        return hole_from_mask(mask, invert=options.invert_mask)
 
     def _read_exclude(
         self, options: _Options, image: LoadedImage, shape: tuple[int, ...]
@@ -485,7 +485,7 @@ class Inpainter:
         exclude = self._read_mask(cast(ImageLike, options.exclude), options)
         if exclude.shape == shape:
             return exclude
-        if not options.resize:
+        if not options.resize_mask:
             raise UserError(_sizes_differ(image, exclude.shape, shape, name="exclude"))
         return resize_hole(exclude, shape)
 

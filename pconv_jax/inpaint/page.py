@@ -71,17 +71,6 @@ area changes. Paint in *blue* over what must not be copied into it, such as the 
 an object that is removed.
 """
 
-# Values of the result's components before there is a result.
-_NOTHING = (
-    None,
-    None,
-    None,
-    "",
-    gr.update(value=None, visible=False),
-    "",
-    gr.DownloadButton(value=None, interactive=False),
-)
-
 _CSS = """
 .legend span {
   display: inline-block; min-width: 1.8em; padding: .1em .4em; text-align: center;
@@ -116,6 +105,40 @@ class _Results(NamedTuple):
     gallery: gr.Gallery
     report: gr.Markdown
     download: gr.DownloadButton
+
+
+class Shown(NamedTuple):
+    """What the components of `_Results` show, in their order.
+
+    Attributes:
+      repaired: The repaired image.
+      slider: The image before and after.
+      overlay: The image in gray, with the fill depth in colors.
+      legend: The colors of the fill depth, HTML.
+      gallery: An update of the gallery, which shows all variants if there are several.
+      report: A sentence about the repair.
+      download: An update of the button that downloads the result.
+    """
+
+    repaired: Image.Image | None
+    slider: tuple[Image.Image, Image.Image] | None
+    overlay: Image.Image | None
+    legend: str
+    gallery: dict[str, Any]
+    report: str
+    download: gr.DownloadButton
+
+
+# Before there is a result.
+_NOTHING = Shown(
+    repaired=None,
+    slider=None,
+    overlay=None,
+    legend="",
+    gallery=gr.update(value=None, visible=False),
+    report="",
+    download=gr.DownloadButton(value=None, interactive=False),
+)
 
 
 def build(inpainter: Inpainter) -> gr.Blocks:
@@ -337,7 +360,7 @@ def repair(
     variants: int,
     *,
     progress: Progress = ignore,
-) -> tuple[Any, ...]:
+) -> tuple[Shown, str]:
     """Repair an image, and write it to a file to download.
 
     Args:
@@ -354,7 +377,7 @@ def repair(
       progress: See `Inpainter`. By default nothing is reported.
 
     Returns:
-      The values of the result's components, and the path of the first file.
+      What the page shows, and the path of the first file.
     """
     if image is None:
         raise _error("Open an image first.")
@@ -373,36 +396,56 @@ def repair(
                 raise UserError("Nothing is painted over yet.")
             exclude = _painted(drawing, _KEEP_OUT, shape)
             path = _new_file(f"{Path(image).stem}-repaired{_suffix(image)}")
-            shown, depth = [], np.zeros(hole.shape, np.uint8)
-            for seed in range(variants):
-                task = share(progress, seed, seed + 1, total=variants)
-                result, depth = inpainter(
-                    file.image,
-                    hole,
-                    exclude=exclude,
-                    seed=seed,
-                    progress=task,
-                    return_depth=True,
-                )
-                shown.append(_shown(result))
-                result_file = ImageFile(result, file.info)
-                image_io.write(variant_path(path, seed), result_file)
+            results, depth = _write_variants(
+                inpainter, file, hole, exclude, path, variants, progress
+            )
         except (RunError, UserError) as error:
             raise _error(str(error)) from error
     _delete(previous)
     for warning in caught:
         gr.Warning(str(warning.message))
-    after = shown[0]
     height, width = depth.shape
-    report = (
-        f"{width} x {height} pixels, {np.mean(depth > 0):.1%} filled, in "
-        f"{time.monotonic() - start:.1f} s."
+    shown = Shown(
+        repaired=results[0],
+        slider=(before, results[0]),
+        overlay=_overlay(results[0], depth),
+        legend=_legend(depth),
+        gallery=gr.update(value=results, visible=variants > 1, selected_index=0),
+        report=f"{width} x {height} pixels, {np.mean(depth > 0):.1%} filled, in "
+        f"{time.monotonic() - start:.1f} s.",
+        download=gr.DownloadButton(value=str(path), interactive=True),
     )
-    gallery = gr.update(value=shown, visible=variants > 1, selected_index=0)
-    download = gr.DownloadButton(value=str(path), interactive=True)
-    overlay = _overlay(after, depth)
-    slider, legend = (before, after), _legend(depth)
-    return after, slider, overlay, legend, gallery, report, download, str(path)
+    return shown, str(path)
+
+
+def _write_variants(
+    inpainter: Inpainter,
+    file: ImageFile,
+    hole: np.ndarray,
+    exclude: np.ndarray,
+    path: Path,
+    count: int,
+    progress: Progress,
+) -> tuple[list[Image.Image], np.ndarray]:
+    """Repair an image with the seeds 0, 1, ..., and write each result to a file.
+
+    Returns:
+      The results at the size of the page, and the fill depth, which all have.
+    """
+    shown, depth = [], np.zeros(hole.shape, np.uint8)
+    for seed in range(count):
+        task = share(progress, seed, seed + 1, total=count)
+        result, depth = inpainter(
+            file.image,
+            hole,
+            exclude=exclude,
+            seed=seed,
+            progress=task,
+            return_depth=True,
+        )
+        shown.append(_shown(result))
+        image_io.write(variant_path(path, seed), ImageFile(result, file.info))
+    return shown, depth
 
 
 def _repair_with_bar(inpainter: Inpainter) -> Callable[..., tuple[Any, ...]]:
@@ -410,7 +453,8 @@ def _repair_with_bar(inpainter: Inpainter) -> Callable[..., tuple[Any, ...]]:
 
     # Gradio looks for a default of this type, and puts its bar before the inputs.
     def run(bar: gr.Progress = gr.Progress(), *inputs: Any) -> tuple[Any, ...]:  # noqa: B008
-        return repair(inpainter, *inputs, progress=bar)
+        shown, path = repair(inpainter, *inputs, progress=bar)
+        return *shown, path
 
     return run
 

@@ -90,11 +90,16 @@ class Grid:
         image = flat[:size].reshape(-1, self.row, *flat.shape[1:])
         return image[RADIUS:-RADIUS, RADIUS:-RADIUS]
 
+    def fill_up(self, values: np.ndarray) -> np.ndarray:
+        """Repeat the last of the targets' values ``[N]`` up to the length: ``[P]``."""
+        return np.pad(values, (0, self.length - len(values)), mode="edge")
+
 
 class Targets(NamedTuple):
     """The patches that touch the hole, by their centers.
 
-    Arrays ``[P]``; `Problem.total` says how many entries are in use.
+    Arrays ``[P]``, of NumPy outside of compiled functions and of JAX inside;
+    `Problem.total` says how many entries are in use.
 
     Attributes:
       pixel: Number of the center.
@@ -131,6 +136,45 @@ class Problem(NamedTuple):
     total: Any
     row: Any
     reach: Any
+
+
+def make_problem(
+    grid: Grid,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    *,
+    in_hole: np.ndarray,
+    guide_weight: np.ndarray,
+    rim_weight: np.ndarray,
+    low: np.ndarray,
+    is_center: np.ndarray,
+) -> Problem:
+    """Number the pixels of a search, and lengthen its arrays.
+
+    Args:
+      grid: The pixels of the image.
+      rows: Rows of the centers of the N targets, at least one, ``[N]``.
+      columns: Their columns, ``[N]``.
+      in_hole: See `Targets`, bool ``[N]``.
+      guide_weight: See `Targets`, float32 ``[N]``.
+      rim_weight: See `Targets`, float32 ``[N]``.
+      low: See `Problem`, float32 ``[H, W, C]``.
+      is_center: See `Problem`, bool ``[H, W]``.
+    """
+    target_at = np.full((grid.height, grid.width), -1, np.int32)
+    target_at[rows, columns] = np.arange(len(rows))
+    pixel = grid.number(rows, columns)
+    # The last target fills them up: its neighbors are pixels, too.
+    targets = map(grid.fill_up, (pixel, in_hole, guide_weight, rim_weight))
+    return Problem(
+        low=grid.flatten(low),
+        is_center=grid.flatten(is_center, border=False),
+        target_at=grid.flatten(target_at, border=-1),
+        targets=Targets(*targets),
+        total=np.int32(len(rows)),
+        row=np.int32(grid.row),
+        reach=np.int32(max(grid.height, grid.width)),
+    )
 
 
 def search_and_vote(
@@ -211,7 +255,7 @@ def _search(
     Returns:
       The matches and the distances.
     """
-    _, is_center, target_at, _, _, row, reach = problem
+    row = problem.row
     targets = _cut(problem.targets, start)
     # The guide is smooth: the center and the corners of a patch stand for all of it.
     points = row * _int32([0, -2, -2, 2, 2]) + _int32([0, -2, 2, -2, 2])
@@ -228,14 +272,14 @@ def _search(
         match, best = state
         own = _cut(match, start)
         center = jnp.clip(center, 0, len(image) - 1)
-        center = jnp.where(_take(is_center, center), center, own)
+        center = jnp.where(_take(problem.is_center, center), center, own)
         new = measure(center)
         own = jnp.where(new < best, center, own)
         match = lax.dynamic_update_slice_in_dim(match, own, start, 0)
         return match, jnp.minimum(new, best)
 
     def propagate(state: Any, shift: jax.Array) -> Any:
-        neighbor = target_at.at[targets.pixel - shift].get(mode="clip")
+        neighbor = problem.target_at.at[targets.pixel - shift].get(mode="clip")
         center = state[0].at[neighbor].get(mode="clip") + shift
         return offer(state, jnp.where(neighbor >= 0, center, -1)), None
 
@@ -247,12 +291,12 @@ def _search(
         stride, key = stride_and_key
         shifts = stride * (row * _int32([0, 0, 1, -1]) + _int32([1, -1, 0, 0]))
         state, _ = lax.scan(propagate, state, shifts)
-        return jump(state, key, jnp.maximum(1, reach * stride // 32)), None
+        return jump(state, key, jnp.maximum(1, problem.reach * stride // 32)), None
 
     keys = jax.random.split(key, len(_STRIDES) + 1)
     state = match, measure(_cut(match, start))
     state, _ = lax.scan(step, state, (_int32(_STRIDES), keys[1:]))
-    match, best = jump(state, keys[0], reach)
+    match, best = jump(state, keys[0], problem.reach)
     return match, lax.dynamic_update_slice_in_dim(distance, best, start, 0)
 
 

@@ -370,7 +370,7 @@ class Checkpoints:
                 )
                 self._manager.delete(other)
                 self._scores.pop(other, None)
-        if jax.process_index() == 0:
+        if parallel.process_index() == 0:
             for path in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(path)
 
@@ -378,7 +378,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         record = self._read_record(step)
         record["metrics"] |= metrics
-        if jax.process_index() == 0:  # Orbax never writes to a step twice.
+        if parallel.process_index() == 0:  # Orbax never writes to a step twice.
             path = self._directory / str(step) / "meta" / "metadata"
             _files.write_bytes(path, json.dumps(_seal(record)).encode())
         self._note_score(step, metrics)

@@ -29,8 +29,9 @@ from pconv_jax.train.hooks import Draw, Log, Save, Validate
 from pconv_jax.train.loggers import MetricWriter, Progress, announce_compilation
 from pconv_jax.train.phases import Phase
 from pconv_jax.train.plan import plan_phases
-from pconv_jax.train.restore import check_workdir, lock_workdir, restore_or_create
+from pconv_jax.train.restore import restore_or_create
 from pconv_jax.train.step import TrainState
+from pconv_jax.train.workdir import check_workdir, lock_workdir
 from pconv_jax.unet import PConvUNet
 
 

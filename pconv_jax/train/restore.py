@@ -1,25 +1,23 @@
 """The state that a run starts from: a checkpoint, other weights, or new ones."""
 
-import contextlib
 import dataclasses
-import json
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pconv_jax import _files
-from pconv_jax._errors import RunError, UserError
+from pconv_jax._errors import UserError
 from pconv_jax.runs import parallel
 from pconv_jax.runs.checkpoint import Checkpoints, restore_network
-from pconv_jax.runs.settings import Settings, differences
+from pconv_jax.runs.settings import Settings
 from pconv_jax.train.experiment import Experiment
 from pconv_jax.train.step import TrainState
+from pconv_jax.train.workdir import refuse_differences
 from pconv_jax.weights import pretrained
 from pconv_jax.weights.network_config import model_config, model_differences
 
@@ -27,76 +25,6 @@ from pconv_jax.weights.network_config import model_config, model_differences
 ITEMS = ("params", "batch_stats", "opt_state", "average")
 
 _logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Keep other runs out of a workdir; each would resume the other's checkpoints.
-
-    This happens if a command is given again before the run that it should resume has
-    stopped. The lock of a process ends with the process, however that ends.
-
-    Raises:
-      UserError: If another process holds the lock.
-      RunError: If the workdir cannot be written to.
-    """
-    if parallel.process_index() > 0:  # The first process holds it for all.
-        yield
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(workdir / ".lock").acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise UserError(
-            f"workdir {workdir} is in use by a process that trains there: wait until "
-            "it has ended, or use another workdir."
-        ) from error
-    except OSError as error:
-        raise RunError(
-            f"cannot write to workdir {workdir}: {error.strerror or error}. A run is "
-            "only read by 'pconv eval --workdir ... --out ...' and 'pconv convert'."
-        ) from error
-    with lock:
-        _files.remove_partials(workdir)
-        yield
-
-
-def check_workdir(workdir: pathlib.Path, settings: Settings) -> None:
-    """Check that a workdir is new, or belongs to this experiment.
-
-    Raises:
-      UserError: If its run has other settings, naming those that differ; or if its
-        config.json cannot be read.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        return  # `restore_or_create` compares those of the checkpoint.
-    try:
-        with _files.content_errors(OSError, RecursionError, ValueError):
-            values = json.loads(path.read_text())
-        if not isinstance(values, dict):
-            raise UserError("it has no settings")
-        old = Settings.from_json(values)
-    except (_files.FileContentError, UserError) as error:
-        raise UserError(
-            f"workdir {workdir} has a config.json that is damaged, or not a run's "
-            f"({error}). Use another workdir; or delete it, since checkpoints have the "
-            "settings, too."
-        ) from error
-    # As long as no step was saved, the settings may be corrected.
-    if any((workdir / "checkpoints").glob("*")):
-        _refuse_differences(old, settings, workdir)
-
-
-def _refuse_differences(
-    old: Settings, settings: Settings, workdir: pathlib.Path
-) -> None:
-    if changed := differences(old, settings):
-        changes = "; ".join(f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items())
-        raise UserError(
-            f"workdir {workdir} belongs to another configuration ({changes}). Use "
-            "another workdir, or start from this one's weights with init_from."
-        )
 
 
 def restore_or_create(
@@ -136,7 +64,7 @@ def restore_or_create(
         step, items, meta = restored
         if "config" in meta:
             old = Settings.from_json(meta["config"])
-            _refuse_differences(old, experiment.settings, workdir)
+            refuse_differences(old, experiment.settings, workdir)
         _check_network(experiment, meta, f"workdir {workdir}")
         _check_features(experiment, meta, workdir)
         _check_images(experiment, meta, workdir, allow=allow_other_images)

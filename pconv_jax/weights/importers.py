@@ -17,6 +17,7 @@ from flax import traverse_util
 
 from pconv_jax._errors import UserError
 from pconv_jax.unet import (
+    BATCH_NORM_EPSILON,
     IMAGENET,
     Normalization,
     PConvUNet,
@@ -27,8 +28,6 @@ from pconv_jax.weights import project_names
 from pconv_jax.weights.formats.arrays import flatten, from_torch, read_arrays, to_tree
 from pconv_jax.weights.network_config import variable_shapes
 
-# Flax's epsilon of batch normalization, which the networks here use.
-_EPSILON = 1e-5
 _MAX_DEPTH = 12
 
 
@@ -105,7 +104,7 @@ class Project(NamedTuple):
     skip_first: bool = False
     images: str | None = None
     bgr: bool = False
-    epsilon: float = _EPSILON
+    epsilon: float = BATCH_NORM_EPSILON
     normalization: Normalization | None = None
     sigmoid_head: bool = False
     notes: tuple[str, ...] = ()
@@ -318,7 +317,7 @@ def _convert_stage(
     bias = flat.pop(f"pconv{number}/bias", np.float32(0))
     flat[f"bn{number}/mean"] = flat[f"bn{number}/mean"] - bias
     var = flat[f"bn{number}/var"].astype(np.float64)
-    ratio = np.sqrt((var + _EPSILON) / (var + project.epsilon))
+    ratio = np.sqrt((var + BATCH_NORM_EPSILON) / (var + project.epsilon))
     flat[f"bn{number}/scale"] = (flat[f"bn{number}/scale"] * ratio).astype(np.float32)
 
 

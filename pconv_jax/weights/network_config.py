@@ -5,11 +5,10 @@ known from the kernel of its first layer.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +18,10 @@ from pconv_jax._files import FileContentError
 from pconv_jax.unet import Normalization, PConvUNet, Stage, unet_from_stages
 
 _FIELDS = ("conv", "stages", "normalization", "sigmoid_head")
-_MAX_STAGES = 100  # Of the encoder, and of the decoder.
-
-# What JAX and Flax raise for a network of impossible sizes or wrong types.
-_IMPOSSIBLE = (ArithmeticError, LookupError, TypeError, ValueError)
-_IMPOSSIBLE += (flax.errors.FlaxError,)
+_MAX_STAGES = 16  # Of the encoder, and of the decoder: each halves the image.
+_MAX_FEATURES = 2**20
+_MAX_KERNEL_SIZE = 1000
+_PADDINGS = ("SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 
 
 def model_config(model: PConvUNet) -> dict[str, Any]:
@@ -56,11 +54,11 @@ def model_from_config(config: Any, source: str | Path) -> PConvUNet:
       UserError: If it is not the configuration of a network.
     """
     try:
-        fields = _check_names(config, _FIELDS, needed={"stages", "normalization"})
-        encoder, decoder = map(_read_stages, _check_list(fields.pop("stages"), 2))
+        fields = _check_fields(config, _FIELDS, needed={"stages", "normalization"})
+        encoder, decoder = map(_read_stages, fields.pop("stages"))
         if fields["normalization"] is not None:
             names = Normalization._fields
-            values = _check_names(fields["normalization"], names, needed=names)
+            values = _check_fields(fields["normalization"], names, needed=names)
             fields["normalization"] = Normalization(**values)
         return unet_from_stages(encoder, decoder, **fields)
     except FileContentError as error:
@@ -69,31 +67,75 @@ def model_from_config(config: Any, source: str | Path) -> PConvUNet:
         ) from error
 
 
-def _read_stages(values: Any) -> tuple[Stage, ...]:
-    stages = _check_list(values)
-    if not 0 < len(stages) <= _MAX_STAGES:
+def _read_stages(stages: Any) -> tuple[Stage, ...]:
+    if not _is_list(stages) or not 0 < len(stages) <= _MAX_STAGES:
         raise FileContentError(
-            f"it has {len(stages)} stages, and must have 1 to {_MAX_STAGES}"
+            f"expected 1 to {_MAX_STAGES} stages, got {stages!r:.50}"
         )
     needed = {"features", "kernel_size"}
-    return tuple(Stage(**_check_names(s, Stage._fields, needed=needed)) for s in stages)
+    return tuple(
+        Stage(**_check_fields(s, Stage._fields, needed=needed)) for s in stages
+    )
 
 
-def _check_names(
+def _check_fields(
     values: Any, known: Collection[str], *, needed: Collection[str]
 ) -> dict[str, Any]:
-    """Check that values are a dict whose names are known and complete."""
+    """Check that values are a dict of known and complete names, of the right types."""
     if not isinstance(values, Mapping) or not set(needed) <= set(values) <= set(known):
         raise FileContentError(
             f"expected values named {', '.join(known)}, got {values!r:.100}"
         )
+    for name, value in values.items():
+        if not _IS_VALID[name](value):
+            raise FileContentError(f"its {name} cannot be {value!r:.50}")
     return dict(values)
 
 
-def _check_list(values: Any, length: int | None = None) -> list[Any] | tuple[Any, ...]:
-    if not isinstance(values, list | tuple) or length not in (None, len(values)):
-        raise FileContentError(f"expected a list, got {values!r:.100}")
-    return values
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _is_size(value: Any, largest: int) -> bool:
+    return type(value) is int and 0 < value <= largest
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e6  # NaN is not.
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return _is_list(value) and all(map(_is_number, value))
+
+
+def _is_padding(value: Any) -> bool:
+    """Return whether a value is of the types of `ops.PaddingLike`, or None."""
+    return value is None or all(map(_is_pad, value if _is_list(value) else [value]))
+
+
+def _is_pad(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.upper() in _PADDINGS
+    pair = value if _is_list(value) else (value, value)
+    return len(pair) == 2 and all(
+        type(n) is int and abs(n) <= _MAX_KERNEL_SIZE for n in pair
+    )
+
+
+# Of all fields above, by name: networks themselves check how values fit together.
+_IS_VALID: Mapping[str, Callable[[Any], bool]] = {
+    "conv": lambda value: value in ("partial", "standard"),
+    "stages": lambda value: _is_list(value) and len(value) == 2,
+    "normalization": lambda value: value is None or isinstance(value, Mapping),
+    "sigmoid_head": lambda value: isinstance(value, bool),
+    "features": lambda value: _is_size(value, _MAX_FEATURES),
+    "kernel_size": lambda value: _is_size(value, _MAX_KERNEL_SIZE),
+    "batch_norm": lambda value: isinstance(value, bool),
+    "negative_slope": lambda value: value is None or _is_number(value),
+    "padding": _is_padding,
+    "mean": _is_list_of_numbers,
+    "std": _is_list_of_numbers,
+}
 
 
 def input_channels(model: PConvUNet, first_kernel: np.ndarray | jax.Array) -> int:
@@ -128,13 +170,15 @@ def variable_shapes(
     channels = 3
     if first_kernel is not None and first_kernel.ndim == 4:
         channels = input_channels(model, first_kernel)
+    if channels < 1:
+        raise UserError(f"{source} describes a network that takes no image.")
     size = model.size_multiple
+    images, mask = (
+        jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (channels, 1)
+    )
     try:
-        images, mask = (
-            jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (channels, 1)
-        )
         return jax.eval_shape(model.init, jax.random.key(0), images, mask)
-    except _IMPOSSIBLE as error:
+    except ValueError as error:  # What a network raises whose parts do not fit.
         raise UserError(f"{source} describes an impossible network: {error}") from error
 
 

@@ -30,7 +30,7 @@ def test_a_store_resumes_after_a_kill(tmp_path):
 
 def test_two_evaluations_cannot_share_a_directory(tmp_path):
     with Store(tmp_path).locked():
-        with pytest.raises(UserError, match="another evaluation is writing to"):
+        with pytest.raises(UserError, match=f"directory {tmp_path} is in use by"):
             with Store(tmp_path).locked():
                 pass
     with Store(tmp_path).locked():  # The lock ends with the block.

@@ -21,7 +21,7 @@ from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.evaluate.store import Store
 from pconv_jax.inpaint import image_io
 from pconv_jax.inpaint.hole import hole_from_mask
-from pconv_jax.train import restore
+from pconv_jax.train import workdir
 from pconv_jax.weights import importers, pretrained
 from pconv_jax.weights.formats.arrays import read_arrays
 from tests.helpers import torch_writer
@@ -181,7 +181,7 @@ def _read_config(path):
     from pconv_jax.runs.config import read_settings
     from tests.helpers.networks import train_config
 
-    restore.check_workdir(path.parent, read_settings(train_config(None)))
+    workdir.check_workdir(path.parent, read_settings(train_config(None)))
 
 
 def _config():

@@ -11,7 +11,7 @@ from tests.helpers.networks import make_network
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "MAX_PIXELS", 90_000)
+    monkeypatch.setattr(blocks, "BLOCK_PIXELS", 90_000)
     monkeypatch.setattr(blocks, "_MARGIN", 48)
     monkeypatch.setattr(blocks, "_RIM", 32)
     monkeypatch.setattr(blocks, "_GROUP", 128)
@@ -68,9 +68,9 @@ def test_blocks_are_small_and_fill_everything(small_blocks, kind):
     assert np.all(colors == 100) and known.all()
     assert fractions == sorted(fractions) and (fractions or [1])[-1] == 1
     np.testing.assert_array_equal(depth > 0, hole)
-    assert max(fill.sizes, default=0) <= 1.1 * blocks.MAX_PIXELS
+    assert max(fill.sizes, default=0) <= 1.1 * blocks.BLOCK_PIXELS
     if kind == "small":  # One block, with much around it.
-        assert len(fill.sizes) == 1 and fill.sizes[0] > 0.9 * blocks.MAX_PIXELS
+        assert len(fill.sizes) == 1 and fill.sizes[0] > 0.9 * blocks.BLOCK_PIXELS
 
 
 def test_what_is_neither_known_nor_filled_stays(small_blocks):
@@ -98,7 +98,7 @@ def test_any_hole_is_filled_once(seed, count):
     colors = np.where(hole, 0, 50)[..., None].astype(np.float32)
     fill = Recorder()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "MAX_PIXELS", 40_000)
+        patch.setattr(blocks, "BLOCK_PIXELS", 40_000)
         patch.setattr(blocks, "_MARGIN", 40)
         patch.setattr(blocks, "_RIM", 20)
         exclude = np.broadcast_to(False, hole.shape)

@@ -161,7 +161,7 @@ def test_matches_are_nearly_the_nearest():
     filled, matches = detail._refine_scale(
         scale, image, None, weight, 1.0, rng, length, vote_first=False
     )
-    centers = detail._centers(~hole)
+    centers = detail._source_centers(~hole)
     rows, columns = np.nonzero(matches.rows >= 0)
     assert len(rows) == 10 * 10  # The hole and two pixels around it.
     found = matches.rows[rows, columns], matches.columns[rows, columns]

@@ -406,6 +406,6 @@ def test_bugs_are_not_reported_as_damaged_files(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(image_io, "_check_dpi", fail)
     with pytest.raises(TypeError, match="a bug"):
         image_io.read(path)
-    monkeypatch.setattr("pconv_jax.inpaint.encoding._warn_of_lost", fail)
+    monkeypatch.setattr("pconv_jax.inpaint.encoding._drop_unwritable", fail)
     with pytest.raises(TypeError, match="a bug"):
         image_io.write(path, ImageFile(Image.new("L", (4, 4)), {}))

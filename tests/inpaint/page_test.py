@@ -74,25 +74,25 @@ def test_the_painted_area_is_filled(inpainter, tmp_path):
     grown = dilate_hole(hole, 2) | opened
     assert np.any(grown != dilate_hole(hole | opened, 2))
     expected, depth = inpainter(image, grown, return_depth=True)
-    after, (before, _), overlay, legend, gallery, report, download, result = (
-        page.repair(
-            *(inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole)),
-            *(2, True, None),
-            1,
-        )
+    shown, result = page.repair(
+        *(inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole)),
+        *(2, True, None),
+        1,
     )
-    assert not gallery["visible"]
-    np.testing.assert_array_equal(after, expected)
-    np.testing.assert_array_equal(before, image)
-    assert download.value["path"] == result
+    assert not shown.gallery["visible"]
+    np.testing.assert_array_equal(shown.repaired, expected)
+    np.testing.assert_array_equal(shown.slider[0], image)
+    np.testing.assert_array_equal(shown.slider[1], expected)
+    assert shown.download.value["path"] == result
     assert pathlib.Path(result).name == "a-repaired.png"
     np.testing.assert_array_equal(Image.open(result), expected)
-    assert "80 x 60 pixels" in report and f"{np.mean(depth > 0):.1%}" in report
+    assert "80 x 60 pixels" in shown.report
+    assert f"{np.mean(depth > 0):.1%}" in shown.report
     # Gray outside of the hole, and inside a color for each depth.
-    overlay = np.asarray(overlay, int)
+    overlay = np.asarray(shown.overlay, int)
     assert np.all(overlay[depth == 0].std(axis=-1) == 0)
     assert np.all(overlay[depth > 0].std(axis=-1) > 0)
-    assert [f">{d}</span>" in legend for d in (1, 2, 3)] == [
+    assert [f">{d}</span>" in shown.legend for d in (1, 2, 3)] == [
         *(bool(np.any(depth == d)) for d in (1, 2, 3))
     ]
 
@@ -105,11 +105,11 @@ def test_a_variant_is_chosen(inpainter, tmp_path):
     hole[10:50, 20:60] = True
     before = set(tmp_path.iterdir())
     arguments = inpainter, str(path), None, drawing(hole), 0, False
-    after, *_, gallery, _, _, result = page.repair(*arguments, None, 3)
-    assert gallery["visible"] and len(gallery["value"]) == 3
+    shown, result = page.repair(*arguments, None, 3)
+    assert shown.gallery["visible"] and len(shown.gallery["value"]) == 3
     expected = [inpainter(image, hole, seed=seed) for seed in range(3)]
     assert not np.array_equal(expected[0], expected[1])
-    np.testing.assert_array_equal(after, expected[0])
+    np.testing.assert_array_equal(shown.repaired, expected[0])
     names = ("a-repaired.png", "a-repaired-2.png", "a-repaired-3.png")
     for index, name in enumerate(names):
         event = gr.SelectData(None, {"index": index, "value": None})
@@ -122,8 +122,8 @@ def test_a_variant_is_chosen(inpainter, tmp_path):
             Image.open(download.value["path"]), expected[index]
         )
     # The next result replaces all of them, and there are four at most.
-    *_, gallery, _, _, second = page.repair(*arguments, result, 99)
-    assert len(gallery["value"]) == 4
+    shown, second = page.repair(*arguments, result, 99)
+    assert len(shown.gallery["value"]) == 4
     assert set(tmp_path.iterdir()) - before == {pathlib.Path(second).parent}
 
 
@@ -139,9 +139,10 @@ def test_what_is_painted_in_blue_is_not_copied(inpainter, tmp_path):
     layer[kept_out] = (*page._KEEP_OUT, 255)
     layer[20:40, 50] = (90, 110, 215, 200)  # Where strokes meet, colors are mixed.
     painted["layers"] = [Image.fromarray(layer)]
-    after, *_ = page.repair(inpainter, str(path), None, painted, 0, False, None, 1)
-    np.testing.assert_array_equal(after, inpainter(image, hole, exclude=kept_out))
-    assert not np.array_equal(after, inpainter(image, hole))
+    shown, _ = page.repair(inpainter, str(path), None, painted, 0, False, None, 1)
+    expected = inpainter(image, hole, exclude=kept_out)
+    np.testing.assert_array_equal(shown.repaired, expected)
+    assert not np.array_equal(expected, inpainter(image, hole))
     # Blue alone is no hole.
     painted["layers"] = [Image.fromarray(np.where(hole[..., None], 0, layer))]
     with pytest.raises(gr.Error, match="Nothing is painted over yet"):
@@ -157,10 +158,10 @@ def test_large_images_are_shown_small_and_repaired_whole(inpainter, tmp_path):
     assert shown.size == (1024, 450)
     small = np.zeros((450, 1024), bool)
     small[100:120, 500:530] = True
-    after, *_, result = page.repair(
+    shown, result = page.repair(
         inpainter, str(path), None, drawing(small), 0, False, None, 1
     )
-    assert after.size == (1024, 450)
+    assert shown.repaired.size == (1024, 450)
     result = image_io.read(result).image
     assert result.dtype == np.uint16
     hole = np.kron(small, np.ones((2, 2), bool))
@@ -305,10 +306,8 @@ def test_a_result_is_deleted_with_the_next(inpainter, tmp_path):
     hole = np.zeros((60, 80), bool)
     hole[20:40, 30:50] = True
     before = set(tmp_path.iterdir())
-    *_, first = page.repair(
-        inpainter, str(path), None, drawing(hole), 0, False, None, 1
-    )
-    *_, second = page.repair(
+    _, first = page.repair(inpainter, str(path), None, drawing(hole), 0, False, None, 1)
+    _, second = page.repair(
         inpainter, str(path), None, drawing(hole), 0, False, first, 1
     )
     assert set(tmp_path.iterdir()) - before == {pathlib.Path(second).parent}

@@ -6,9 +6,8 @@ import pytest
 from pconv_jax.inpaint.patch_search import (
     RADIUS,
     Grid,
-    Problem,
-    Targets,
     find_length,
+    make_problem,
     search_and_vote,
     vote,
 )
@@ -24,24 +23,15 @@ def problem_of(image, hole, source):
         for column in range(RADIUS, width - RADIUS):
             patch = source[row - RADIUS :, column - RADIUS :]
             is_center[row, column] = patch[: 2 * RADIUS + 1, : 2 * RADIUS + 1].all()
-    count = len(rows)
-    target_at = np.full(hole.shape, -1, np.int32)
-    target_at[rows, columns] = np.arange(count)
-    targets = Targets(
-        pixel=grid.number(rows, columns),
+    problem = make_problem(
+        grid,
+        rows,
+        columns,
         in_hole=hole[rows, columns],
-        guide_weight=np.zeros(count, np.float32),
-        rim_weight=np.ones(count, np.float32),
-    )
-    rest = grid.length - count
-    problem = Problem(
-        low=grid.flatten(image),
-        is_center=grid.flatten(is_center, border=False),
-        target_at=grid.flatten(target_at, border=-1),
-        targets=Targets(*(np.pad(x, (0, rest), mode="edge") for x in targets)),
-        total=np.int32(count),
-        row=np.int32(grid.row),
-        reach=np.int32(max(hole.shape)),
+        guide_weight=np.zeros(len(rows), np.float32),
+        rim_weight=np.ones(len(rows), np.float32),
+        low=image,
+        is_center=is_center,
     )
     return grid, problem
 

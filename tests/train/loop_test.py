@@ -322,7 +322,7 @@ def test_a_workdir_in_use_is_left_alone(finished, tmp_path, monkeypatch):
     compile_step = experiment.Experiment.compile_step
 
     def compile_while_another_comes(self, phase):
-        with pytest.raises(ValueError, match=f"{tmp_path} is in use by a process"):
+        with pytest.raises(ValueError, match=f"{tmp_path} is in use by another"):
             loop.train_and_evaluate(tiny(), tmp_path)
         return compile_step(self, phase)
 

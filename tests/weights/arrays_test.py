@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pconv_jax._errors import RunError, UserError
+from pconv_jax.weights import formats
 from pconv_jax.weights.formats.arrays import read_arrays, to_tree, write_arrays
 from tests.helpers import torch_writer
 
@@ -98,6 +99,8 @@ def test_to_tree_leaves_out_other_arrays_unless_it_is_strict():
 def test_keras_files_without_h5py(tmp_path, monkeypatch):
     (tmp_path / "weights.h5").write_bytes(b"abc")
     monkeypatch.setitem(sys.modules, "h5py", None)
+    monkeypatch.delitem(sys.modules, f"{formats.__name__}.keras_file", raising=False)
+    monkeypatch.delattr(formats, "keras_file", raising=False)
     with pytest.raises(UserError, match="weights.h5 .*: pip install h5py"):
         read_arrays(tmp_path / "weights.h5")
 

@@ -256,7 +256,24 @@ def test_files_that_are_no_weights_files(metadata, problem, tmp_path):
         lambda m: m | {"stages": [[{"features": "a", "kernel_size": 3}]] * 2},
         lambda m: m | {"stages": [[{"features": -1, "kernel_size": 3}]] * 2},
         lambda m: m | {"stages": [[{"features": 10**30, "kernel_size": 10**30}]] * 2},
+        *(
+            lambda m, wrong=wrong: (
+                m | {"stages": [[m["stages"][0][0] | wrong], m["stages"][1][-1:]]}
+            )
+            for wrong in (
+                {"kernel_size": 0},
+                {"batch_norm": "no"},
+                {"negative_slope": "a"},
+                {"negative_slope": 10**30},
+                {"padding": "a"},
+                {"padding": [1]},
+                {"padding": [1, [2, 2, 2]]},
+                {"padding": 10**30},
+                {"padding": 0},
+            )
+        ),
         lambda m: m | {"conv": "gated"},
+        lambda m: m | {"sigmoid_head": 1},
         lambda m: m | {"normalization": {"mean": [1, 2], "std": [1, 2]}},
         lambda m: m | {"normalization": {"mean": "a", "std": [1]}},
         lambda m: m | {"normalization": 3},

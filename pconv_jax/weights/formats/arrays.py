@@ -20,18 +20,16 @@ from pconv_jax._errors import UserError
 from pconv_jax._files import FileContentError, content_errors
 from pconv_jax.weights.formats import torch_file
 
-# What safetensors, zipfile, NumPy and h5py raise if a file is damaged, or says that it
-# holds what it does not. Not all is documented.
+# What safetensors, zipfile and NumPy raise if a file is damaged, or says that it holds
+# what it does not. Not all is documented.
 _LIBRARY_ERRORS = (
     *(SafetensorError, zipfile.BadZipFile, zlib.error, struct.error),
     *(tokenize.TokenError, SyntaxError, EOFError, OSError, RuntimeError),
     *(AttributeError, LookupError, MemoryError, TypeError, ValueError),
 )
 
-
 # Limits of time and memory, for files that are made to exceed them.
 _MAX_ARRAYS = 20_000
-_MAX_DEPTH = 50
 _MAX_RATIO = 16
 
 
@@ -221,46 +219,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _read_h5(path: Path) -> dict[str, np.ndarray]:
     try:
-        import h5py  # Only Keras' files need it.
-    except ImportError:
+        # Only Keras' files need h5py.
+        from pconv_jax.weights.formats import keras_file
+    except ModuleNotFoundError as error:
+        if error.name != "h5py":
+            raise
         raise FileContentError("Keras' files need h5py: pip install h5py") from None
-    arrays: dict[str, np.ndarray] = {}
-    room = path.stat().st_size  # Datasets may overlap, so that a file becomes large.
-    # Whatever is done to an item of the file is a call of h5py.
-    with content_errors(*_LIBRARY_ERRORS), h5py.File(path, "r") as file:
-        groups: list[tuple[str, Any, int]] = [("", file, 0)]
-        links = 0  # A group may have many, to itself.
-        while groups:
-            prefix, group, depth = groups.pop()
-            links += len(group)
-            if depth > _MAX_DEPTH or links > _MAX_ARRAYS:
-                raise FileContentError(
-                    "its groups are nested too deeply, or have no end"
-                )
-            for key in sorted(group):
-                # Links to other files, or to another name, are not followed.
-                if not isinstance(group.get(key, getlink=True), h5py.HardLink):
-                    continue
-                name, item = f"{prefix}{key}", group[key]
-                if isinstance(item, h5py.Group):
-                    groups.append((f"{name}/", item, depth + 1))
-                elif _is_array(item):
-                    # Keras does not compress: a dataset takes its part of the file.
-                    stored = not item.external and not item.is_virtual
-                    room -= item.nbytes
-                    if not stored or item.id.get_storage_size() < item.nbytes:
-                        raise FileContentError(f"{name} is not stored in the file")
-                    if room < 0:
-                        raise FileContentError("its arrays overlap, or are too many")
-                    arrays[name] = item[()]
-    return arrays
-
-
-def _is_array(item: Any) -> bool:
-    """Return whether an item of an HDF5 file has numbers, and not none at all."""
-    return (
-        hasattr(item, "dtype") and item.dtype.kind in "fiub" and item.shape is not None
-    )
+    return keras_file.read(path)
 
 
 _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
