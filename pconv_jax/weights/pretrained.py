@@ -156,7 +156,11 @@ def _find(name_or_path: str | Path) -> Path:
         return _check_suffix(path)
     if name in BUNDLED:
         return BUNDLED[name]
-    # The path of an existing folder is not the name of a repository.
+    if path.is_dir():
+        raise UserError(
+            f"weights: {name} is a folder. If it is the workdir of a run, 'pconv "
+            f"convert {name} OUT.safetensors' makes a weights file."
+        )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or path.exists():
         raise UserError(
             f"weights: there is no file {name}, nor a bundled file of that name "
