@@ -164,13 +164,13 @@ def random_mask(
     Raises:
       ValueError: If an argument is out of its range.
     """
-    shape = tuple(shape)
-    if len(shape) != 2 or not all(
+    if np.shape(shape) != (2,) or not all(
         isinstance(n, int | np.integer) and n >= 8 for n in shape
     ):
         raise ValueError(
             f"shape must be (height, width), integers of at least 8, got {shape}."
         )
+    shape = tuple(shape)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}.")
     if border not in (True, False, None):

@@ -353,6 +353,7 @@ def test_a_traced_ratio_without_border_is_cut_to_the_interior():
         (dict(shape=(64,)), "shape must be"),
         (dict(shape=(4, 64, 64, 1)), "shape must be"),
         (dict(shape=(7, 64)), "at least 8"),
+        (dict(shape=64), "at least 8"),
         (dict(shape=(64.0, 64.0)), "integers"),
         (dict(kind="circles"), "kind must be one of .*'strokes'.*'circles'"),
         (dict(hole_ratio=0.0), "hole_ratio"),

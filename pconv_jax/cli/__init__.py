@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None, *, program: str = "pconv") -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
     arguments, unknown = parser.parse_known_args(_spell_with_dashes(argv))
     if unknown:
         sys.exit(f"{program}: {config_options.explain_unknown(unknown[0])}")

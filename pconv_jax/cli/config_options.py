@@ -14,9 +14,10 @@ def add_config_options(parser: argparse.ArgumentParser, *, required: bool) -> No
     """Add ``--config`` and a ``--config.NAME`` for every setting to a command."""
     parser.add_argument(
         "--config",
-        metavar="FILE",
+        metavar="NAME",
         required=required,
-        help="config file, such as configs/pconv.py or configs/pconv.py:quickstart",
+        help="a config that comes with the package, such as folder or "
+        "pconv:quickstart, or the path of a config file",
     )
     group = parser.add_argument_group(
         "settings", "change a field of the config file (defaults are the paper's)"
@@ -51,7 +52,7 @@ def read_config(arguments: argparse.Namespace) -> Any:
     }
     if arguments.config is None:
         if changes:
-            raise UserError(f"--config.{next(iter(changes))} needs --config FILE.")
+            raise UserError(f"--config.{next(iter(changes))} needs --config NAME.")
         return None
     from pconv_jax.runs.config import load_config  # Takes the packages of training.
 
@@ -92,6 +93,13 @@ def explain_unknown(argument: str) -> str:
     hint = ""
     if name.startswith("--config."):
         hint = suggest_field(name.removeprefix("--config."))
+    elif (field := name.removeprefix("--").replace("-", "_")) in FIELDS:
+        hint = f" Did you mean '--config.{field}'?"
+    elif not name.startswith("-"):
+        hint = (
+            " An option takes one value: put one with spaces in quotation marks, and "
+            "name the folder of several files."
+        )
     return f"unknown argument: {argument}.{hint}"
 
 

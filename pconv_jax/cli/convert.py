@@ -54,6 +54,10 @@ def _run(arguments: argparse.Namespace) -> None:
     source, out = arguments.source, arguments.out
     if out.exists() and not arguments.force:
         raise UserError(f"OUT: there is a file {out} already; --force replaces it.")
+    if out.suffix != ".safetensors":
+        raise UserError(f"OUT must be a .safetensors file, got {out}.")
+    if not source.exists():
+        raise UserError(f"SOURCE: there is no file or folder {source}.")
     if arguments.step is not None and not source.is_dir():
         raise UserError(f"--step requires a run, but SOURCE is the file {source}.")
 

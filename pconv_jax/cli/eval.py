@@ -29,6 +29,7 @@ def add(commands: Subparsers) -> None:
     command = commands.add_parser(
         "eval",
         help="compare a network with other networks and baselines",
+        usage="%(prog)s (--workdir DIR | --weights FILE) [options]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -37,19 +38,29 @@ def add(commands: Subparsers) -> None:
     _add_network(command)
     _add_examples(command)
     _add_metrics(command)
-    command.add_argument("--out", type=expand, help="directory of the results")
+    command.add_argument(
+        "--out", metavar="DIR", type=expand, help="directory of the results"
+    )
     add_cache(command)
     config_options.add_config_options(command, required=False)
     command.set_defaults(run=_run)
 
 
 def _add_network(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workdir", type=expand, help="directory of a training run")
     command.add_argument(
-        "--weights", type=expand, help="a weights file instead of a run"
+        "--workdir", metavar="DIR", type=expand, help="directory of a training run"
     )
     command.add_argument(
-        "--step", type=int, help="step of the checkpoint (default: the newest)"
+        "--weights",
+        metavar="FILE",
+        type=expand,
+        help="a weights file instead of a run",
+    )
+    command.add_argument(
+        "--step",
+        metavar="N",
+        type=int,
+        help="step of the checkpoint (default: the newest)",
     )
     command.add_argument(
         "--methods",
@@ -80,11 +91,18 @@ def _add_network(command: argparse.ArgumentParser) -> None:
 
 
 def _add_examples(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--examples", type=int, help="examples of each class of masks")
     command.add_argument(
-        "--images", type=expand, help="folder or tar file of other images"
+        "--examples", metavar="N", type=int, help="examples of each class of masks"
     )
-    command.add_argument("--masks", type=expand, help="folder of mask images")
+    command.add_argument(
+        "--images",
+        metavar="PATH",
+        type=expand,
+        help="folder or tar file of other images",
+    )
+    command.add_argument(
+        "--masks", metavar="DIR", type=expand, help="folder of mask images"
+    )
     command.add_argument(
         "--classes",
         type=lambda text: text.split(","),
@@ -98,9 +116,15 @@ def _add_examples(command: argparse.ArgumentParser) -> None:
         default="white",
         help="color of the holes in --masks (default: white)",
     )
-    command.add_argument("--image-size", type=int, help="side of the images, in pixels")
     command.add_argument(
-        "--seed", type=int, default=0, help="seed of masks and intervals (default: 0)"
+        "--image-size", metavar="N", type=int, help="side of the images, in pixels"
+    )
+    command.add_argument(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="seed of masks and intervals (default: 0)",
     )
 
 
@@ -116,7 +140,10 @@ def _add_metrics(command: argparse.ArgumentParser) -> None:
         "--nolearned", dest="learned", action="store_false", help=argparse.SUPPRESS
     )
     command.add_argument(
-        "--vgg", type=expand, help="weights file of another VGG for the distance"
+        "--vgg",
+        metavar="FILE",
+        type=expand,
+        help="weights file of another VGG for the distance",
     )
 
 

@@ -304,8 +304,11 @@ def _open_journal(arguments: argparse.Namespace) -> "Journal":
 
 
 def _nothing_filled(arguments: argparse.Namespace) -> str:
+    if arguments.mask is not None:
+        color = "black" if arguments.invert_mask else "white"
+        return f"nothing was filled: no mask has a {color} pixel."
     if arguments.mask_color is None:
-        return "nothing was filled: no mask had a hole."
+        return "nothing was filled: no pixel is transparent or missing."
     hint = "" if arguments.tolerance else "; try --tolerance 30 if it was a JPEG file"
     return f"nothing was filled: no pixel has the color {arguments.mask_color}{hint}."
 
@@ -329,8 +332,15 @@ def _pair_files(
     image: Path, output: Path
 ) -> tuple[list[tuple[Path, Path]], list[Path]]:
     """Find the images, and for each the file to write; and what is skipped."""
+    if not image.exists():
+        raise UserError(f"--image: there is no file or folder {image}.")
     if not image.is_dir():
         output = output / image.name if output.is_dir() else output
+        if not output.suffix:
+            raise UserError(
+                f"--output must be a file, such as {output}.png, or a folder that "
+                f"exists, got {output}."
+            )
         check_suffix(output)
         return [(image, output)], []
     if output.exists() and not output.is_dir():

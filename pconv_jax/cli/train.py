@@ -21,7 +21,7 @@ system. If JAX cannot find the other processes by itself, also set
 _EXAMPLES = """\
 examples:
   pconv train --config pconv:quickstart
-  pconv train --config configs/folder.py --config.data.path=photos/
+  pconv train --config folder --config.data.path=photos/
   pconv train --config pconv --config.batch_size=2 --config.phase1.steps=1000
 """
 
@@ -31,6 +31,8 @@ def add(commands: Subparsers) -> None:
     command = commands.add_parser(
         "train",
         help="train a network",
+        usage="%(prog)s --config NAME [--config.FIELD VALUE ...] [--workdir DIR] "
+        "[options]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -38,6 +40,7 @@ def add(commands: Subparsers) -> None:
     )
     command.add_argument(
         "--workdir",
+        metavar="DIR",
         type=expand,
         help="directory of the run (default: runs/ and the config's name)",
     )
@@ -51,10 +54,16 @@ def add(commands: Subparsers) -> None:
         "--distributed", action="store_true", help="this is one process of several"
     )
     processes.add_argument(
-        "--coordinator-address", help="host and port of process number 0"
+        "--coordinator-address",
+        metavar="HOST:PORT",
+        help="host and port of process number 0",
     )
-    processes.add_argument("--num-processes", type=int, help="number of processes")
-    processes.add_argument("--process-id", type=int, help="index of this process")
+    processes.add_argument(
+        "--num-processes", metavar="N", type=int, help="number of processes"
+    )
+    processes.add_argument(
+        "--process-id", metavar="N", type=int, help="index of this process"
+    )
     add_cache(command)
     config_options.add_config_options(command, required=True)
     command.set_defaults(run=_run)

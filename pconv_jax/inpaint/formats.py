@@ -25,7 +25,8 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
     """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise UserError(
-            f"{path}: images are written only as {', '.join(SUFFIXES)} files."
+            f"cannot write {path}: its name must end in {', '.join(SUFFIXES[:-1])} or "
+            f"{SUFFIXES[-1]}."
         )
 
 

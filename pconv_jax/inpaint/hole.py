@@ -73,7 +73,7 @@ def hole_from_mask(
         warnings.warn(
             f"{between / hole.size:.1%} of the mask's pixels are neither black nor "
             "white; they are rounded to the nearer of both. If a rim is left at the "
-            "mask's edge, use dilate.",
+            "hole's edge, enlarge the hole: --dilate 2, or in Python dilate=2.",
             stacklevel=2,
         )
     return hole != invert

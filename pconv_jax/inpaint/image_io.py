@@ -39,6 +39,13 @@ _LOSSLESS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate")
 
 _MAX_NAMES = 10  # Of what is left out, in a warning.
 
+# Kinds of files that phones and cameras write.
+_HEIC = "it is a HEIC file, which cannot be read; save it as a JPEG, PNG or TIFF file"
+_RAW = (
+    "it is a camera's raw file, or its first image is a preview; save it as a JPEG, "
+    "PNG or TIFF file"
+)
+
 # Pillow copies a GIF file's comments once more for each of their blocks.
 _MAX_COMMENTS = 2**20
 
@@ -161,6 +168,10 @@ def _read_image(data: bytes, max_pixels: int) -> ImageFile:
         raise FileContentError("it is empty")
     if tags_lib.is_tiff(data):
         return _read_tiff(data, max_pixels)
+    if data[4:8] == b"ftyp" and re.search(b"hei[cxms]|hev[cxms]", data[8:40]):
+        raise FileContentError(_HEIC)
+    if data[4:12] == b"ftypcrx ":
+        raise FileContentError(_RAW)
     bare, exif = data, None
     if data.startswith(b"\xff\xd8"):  # Pillow would read tags, and not only once.
         bare, exif = parts.split_exif(data)
@@ -211,6 +222,11 @@ def _read_opened(
 
 def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
     tags = tags_lib.read(data)
+    # A Canon file says so, a DNG has a tag of its version, and others have a preview,
+    # an image of "reduced resolution".
+    is_preview = tags.numbers(254, default=(0,))[0] & 1
+    if data[8:10] == b"CR" or 50706 in tags.directory or is_preview:
+        raise FileContentError(_RAW)
     for width, height in tags_lib.sizes(tags):
         _check_size(width, height, max_pixels)
     samples, kind = _check_samples(tags)

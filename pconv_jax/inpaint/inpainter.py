@@ -56,6 +56,11 @@ _SUSPICIOUS_RATIO = 0.6
 # Files of measurements have numbers from 1e19 on, such as 1e20, for missing values.
 _MISSING_VALUE = 1e19
 
+_INVERTED = (
+    "White is filled; if the hole is black here, invert the mask: --invert-mask, or in "
+    "Python invert_mask=True."
+)
+
 PathLike = str | os.PathLike[str]
 LoadedImage = Image.Image | np.ndarray | jax.Array
 ImageLike = LoadedImage | PathLike
@@ -563,19 +568,12 @@ def _split_masks(mask: MaskLike, count: int) -> Sequence[ImageLike | None]:
 
 def _check_hole(hole: np.ndarray, known: np.ndarray) -> None:
     if not known.any():
-        raise UserError(
-            "mask: no valid pixel is left to fill from. White is filled; if the hole "
-            "is black here, invert the mask."
-        )
+        raise UserError(f"mask: no valid pixel is left to fill from. {_INVERTED}")
     if not hole.any():
         warnings.warn("There is nothing to fill.", stacklevel=4)
     ratio = hole.mean()
     if ratio > _SUSPICIOUS_RATIO:
-        warnings.warn(
-            f"{ratio:.0%} of the image is filled. White is filled; if the hole is "
-            "black here, invert the mask.",
-            stacklevel=4,
-        )
+        warnings.warn(f"{ratio:.0%} of the image is filled. {_INVERTED}", stacklevel=4)
 
 
 def _check_range(known: np.ndarray, value_range: tuple[float, float]) -> None:
@@ -608,10 +606,12 @@ def _sizes_differ(
     name: str = "mask",
 ) -> str:
     height, width = shape
-    hint = "resize_mask makes it fit"
-    if isinstance(image, Image.Image) and mask == (width, height):
-        if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:
-            hint = "PIL.ImageOps.exif_transpose turns the image upright"
+    hint = "resize it: --resize-mask, or in Python resize_mask=True"
+    if mask == (width, height):
+        hint = f"turn the {name} by 90 degrees"
+        if isinstance(image, Image.Image):
+            if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:
+                hint = "PIL.ImageOps.exif_transpose turns the image upright"
     return (
         f"{name} has {mask[1]} x {mask[0]} pixels, and the image has {width} x "
         f"{height}; {hint}."

@@ -83,4 +83,8 @@ def _find_config(path: pathlib.Path) -> pathlib.Path:
             bundled = folder / f"{path.stem}.py"
             if bundled.is_file():
                 return bundled
-    raise UserError(f"--config: there is no file {path}.")
+    names = sorted({file.stem for folder in _BUNDLED for file in folder.glob("*.py")})
+    raise UserError(
+        f"--config: there is no file {path}, nor a config of that name in the package "
+        f"({', '.join(names)})."
+    )

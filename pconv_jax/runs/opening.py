@@ -56,9 +56,13 @@ def get_source(settings: DataSettings, split: str) -> ImageSource:
       split: ``'train'`` or ``'validation'``.
 
     Raises:
-      UserError: As `open_source`.
+      UserError: If they need a path and there is none, and as `open_source`.
     """
     path, validation_path = settings.path, settings.validation_path
+    if settings.source in ("folder", "tar") and not path:
+        raise UserError(
+            f"config: data.path is needed for data.source={settings.source}."
+        )
     if settings.source == "folder":
         path = _one("path", path)
         validation_path = _one("validation_path", validation_path)

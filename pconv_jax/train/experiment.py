@@ -311,6 +311,11 @@ def _open_features(
         params = load_vgg_params("imagenet" if source == "auto" else source)
         digest = checksum(flatten(params))
     except UserError as error:
+        if source == "imagenet":
+            raise UserError(
+                f"{error} To train without it, by the pixel terms alone, set "
+                "--config.vgg=none."
+            ) from error
         if source != "auto":
             raise
         warning = (

@@ -156,10 +156,14 @@ def _find(name_or_path: str | Path) -> Path:
         return _check_suffix(path)
     if name in BUNDLED:
         return BUNDLED[name]
-    # The path of an existing folder is not the name of a repository.
+    if path.is_dir():
+        raise UserError(
+            f"weights: {name} is a folder. If it is the workdir of a run, 'pconv "
+            f"convert {name} OUT.safetensors' makes a weights file."
+        )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or path.exists():
         raise UserError(
-            f"name_or_path: there is no file {name}, nor a bundled file of that name "
+            f"weights: there is no file {name}, nor a bundled file of that name "
             f"({', '.join(BUNDLED)}). Give the path of a .safetensors file, or a "
             "repository on the Hugging Face Hub, 'user/name'. 'pconv convert SOURCE "
             "OUT.safetensors' makes a weights file of a run or of another project's "
@@ -169,7 +173,7 @@ def _find(name_or_path: str | Path) -> Path:
         return hub.download_repository_file(name, _HUB_FILE)
     except hub.DownloadError as error:
         raise UserError(
-            f"name_or_path: there is no file {name}, and {_HUB_FILE} of the repository "
+            f"weights: there is no file {name}, and {_HUB_FILE} of the repository "
             f"of that name on the Hugging Face Hub cannot be downloaded ({error}). On "
             f"a machine with a network, fetch {hub.repository_url(name, _HUB_FILE)}, "
             "and give its path instead."

@@ -85,7 +85,7 @@ def test_what_cannot_be_converted(weights, tmp_path):
         ((tmp_path / "none.pth", out), "there is no file .*none.pth"),
         ((tmp_path, out), "there is no checkpoint in"),
         ((tmp_path / "evil.pth", out), "it asks for 'os.system'"),
-        ((weights, tmp_path / "out.pth"), "a weights file is a .safetensors file"),
+        ((weights, tmp_path / "out.pth"), "OUT must be a .safetensors file"),
         ((weights, weights), "there is a file .* already; --force replaces it"),
         ((weights, out, "--step", "3"), "--step requires a run"),
     ]:

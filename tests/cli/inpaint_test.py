@@ -198,7 +198,10 @@ def test_what_cannot_be_repaired(network, folder):
     out = folder / "out.png"
     (folder / "empty").mkdir()
     for arguments, problem in [
-        (("--image", folder / "none.png", "--output", out), "cannot read .*none.png"),
+        (
+            ("--image", folder / "none", "--output", folder / "new"),
+            "--image: there is no file or folder .*none",
+        ),
         (
             ("--image", folder / "photos", "--output", image),
             "--output must be a folder",
@@ -206,8 +209,12 @@ def test_what_cannot_be_repaired(network, folder):
         (("--image", folder / "empty", "--output", out), "no image in the folder"),
         (("--image", image, "--mask", mask, "--output", mask), "already; --force"),
         (
-            ("--image", folder / "none.png", "--output", "a.doc"),
-            "images are written ",
+            ("--image", image, "--output", "a.doc"),
+            "cannot write a.doc: its name must end in .png, ",
+        ),
+        (
+            ("--image", image, "--mask", mask, "--output", folder / "new"),
+            "--output must be a file, such as .*new.png, or a folder that exists",
         ),
         (("--image", image, "--output", out, "--invert-mask"), "mask is needed for"),
         (
@@ -342,10 +349,14 @@ def test_names_match_in_every_unicode_form(network, folder):
 
 def test_a_run_that_fills_nothing_fails(network, folder):
     photos, out = folder / "photos", folder / "out"
-    Image.fromarray(HOLE & False).save(folder / "mask.png")
+    black, white = folder / "black.png", folder / "white.png"
+    Image.fromarray(HOLE & False).save(black)
+    Image.fromarray(HOLE | True).save(white)
     arguments = ("--image", photos, "--output", out, "--force")
-    with pytest.raises(SystemExit, match="nothing was filled: no mask had a hole"):
-        inpaint(network, *arguments, "--mask", folder / "mask.png")
+    with pytest.raises(SystemExit, match="filled: no mask has a white pixel"):
+        inpaint(network, *arguments, "--mask", black)
+    with pytest.raises(SystemExit, match="filled: no mask has a black pixel"):
+        inpaint(network, *arguments, "--mask", white, "--invert-mask")
     with pytest.raises(SystemExit, match="no pixel has the color #123456; .*tolerance"):
         inpaint(network, *arguments, "--mask-color", "#123456")
     assert len(os.listdir(out)) == 3

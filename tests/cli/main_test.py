@@ -15,7 +15,7 @@ from tests.helpers.commands import pconv
 def test_mistakes_end_without_a_traceback(tmp_path):
     result = pconv("convert", tmp_path / "none.pth", tmp_path / "out.safetensors")
     assert result.returncode == 1
-    assert result.stderr.startswith("pconv: weights: there is no file")
+    assert result.stderr.startswith("pconv: SOURCE: there is no file or folder")
     assert len(result.stderr.splitlines()) == 1
     assert not os.listdir(tmp_path)
 
@@ -29,6 +29,19 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as error:
         cli.main([])
     assert error.value.code == 2
+    assert "repair an image" in capsys.readouterr().err
+    # The settings of a config are listed once, not in the usage as well.
+    for command in ("train", "eval"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        help_ = capsys.readouterr().out
+        assert help_.startswith(f"usage: pconv {command} ")
+        assert help_.count("--config.model.depth VALUE") == 1
+
+
+def test_values_that_belong_to_no_option():
+    with pytest.raises(SystemExit, match="b.jpg. An option takes one value"):
+        cli.main(["inpaint", "--image", "a.jpg", "b.jpg", "--output", "out"])
 
 
 def test_names_of_options_may_have_underscores(tmp_path):
@@ -39,7 +52,7 @@ def test_names_of_options_may_have_underscores(tmp_path):
     with pytest.raises(SystemExit, match="max_pixels"):
         cli.main([*command, "--output", str(output), "--max_pixels=-1_0"])
     # What follows "--" is no option.
-    with pytest.raises(SystemExit, match="no file --a_b.pth"):
+    with pytest.raises(SystemExit, match="no file or folder --a_b.pth"):
         cli.main(["convert", "--", "--a_b.pth", str(tmp_path / "out.safetensors")])
 
 
@@ -146,6 +159,8 @@ def test_a_tilde_is_the_home_in_every_path(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "precious.png").write_bytes(b"precious")
+    for name in ("a.png", "a.pth"):
+        (tmp_path / name).touch()
     with pytest.raises(SystemExit, match=f"a file {tmp_path}/precious.png already"):
         cli.main(["inpaint", "--image=~/a.png", "--output=~/precious.png"])
     with pytest.raises(SystemExit, match=f"a file {tmp_path}/precious.png already"):

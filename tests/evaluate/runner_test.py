@@ -375,7 +375,7 @@ def test_vgg_distance_uses_the_given_weights(run, tmp_path):
         ),
         ({"workdir": None, "methods": []}, "non-empty and unique, got none"),
         ({"workdir": None, "methods": ["a/b=c"]}, "the name in 'a/b=c' may contain"),
-        ({"data": EvalData(images="nowhere.tar")}, "there is no 'nowhere.tar'"),
+        ({"data": EvalData(images="nowhere.tar")}, "no file or folder 'nowhere.tar'"),
         ({"data": EvalData(masks="nowhere")}, "there is no such folder"),
         ({"data": EvalData(image_size=33)}, "use 32 or 36"),
     ],

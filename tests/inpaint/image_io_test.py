@@ -281,7 +281,7 @@ def test_kinds_of_file_that_cannot_hold_the_image(tmp_path):
                 image_io.write(
                     tmp_path / name, ImageFile(np.zeros(shape, np.uint8), {})
                 )
-    with pytest.raises(ValueError, match="written only as .png, .* files"):
+    with pytest.raises(ValueError, match="must end in .png, .* or .npy"):
         image_io.write(tmp_path / "d.xyz", ImageFile(cmyk, {}))
 
 
@@ -316,6 +316,23 @@ def test_files_that_are_no_images(tmp_path):
         ("cut.png", "truncated"),
         ("folder.png", "Is a directory"),
         ("none.png", "there is no such file"),
+    ]:
+        with pytest.raises(ValueError, match=f"cannot read .*{name}: .*{problem}"):
+            image_io.read(tmp_path / name)
+
+
+def test_files_of_phones_and_cameras_are_named(tmp_path):
+    heic = b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99)
+    (tmp_path / "a.heic").write_bytes(heic)
+    (tmp_path / "a.cr2").write_bytes(b"II*\0\x10\0\0\0CR\2\0" + bytes(99))
+    (tmp_path / "a.cr3").write_bytes(b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(99))
+    image = Image.fromarray(noise(8, 8, 3))
+    # The version of a DNG file, and the kind of a preview.
+    for name, tag, value in [("a.dng", 50706, b"\1\4\0\0"), ("a.nef", 254, 1)]:
+        image.save(tmp_path / name, "TIFF", tiffinfo={tag: value})
+    for name, problem in [
+        *(("a.heic", "it is a HEIC file"), ("a.cr2", "a camera's raw file")),
+        *((f"a.{suffix}", "a camera's raw file") for suffix in ("cr3", "dng", "nef")),
     ]:
         with pytest.raises(ValueError, match=f"cannot read .*{name}: .*{problem}"):
             image_io.read(tmp_path / name)

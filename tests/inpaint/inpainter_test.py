@@ -571,6 +571,8 @@ def test_an_oriented_pillow_image_is_taken_as_its_pixels_lie(inpainter):
     assert result.size == image.size and result.getexif()[274] == 6
     with pytest.raises(ValueError, match="exif_transpose turns the image upright"):
         inpainter(image, hole.T)
+    with pytest.raises(ValueError, match="turn the mask by 90 degrees"):
+        inpainter(np.asarray(image), hole.T)
 
 
 @pytest.mark.parametrize("detail", [True, False])

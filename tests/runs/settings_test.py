@@ -294,7 +294,7 @@ def test_model_and_source_of_an_experiment():
 
 def test_folder_without_a_path():
     path = next(path for path in EXPERIMENTS if path.stem == "folder")
-    with pytest.raises(ValueError, match="path is needed for kind 'folder'"):
+    with pytest.raises(ValueError, match="data.path is needed for data.source=folder"):
         opening.get_source(read_settings(load(path)).data, "train")
 
 

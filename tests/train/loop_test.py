@@ -560,7 +560,7 @@ def test_random_features_are_warned_of_until_the_end(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(vgg_weights, "download_vgg16", no_network)
     monkeypatch.setenv("PCONV_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="There are no VGG16 weights"):
+    with pytest.raises(ValueError, match="no VGG16 weights.*set --config.vgg=none"):
         loop.train_and_evaluate(tiny(vgg="imagenet"), tmp_path / "strict")
 
 
@@ -778,6 +778,8 @@ def test_two_processes_of_other_experiments_are_told_apart(tmp_path):
         (["--config.batch_size=two"], "batch_size must be an integer, got 'two'"),
         (["--config.data.scale=1"], "data.scale must be two numbers"),
         (["--config=nowhere.py"], "there is no file nowhere.py"),
+        (["--config=foldr"], "nor a config of that name in the package (accelerator, "),
+        (["--batch_size=3"], "Did you mean '--config.batch_size'"),
         (["--config=configs/pconv.py:fast"], "variants are 'paper' and 'quickstart'"),
         (["--steps=3"], "unknown argument: --steps=3"),
         (["steps=3"], "unknown argument: steps=3"),

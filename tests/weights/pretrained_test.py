@@ -335,6 +335,8 @@ def test_names_and_paths_that_do_not_exist(tmp_path):
         pretrained.from_pretrained("places")
     with pytest.raises(ValueError, match="there is no file"):
         pretrained.from_pretrained(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="is a folder. .*'pconv convert"):
+        pretrained.from_pretrained(tmp_path)
     (tmp_path / "weights.pth").touch()
     with pytest.raises(ValueError, match="'pconv convert.* makes one of other"):
         pretrained.from_pretrained(tmp_path / "weights.pth")
