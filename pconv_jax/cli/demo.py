@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> None:
     _use_temporary_folder()
     from pconv_jax.inpaint.inpainter import Inpainter
 
-    _processes.give_back_memory()
+    _processes.keep_memory_small()
     use_cache(arguments)
     inpainter = Inpainter.from_pretrained(arguments.weights)
     _forget_proxies()
@@ -134,7 +134,13 @@ def _forget_proxies() -> None:
 
 def _use_temporary_folder() -> None:
     """Let Gradio keep its files in a folder that is deleted when the process ends."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ends like Ctrl-C.
     folder = tempfile.mkdtemp(prefix="pconv-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = folder
+
+    def end(number: int, _: object) -> None:
+        # An exception would be lost in the callbacks that run during an import.
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)

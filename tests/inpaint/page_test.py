@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -377,13 +378,7 @@ def serve(network, folder, *options, **variables):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pconv_jax.cli", "demo"]
-        + ["--weights", str(network), "--port", str(port), *options],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(folder), **variables},
-        stdout=subprocess.DEVNULL,
-    )
+    process = start(network, folder, "--port", str(port), *options, **variables)
     address = f"127.0.0.1:{port}"
     try:
         for _ in range(240):
@@ -397,6 +392,17 @@ def serve(network, folder, *options, **variables):
     finally:
         process.terminate()
         process.wait(60)
+
+
+def start(network, folder, *options, **variables):
+    """Start a process with temporary files in a folder."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pconv_jax.cli", "demo", "--weights", str(network)]
+        + list(options),
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder), **variables},
+        stdout=subprocess.DEVNULL,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -508,6 +514,22 @@ def test_no_file_outlives_the_process(network, tmp_path):
         with urllib.request.urlopen(url, timeout=60):
             process.terminate()
             process.wait(60)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0, 0.5, 1, 2])
+def test_it_can_be_ended_while_it_starts(network, tmp_path, seconds):
+    process = start(network, tmp_path)
+    try:
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.2 + seconds)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
     assert not list(tmp_path.iterdir())
 
 
