@@ -19,8 +19,8 @@ def _wait_for_parent() -> None:
         os._exit(1)  # Python's resource tracker then frees the shared memory.
 
 
-def give_back_memory() -> None:
-    """Let the C library give back what is freed, where it is glibc.
+def keep_memory_small() -> None:
+    """Let the C library give back what will be freed, where it is glibc.
 
     By default it keeps hundreds of megabytes for later: the network's activations,
     while the search for detail takes as much.
@@ -28,3 +28,13 @@ def give_back_memory() -> None:
     trim_threshold = -1  # M_TRIM_THRESHOLD of malloc.h.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(trim_threshold, 2**20)
+
+
+def trim_memory() -> None:
+    """Let the C library give back what is free now, where it is glibc.
+
+    That is much after a compilation: its small blocks are scattered among those in use,
+    where no threshold applies.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -3,7 +3,6 @@
 import atexit
 import collections
 import contextlib
-import ctypes
 import functools
 import gc
 import os
@@ -28,6 +27,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers inherit the variables.
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from pconv_jax import _processes  # noqa: E402
+
 # On a busy machine devices that share a core can wait long for each other. XLA's limit
 # of 40 seconds ends the whole process.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -51,8 +52,7 @@ def release_memory():
                     value.cache_clear()
     jax.clear_caches()
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # Where the C library is GNU's:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # it keeps freed memory otherwise.
+    _processes.trim_memory()
 
 
 @contextlib.contextmanager

@@ -217,7 +217,7 @@ def _repair_all(
 
     from pconv_jax.inpaint.inpainter import Inpainter
 
-    _processes.give_back_memory()
+    _processes.keep_memory_small()
     use_cache(arguments)
     inpainter = Inpainter.from_pretrained(
         arguments.weights,

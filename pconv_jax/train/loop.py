@@ -10,13 +10,14 @@ deterministic, with ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from pconv_jax import _files
+from pconv_jax import _files, _processes
 from pconv_jax.evaluate.results import Evaluation
 from pconv_jax.runs import parallel
 from pconv_jax.runs.checkpoint import Checkpoints
@@ -126,10 +127,27 @@ def _compile_once(
         if phase.name not in compiled:
             name = f"{phase.name}: training step"
             call = experiment.compile_step(phase)
-            compiled[phase.name] = announce_compilation(call, name, enabled=announce)
+            call = announce_compilation(call, name, enabled=announce)
+            compiled[phase.name] = _trim_after_first(call)
         return compiled[phase.name]
 
     return compile_step
+
+
+def _trim_after_first(call: CompiledCall) -> CompiledCall:
+    """Give back what a compilation has freed, which may be more than a step needs."""
+    trimmed = False
+
+    @functools.wraps(call)
+    def trimming_call(*args: Any) -> Any:
+        nonlocal trimmed
+        results = call(*args)
+        if not trimmed:
+            _processes.trim_memory()
+            trimmed = True
+        return results
+
+    return trimming_call
 
 
 class _Hooks(NamedTuple):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from pconv_jax import RunError, UserError, cli, vgg
+from pconv_jax import RunError, UserError, _processes, cli, vgg
 from pconv_jax.evaluate import runner
 from pconv_jax.runs import opening, parallel
 from pconv_jax.runs.checkpoint import Checkpoints
@@ -822,3 +822,12 @@ def test_processes_are_not_told_of_others_for_nothing(tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "coordinator_address = None" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_given_back_after_the_first_call_of_a_step(monkeypatch):
+    events = []
+    monkeypatch.setattr(_processes, "trim_memory", lambda: events.append("trim"))
+    call = loop._trim_after_first(lambda *inputs: events.append(inputs))
+    call(1, 2)
+    call(3)
+    assert events == [(1, 2), "trim", (3,)]
