@@ -116,14 +116,13 @@ def labeled(name: str, image: Image.Image) -> Image.Image:
     return whole
 
 
-def table(images: list[Image.Image]) -> Image.Image:
-    """Put images of equal size in rows of three."""
-    starts = range(0, len(images), 3)
-    width = 3 * images[0].width + 2 * GAP
+def table(images: list[Image.Image], *, columns: int) -> Image.Image:
+    """Put images of equal size in rows."""
+    width = columns * images[0].width + (columns - 1) * GAP
     rows = []
-    for start in starts:
+    for start in range(0, len(images), columns):
         row = Image.new("RGB", (width, images[0].height), "white")
-        for number, image in enumerate(images[start : start + 3]):
+        for number, image in enumerate(images[start : start + columns]):
             row.paste(image, (number * (image.width + GAP), 0))
         rows.append(row)
     return stack(rows)
@@ -151,14 +150,14 @@ def main() -> None:
     by_kind = repairs(inpainter)
     by_name = {name: image for part in by_kind.values() for name, image in part.items()}
     images = {
-        "repair": table([by_name[name] for name in FIRST]),
+        "repair": table([by_name[name] for name in FIRST], columns=3),
         "mask": strip([astronaut, patch, inpainter(astronaut, patch)]),
         "failures": rows((coffee, spoon), (astronaut, face)),
         **examples(),
     }
     for kind, part in by_kind.items():
         pairs = [labeled(name, image) for name, image in part.items()]
-        images[f"fifty-{kind.replace(' ', '-')}"] = table(pairs)
+        images[f"fifty-{kind.replace(' ', '-')}"] = table(pairs, columns=2)
     for name, image in images.items():
         image.convert("RGB").save(IMAGES / f"{name}.jpg", quality=88)
 
