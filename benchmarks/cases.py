@@ -159,7 +159,8 @@ def _inference(platform: str, smoke: bool) -> list[Case]:
     if smoke:
         return [_unet_case(platform, 16, 1, depth=2, width=4)]
     sizes = (256, 512, 1024)
-    return [_unet_case(platform, size, batch) for batch in (1, 8) for size in sizes]
+    cases = [_unet_case(platform, size, batch) for batch in (1, 8) for size in sizes]
+    return [case for case in cases if not case.large]
 
 
 def _unet_case(
@@ -178,23 +179,43 @@ def _unet_case(
 
 
 def _train(platform: str, smoke: bool) -> list[Case]:
+    if smoke:
+        return [_train_case(platform, 16, 2, depth=2, width=4)]
     # Sizes that fit small machines, and the paper's sizes.
-    settings = [(256, 2, 7), (512, 6, 8)]
-    cases = []
-    for size, batch, depth in [(16, 2, 2)] if smoke else settings:
-        network = {"depth": depth, "width": 4 if smoke else 64}
-        fields = {"program": "train", "size": size, "batch": batch, **network}
-        cases.append(
-            Case(
-                "train",
-                f"training step, {size} x {size}, batch {batch}, depth {depth}",
-                _jax_and_torch(fields, TORCH_MODES),
-                items=(batch, "images"),
-                flops=batch * train_flops(size, **network),
-                large=platform == "cpu" and size**2 * batch > 2**20,
-            )
-        )
-    return cases
+    settings = ((256, 2, 7), (512, 6, 8))
+    cases = [_train_case(platform, n, batch, depth=d) for n, batch, d in settings]
+    return [case for case in cases if not case.large]
+
+
+def _train_case(
+    platform: str,
+    size: int,
+    batch: int,
+    suite: str = "train",
+    *,
+    depth: int,
+    width: int = 64,
+) -> Case:
+    network = {"depth": depth, "width": width}
+    fields = {"program": "train", "size": size, "batch": batch, **network}
+    return Case(
+        suite,
+        f"training step, {size} x {size}, batch {batch}, depth {depth}",
+        _jax_and_torch(fields, TORCH_MODES),
+        items=(batch, "images"),
+        flops=batch * train_flops(size, **network),
+        large=platform == "cpu" and size**2 * batch > 2**20,
+    )
+
+
+def _large(platform: str, smoke: bool) -> list[Case]:
+    """Make the cases of `inference` and `train` that take a CPU many minutes."""
+    if smoke:
+        return [_train_case(platform, 16, 2, "large", depth=2, width=4)]
+    return [
+        _unet_case(platform, 1024, 8, "large"),
+        _train_case(platform, 512, 6, "large", depth=8),
+    ]
 
 
 def _data(platform: str, smoke: bool) -> list[Case]:
@@ -338,6 +359,7 @@ _SUITES: Mapping[str, Callable[[str, bool], list[Case]]] = {
     "layer": _layer,
     "inference": _inference,
     "train": _train,
+    "large": _large,
     "data": _data,
     "growth": _growth,
     "profile": _profile,

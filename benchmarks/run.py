@@ -9,7 +9,8 @@ conditions to one JSON file. The variants of a case take turns, each in its own 
 The suites `growth` and `inference` together also plot how the time grows with pixels,
 batch size and hole ratio. The suite `profile` times the parts of the network and of a
 training step; the suite `decoder`, forms of the decoder's convolutions. The suite
-`start` times whole commands, from the start of Python.
+`start` times whole commands, from the start of Python. On CPUs, the suite `large` has
+the cases of `inference` and `train` that take many minutes.
 
 With `--check`, the command names what became slower than in an earlier report by more
 than its spread, and then exits with 1.
@@ -185,7 +186,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--only", default="", type=_regex, help="pattern of the names of cases to run")
     add("--variants", default="", type=_regex, help="the same for variants")
     add("--rounds", default=4, type=int, help="turns of each variant (default: 4)")
-    add("--seconds", default=3.0, type=float, help="seconds of a turn (default: 3)")
+    add("--seconds", default=2.0, type=float, help="seconds of a turn (default: 2)")
     add(
         "--timeout",
         default=300.0,

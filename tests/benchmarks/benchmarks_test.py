@@ -20,7 +20,7 @@ def report(tmp_path_factory):
     """What the command writes for all suites at tiny sizes, and what it prints."""
     folder = tmp_path_factory.mktemp("benchmarks")
     out = folder / "report.json"
-    suites = "layer,inference,train,data,growth,profile,decoder,start"
+    suites = "layer,inference,train,large,data,growth,profile,decoder,start"
     # Of the profile and of the hole ratios one each will do.
     command = f"--smoke --suite {suites} --rounds 2 --seconds 0.02 --out {out}"
     command += " --jobs 2"
