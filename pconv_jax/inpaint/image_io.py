@@ -41,10 +41,7 @@ _MAX_NAMES = 10  # Of what is left out, in a warning.
 
 # Kinds of files that phones and cameras write.
 _HEIC = "it is a HEIC file, which cannot be read; save it as a JPEG, PNG or TIFF file"
-_RAW = (
-    "it is a camera's raw file, or its first image is a preview; save it as a JPEG, "
-    "PNG or TIFF file"
-)
+_RAW = "it is a camera's raw file; save it as a JPEG, PNG or TIFF file"
 
 # Pillow copies a GIF file's comments once more for each of their blocks.
 _MAX_COMMENTS = 2**20
@@ -63,8 +60,9 @@ _TURNS = {
 # Compressions of TIFF files by their numbers.
 _UNCOMPRESSED, _DEFLATE = 1, (8, 32946)
 
-# The photometric interpretation of inks, CMYK or others.
-_SEPARATED = 5
+# Photometric interpretations: of inks, CMYK or others; and of a camera's sensor, with a
+# color filter or without.
+_SEPARATED, _SENSOR = 5, (32803, 34892)
 
 # Colors of a pixel in a TIFF file by their photometric interpretation, and the names of
 # types by their sample format.
@@ -222,10 +220,7 @@ def _read_opened(
 
 def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
     tags = tags_lib.read(data)
-    # A Canon file says so, a DNG has a tag of its version, and others have a preview,
-    # an image of "reduced resolution".
-    is_preview = tags.numbers(254, default=(0,))[0] & 1
-    if data[8:10] == b"CR" or 50706 in tags.directory or is_preview:
+    if data[8:10] == b"CR" or _is_raw(tags):
         raise FileContentError(_RAW)
     for width, height in tags_lib.sizes(tags):
         _check_size(width, height, max_pixels)
@@ -261,6 +256,18 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
         )
         info["compression"] = compression if known else "tiff_adobe_deflate"
     return ImageFile(_finish(image, tags.orientation(), info), info)
+
+
+def _is_raw(tags: Tags) -> bool:
+    """Return whether a TIFF file has a sensor's values, or a preview of others in it.
+
+    Photos that were made from a raw file may have its other tags.
+    """
+    is_preview = tags.number(Base.NewSubfileType, default=0) & 1
+    has_others = Base.SubIFDs in tags.directory.keys() | tags.unreadable
+    return tags.number(Base.PhotometricInterpretation) in _SENSOR or bool(
+        is_preview and has_others
+    )
 
 
 def _check_samples(tags: Tags) -> tuple[int, str]:

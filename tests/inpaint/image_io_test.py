@@ -326,16 +326,27 @@ def test_files_of_phones_and_cameras_are_named(tmp_path):
     (tmp_path / "a.heic").write_bytes(heic)
     (tmp_path / "a.cr2").write_bytes(b"II*\0\x10\0\0\0CR\2\0" + bytes(99))
     (tmp_path / "a.cr3").write_bytes(b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(99))
-    image = Image.fromarray(noise(8, 8, 3))
-    # The version of a DNG file, and the kind of a preview.
-    for name, tag, value in [("a.dng", 50706, b"\1\4\0\0"), ("a.nef", 254, 1)]:
-        image.save(tmp_path / name, "TIFF", tiffinfo={tag: value})
+    preview, sensor = noise(8, 8, 3), noise(16, 16, 1)[..., 0]
+    filters = [(33421, "H", 2, (2, 2)), (33422, "B", 4, (0, 1, 1, 2))]
+    tifffile.imwrite(tmp_path / "a.dng", sensor, photometric="cfa", extratags=filters)
+    with tifffile.TiffWriter(tmp_path / "a.nef") as file:
+        file.write(preview, photometric="rgb", subfiletype=1, subifds=1)
+        file.write(sensor, photometric="cfa", extratags=filters)
     for name, problem in [
         *(("a.heic", "it is a HEIC file"), ("a.cr2", "a camera's raw file")),
         *((f"a.{suffix}", "a camera's raw file") for suffix in ("cr3", "dng", "nef")),
     ]:
         with pytest.raises(ValueError, match=f"cannot read .*{name}: .*{problem}"):
             image_io.read(tmp_path / name)
+
+
+def test_photos_that_were_made_from_raw_files_are_read(tmp_path):
+    photo = noise(8, 8, 3)
+    version = (50706, "B", 4, (1, 4, 0, 0))  # Of the DNG file.
+    tifffile.imwrite(tmp_path / "a.tif", photo, photometric="rgb", extratags=[version])
+    np.testing.assert_array_equal(
+        np.asarray(image_io.read(tmp_path / "a.tif").image), photo
+    )
 
 
 def test_images_over_the_limit_are_not_decoded(tmp_path):
