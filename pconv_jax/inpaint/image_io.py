@@ -259,15 +259,15 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
 
 
 def _is_raw(tags: Tags) -> bool:
-    """Return whether a TIFF file has a sensor's values, or a preview of others in it.
+    """Return whether a TIFF file is a camera's raw file.
 
-    Photos that were made from a raw file may have its other tags.
+    Its first image has the values of the sensor, or is a preview of an image in another
+    directory. Other tags of raw files are kept in photos that are made from them.
     """
-    is_preview = tags.number(Base.NewSubfileType, default=0) & 1
-    has_others = Base.SubIFDs in tags.directory.keys() | tags.unreadable
-    return tags.number(Base.PhotometricInterpretation) in _SENSOR or bool(
-        is_preview and has_others
-    )
+    if tags.number(Base.PhotometricInterpretation) in _SENSOR:
+        return True
+    is_preview = bool(tags.number(Base.NewSubfileType, default=0) & 1)
+    return is_preview and Base.SubIFDs in tags.directory.keys() | tags.unreadable
 
 
 def _check_samples(tags: Tags) -> tuple[int, str]:

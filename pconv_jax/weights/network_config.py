@@ -109,7 +109,7 @@ def _is_list_of_numbers(value: Any) -> bool:
 
 
 def _is_padding(value: Any) -> bool:
-    """Return whether a value is of the types of `ops.PaddingLike`, or None."""
+    """Return whether a layer accepts the type of a padding; see `ops.PaddingLike`."""
     return value is None or all(map(_is_pad, value if _is_list(value) else [value]))
 
 
