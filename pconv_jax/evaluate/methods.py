@@ -292,7 +292,9 @@ def _get_method(
         return Repair(network)
     if name in classical.BASELINES:
         return Baseline(name, time_budget=time_budget)
+    of_network = ["network", Repair.name] if network else []
     raise UserError(
-        f"methods: {name!r} is unknown; use {', '.join(known)}, 'repair', 'all', or "
-        "NAME=PATH for other networks."
+        f"methods: {name!r} is unknown; use "
+        f"{', '.join([*of_network, *classical.BASELINES])}, all, or NAME=PATH for "
+        "another network."
     )

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from pconv_jax.weights.formats import torch_file
+from pconv_jax.weights.formats.arrays import read_arrays
 from tests.helpers import TESTDATA
 from tests.helpers import torch_writer as writer
 from tests.helpers.torch_writer import Op, call, encode, pickled
@@ -39,7 +40,7 @@ def read(tmp_path):
 
     def read(data, name="weights.pth"):
         (tmp_path / name).write_bytes(data)
-        return torch_file.read(tmp_path / name)
+        return read_arrays(tmp_path / name)
 
     return read
 
@@ -49,7 +50,7 @@ def read(tmp_path):
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "protocol4"])
 def test_files_of_torch(form):
-    arrays = torch_file.read(DATA / f"{form}.pth")
+    arrays = read_arrays(DATA / f"{form}.pth")
     expected = np.load(DATA / "expected.npz")
     assert sorted(arrays) == sorted(expected.files)
     for name, array in arrays.items():
@@ -87,7 +88,7 @@ def test_what_torch_writes_now(legacy, tmp_path):
         path,
         _use_new_zipfile_serialization=not legacy,
     )
-    arrays = torch_file.read(path)
+    arrays = read_arrays(path)
     np.testing.assert_array_equal(arrays["half"], half.float().numpy())
     for name, tensor in network.state_dict().items():
         np.testing.assert_array_equal(arrays[f"network/{name}"], tensor.numpy())
@@ -494,9 +495,10 @@ def test_files_of_other_kinds(data, read):
 
 
 def test_files_that_are_not_there(tmp_path):
-    for path in (tmp_path / "none.pth", tmp_path):
-        with pytest.raises(ValueError, match="cannot be read"):
-            torch_file.read(path)
+    (tmp_path / "folder.pth").mkdir()
+    for name in ("none.pth", "folder.pth"):
+        with pytest.raises(ValueError, match=f"there is no file .*{name}"):
+            read_arrays(tmp_path / name)
 
 
 SMALL = {"a": {"b": ARRAY[:6].reshape(2, 3)}, "c": np.array([1, 2], np.int64)}
@@ -506,7 +508,7 @@ def read_or_error(path, data):
     """Read a file, or raise an error that names it; then return None."""
     path.write_bytes(data)
     try:
-        return torch_file.read(path)
+        return read_arrays(path)
     except ValueError as error:
         assert str(path) in str(error)
         return None

@@ -59,7 +59,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     try:
         arrays = read(path)
     except (FileContentError, MemoryError, OSError) as error:
-        reason = _files.describe_error(error)
+        reason = _files.describe_error(error)[:300]
         raise UserError(f"weights: {path} cannot be read: {reason}.") from error
     for name in arrays:
         if not _is_text(name):

@@ -24,8 +24,7 @@ from typing import Any, BinaryIO, TypeVar
 import ml_dtypes
 import numpy as np
 
-from pconv_jax._errors import UserError
-from pconv_jax._files import FileContentError, content_errors, describe_error
+from pconv_jax._files import FileContentError, content_errors
 
 Value = TypeVar("Value")
 
@@ -68,7 +67,7 @@ _LIBRARY_ERRORS = (
 )
 
 
-def read(path: str | Path) -> dict[str, np.ndarray]:
+def read(path: Path) -> dict[str, np.ndarray]:
     """Read every tensor of a PyTorch file.
 
     Args:
@@ -80,19 +79,13 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
       give arrays that share memory.
 
     Raises:
-      UserError: If the file is damaged, is no PyTorch file, or asks for anything but
-        tensors and plain containers. The message names the file.
+      FileContentError: If the file is damaged, is no PyTorch file, or asks for anything
+        but tensors and plain containers.
+      OSError: If it cannot be read.
     """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            tree, storages = _load(file)
-        return {name: _to_array(t, storages) for name, t in _flatten(tree).items()}
-    except (FileContentError, MemoryError, OSError) as error:
-        reason = describe_error(error)[:300]
-        raise UserError(
-            f"{path} cannot be read as a file of PyTorch: {reason}"
-        ) from error
+    with open(path, "rb") as file:
+        tree, storages = _load(file)
+    return {name: _to_array(t, storages) for name, t in _flatten(tree).items()}
 
 
 @dataclasses.dataclass(eq=False)
