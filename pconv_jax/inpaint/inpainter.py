@@ -10,12 +10,10 @@ In a mask **white is filled**, as in other image tools; see `hole_from_mask`.
 
 import functools
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import (
     Any,
     Literal,
-    NamedTuple,
     Self,
     TypedDict,
     TypeVar,
@@ -27,19 +25,22 @@ from typing import (
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from pconv_jax._errors import UserError
-from pconv_jax.inpaint import image_io, modes, values
+from pconv_jax.inpaint import modes, values
 from pconv_jax.inpaint.blocks import fill_in_blocks
 from pconv_jax.inpaint.detail import add_detail, refine_guide, regions
 from pconv_jax.inpaint.fill import HoleFiller
 from pconv_jax.inpaint.formats import MAX_PIXELS
-from pconv_jax.inpaint.hole import (
-    dilate_hole,
-    hole_from_alpha,
-    hole_from_mask,
-    resize_hole,
+from pconv_jax.inpaint.inputs import (
+    ImageLike,
+    ImageSequence,
+    InputReader,
+    LoadedImage,
+    MaskLike,
+    Options,
+    PathLike,
 )
 from pconv_jax.inpaint.progress import Progress, ignore, share
 from pconv_jax.unet import PConvUNet
@@ -50,25 +51,6 @@ from pconv_jax.weights.project_names import FIELD_PROJECTS
 # Share of the network in the time of a repair with detail, for reports of progress.
 _NETWORK_SHARE = 0.25
 
-# Hole ratio above which a mask may be the wrong way round.
-_SUSPICIOUS_RATIO = 0.6
-
-# Files of measurements have numbers from 1e19 on, such as 1e20, for missing values.
-_MISSING_VALUE = 1e19
-
-_INVERTED = (
-    "White is filled; if the hole is black here, invert the mask: --invert-mask, or in "
-    "Python invert_mask=True."
-)
-
-PathLike = str | os.PathLike[str]
-LoadedImage = Image.Image | np.ndarray | jax.Array
-ImageLike = LoadedImage | PathLike
-# Not Sequence[ImageLike], because a str is a sequence of str.
-ImageSequence = (
-    Sequence[LoadedImage | os.PathLike[str]] | list[str] | tuple[ImageLike, ...]
-)
-MaskLike = ImageLike | ImageSequence | None
 ImageT = TypeVar("ImageT", Image.Image, np.ndarray, jax.Array)
 
 
@@ -83,15 +65,6 @@ class InpainterOptions(TypedDict, total=False):
 class RepairOptions(TypedDict, total=False):
     """Options of a repair; see `Inpainter`."""
 
-    invert_mask: bool
-    resize_mask: bool
-    dilate: int
-    seed: int
-    exclude: MaskLike
-    progress: Progress
-
-
-class _Options(NamedTuple):
     invert_mask: bool
     resize_mask: bool
     dilate: int
@@ -161,7 +134,9 @@ class Inpainter:
         self.info = dict(info or {})
         self._channels = channels
         self._value_range = value_range
-        self._max_pixels = max_pixels
+        self._reader = InputReader(
+            channels, value_range=value_range, max_pixels=max_pixels
+        )
         self._detail = detail
         self._filler = HoleFiller(model, variables, trusted_depth=_trusted_depth(info))
 
@@ -296,7 +271,7 @@ class Inpainter:
           UserError: If a mask is needed and missing, or has another size; if no pixel
             is valid, or values are out of range; or if a file cannot be read.
         """
-        options = _Options(invert_mask, resize_mask, dilate, seed, exclude, progress)
+        options = Options(invert_mask, resize_mask, dilate, seed, exclude, progress)
         if isinstance(image, Sequence) and not isinstance(image, str):
             result, depth = self._repair_sequence(image, mask, options)
         elif getattr(image, "ndim", 0) == 4:
@@ -307,7 +282,7 @@ class Inpainter:
         return (result, depth) if return_depth else result
 
     def _repair_sequence(
-        self, images: Sequence[ImageLike], mask: MaskLike, options: _Options
+        self, images: Sequence[ImageLike], mask: MaskLike, options: Options
     ) -> tuple[list[LoadedImage], list[np.ndarray]]:
         masks = _split_masks(mask, len(images))
         excluded = _split_masks(options.exclude, len(images))
@@ -319,7 +294,7 @@ class Inpainter:
         return [image for image, _ in pairs], [depth for _, depth in pairs]
 
     def _repair_batch(
-        self, images: np.ndarray | jax.Array, mask: MaskLike, options: _Options
+        self, images: np.ndarray | jax.Array, mask: MaskLike, options: Options
     ) -> tuple[np.ndarray | jax.Array, np.ndarray]:
         if not len(images):
             return images, np.zeros(images.shape[:3], np.uint8)
@@ -330,35 +305,24 @@ class Inpainter:
         return xp.stack(cast(list[np.ndarray], results)), np.stack(depths)
 
     def _repair(
-        self, image: ImageLike, mask: MaskLike, options: _Options
+        self, image: ImageLike, mask: MaskLike, options: Options
     ) -> tuple[LoadedImage, np.ndarray]:
         """Fill the hole of one image, and compute the fill depth."""
-        if isinstance(image, str | os.PathLike):
-            image = image_io.read(image, max_pixels=self._max_pixels).image
-        image, masked = _split_masked(image)
-        array = _to_numpy(image)
-        # In an array, a last axis of 2 may as well be another measurement.
-        has_alpha = self._channels > 1 or isinstance(image, Image.Image)
-        color, alpha = self._split_alpha(array, has_alpha=has_alpha)
-        hole = self._find_hole(image, color, alpha, mask, options, masked)
-        # The colors of transparent pixels are arbitrary: not filled, and not used.
-        known = ~hole if alpha is None else ~hole & (alpha > 0)
-        self._check_values(color, known)
-        _check_hole(hole, known)
+        inputs = self._reader.read(image, mask, options)
+        image, hole, known = inputs.image, inputs.hole, inputs.known
         if not hole.any():
             return image.copy(), np.zeros(hole.shape, np.uint8)
-        exclude = np.broadcast_to(False, hole.shape)
-        if options.exclude is not None:
-            exclude = self._read_exclude(options, image, hole.shape)
-        shape, channels = array.shape, color.shape[-1]
-        result = array.reshape(*hole.shape, -1).copy()
-        clear = alpha is not None and mask is None
-        del array, color, alpha  # A large image is not held twice.
+        exclude, shape = inputs.exclude, inputs.array.shape
+        result = inputs.array.reshape(*hole.shape, -1).copy()
+        colors = result[..., : inputs.channels]
+        becomes_opaque = inputs.has_alpha and mask is None
+        del inputs  # A large image is not held twice.
         fill = functools.partial(self._fill, seed=options.seed)
-        colors, progress = result[..., :channels], options.progress
-        depth = fill_in_blocks(fill, colors, known, hole, exclude, progress=progress)
+        depth = fill_in_blocks(
+            fill, colors, known, hole, exclude, progress=options.progress
+        )
         del known
-        if clear:
+        if becomes_opaque:
             result[hole, -1] = values.white(result)
         result = result.reshape(shape)
         if isinstance(image, Image.Image):
@@ -389,110 +353,6 @@ class Inpainter:
             _add_detail(network_values, hole, exclude, seed, task)
         colors[hole] = self._from_network(network_values[hole], colors)
         return depth
-
-    def _check_values(self, color: np.ndarray, known: np.ndarray) -> None:
-        """Check the range of floats, strip by strip, since a copy takes memory."""
-        if not values.is_float(color):
-            return
-        for top in range(0, len(color), 64):
-            part = color[top : top + 64][known[top : top + 64]]
-            if not part.size:
-                continue
-            if self._value_range is not None:
-                _check_range(part, self._value_range)
-            else:
-                _check_missing_values(part)
-
-    def _split_alpha(
-        self, array: np.ndarray, *, has_alpha: bool
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Split an image into views of its colors ``[H, W, C]`` and its alpha."""
-        shape, n = array.shape, self._channels
-        if len(shape) == 2:
-            array = array[..., None]
-        channels = array.shape[2] if array.ndim == 3 and array.size else 0
-        gray = {1, 2} if n == 3 else set()  # A color network takes gray images, too.
-        if channels not in {n, n + has_alpha} | gray:
-            hint = ", or alpha as one channel more," if has_alpha else ""
-            raise UserError(
-                f"image must have the shape [H, W, {n}]{hint} for this network, got "
-                f"{list(shape)}."
-            )
-        if array.dtype not in (bool, np.uint8, np.uint16) and not values.is_float(
-            array
-        ):
-            raise UserError(
-                f"image must be uint8, uint16, bool or floats, got {array.dtype}."
-            )
-        if channels == n or channels == 1:
-            return array, None
-        color, alpha = array[..., :-1], array[..., -1]
-        if values.is_float(alpha):
-            alpha = alpha.astype(np.float32)  # NumPy's functions lack bfloat16.
-            finite = alpha[np.isfinite(alpha)]  # NaN is transparent.
-            if finite.min(initial=0) < 0 or finite.max(initial=0) > 1:
-                raise UserError(
-                    "image must have an alpha in [0, 1] if it has floats, got "
-                    f"{finite.min():g} to {finite.max():g}."
-                )
-        return color, alpha
-
-    def _find_hole(
-        self,
-        image: LoadedImage,
-        color: np.ndarray,
-        alpha: np.ndarray | None,
-        mask: MaskLike,
-        options: _Options,
-        masked: np.ndarray | None,
-    ) -> np.ndarray:
-        """Find where to fill: in the mask, or where the image shows it."""
-        missing = np.zeros(color.shape[:2], bool) if masked is None else masked
-        if values.is_float(color):
-            missing = missing | ~np.isfinite(color).all(axis=-1)
-        if mask is not None:
-            hole = self._read_mask(mask, options)
-            if hole.shape != missing.shape:
-                if not options.resize_mask:
-                    raise UserError(_sizes_differ(image, hole.shape, missing.shape))
-                hole = resize_hole(hole, missing.shape)
-        elif options.invert_mask or options.resize_mask:
-            raise UserError(
-                "mask is needed for invert_mask and resize_mask: there is none."
-            )
-        elif alpha is not None:
-            hole = hole_from_alpha(alpha)
-        elif values.is_float(color) or masked is not None:
-            hole = missing
-        else:
-            raise UserError(
-                "mask is needed: the image has no transparency that would show where "
-                "to fill."
-            )
-        return dilate_hole(hole, options.dilate) | missing
-
-    def _read_mask(
-        self, mask: ImageLike | ImageSequence, options: _Options
-    ) -> np.ndarray:
-        if isinstance(mask, str | os.PathLike):
-            mask = image_io.read(mask, max_pixels=self._max_pixels).image
-        if isinstance(mask, np.ma.MaskedArray):
-            mask = mask.filled(0)  # Pixels that the mask leaves open are not filled.
-        if not isinstance(mask, Image.Image):
-            mask = np.asarray(mask)
-            if values.is_float(mask):
-                mask = mask.astype(np.float32)
-        return hole_from_mask(mask, invert=options.invert_mask)
-
-    def _read_exclude(
-        self, options: _Options, image: LoadedImage, shape: tuple[int, ...]
-    ) -> np.ndarray:
-        exclude = self._read_mask(cast(ImageLike, options.exclude), options)
-        if exclude.shape == shape:
-            return exclude
-        if not options.resize_mask:
-            raise UserError(_sizes_differ(image, exclude.shape, shape, name="exclude"))
-        return resize_hole(exclude, shape)
 
     def _to_network(self, color: np.ndarray, known: np.ndarray) -> np.ndarray:
         """Convert colors to the network's input, float32 ``[H, W, C]``."""
@@ -537,22 +397,6 @@ def _add_detail(
         network_values[window][part] = filled[part] / 127.5 - 1
 
 
-def _to_numpy(image: LoadedImage) -> np.ndarray:
-    if isinstance(image, Image.Image):
-        return modes.to_array(image)
-    return np.asarray(image)
-
-
-def _split_masked(image: LoadedImage) -> tuple[LoadedImage, np.ndarray | None]:
-    """Split a masked array into its values and what is masked, ``[H, W]``."""
-    if not isinstance(image, np.ma.MaskedArray):
-        return image, None
-    masked = np.ma.getmaskarray(image)
-    # The values under the mask do not count, and may be out of range.
-    array = np.where(masked, np.zeros((), image.dtype), image.data)
-    return array, masked if masked.ndim == 2 else masked.any(axis=-1)
-
-
 def _split_masks(mask: MaskLike, count: int) -> Sequence[ImageLike | None]:
     """Split masks for several images, or repeat one mask for all."""
     if isinstance(mask, list | tuple) or len(getattr(mask, "shape", ())) == 4:
@@ -564,55 +408,3 @@ def _split_masks(mask: MaskLike, count: int) -> Sequence[ImageLike | None]:
             )
         return masks
     return [cast(ImageLike | None, mask)] * count
-
-
-def _check_hole(hole: np.ndarray, known: np.ndarray) -> None:
-    if not known.any():
-        raise UserError(f"mask: no valid pixel is left to fill from. {_INVERTED}")
-    if not hole.any():
-        warnings.warn("There is nothing to fill.", stacklevel=4)
-    ratio = hole.mean()
-    if ratio > _SUSPICIOUS_RATIO:
-        warnings.warn(f"{ratio:.0%} of the image is filled. {_INVERTED}", stacklevel=4)
-
-
-def _check_range(known: np.ndarray, value_range: tuple[float, float]) -> None:
-    """Check that valid values are in a range, except for rounding."""
-    low, high = value_range
-    known = known.astype(np.float32)
-    least, most = known.min(), known.max()
-    rounding = 1e-5 * (high - low)
-    if least < low - rounding or most > high + rounding:
-        raise UserError(
-            f"image must have floats in [{low:g}, {high:g}], got {least:g} to "
-            f"{most:g}; set value_range, or None for data that are not images."
-        )
-
-
-def _check_missing_values(known: np.ndarray) -> None:
-    """Check that there are no large numbers, which stand for missing values."""
-    if known.size and np.abs(known.astype(np.float32)).max() >= _MISSING_VALUE:
-        raise UserError(
-            f"image has values of {_MISSING_VALUE:g} and more, which stand for missing "
-            "values in files of measurements: make them NaN, or give a mask."
-        )
-
-
-def _sizes_differ(
-    image: LoadedImage,
-    mask: tuple[int, ...],
-    shape: tuple[int, ...],
-    *,
-    name: str = "mask",
-) -> str:
-    height, width = shape
-    hint = "resize it: --resize-mask, or in Python resize_mask=True"
-    if mask == (width, height):
-        hint = f"turn the {name} by 90 degrees"
-        if isinstance(image, Image.Image):
-            if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:
-                hint = "PIL.ImageOps.exif_transpose turns the image upright"
-    return (
-        f"{name} has {mask[1]} x {mask[0]} pixels, and the image has {width} x "
-        f"{height}; {hint}."
-    )
