@@ -5,11 +5,13 @@ them into one kind, which the caller that knows the path turns into a `UserError
 """
 
 import contextlib
+import json
 import os
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pconv_jax._errors import RunError
 
@@ -149,6 +151,15 @@ def remove_partials(folder: Path) -> None:
     for path in folder.rglob(".*.partial"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, complete or not at all.
+
+    Raises:
+      RunError: If the file cannot be written.
+    """
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def _make_folder(folder: Path) -> None:

@@ -37,12 +37,13 @@ from pconv_jax.cli import config_options
 from pconv_jax.evaluate import methods, results, runner
 from pconv_jax.evaluate.bootstrap import Interval, cluster_bootstrap
 from pconv_jax.evaluate.eval_set import BINS, EvalSet
+from pconv_jax.evaluate.metric_definitions import METRICS
 from pconv_jax.evaluate.store import Key, key_of
 from pconv_jax.runs import opening
 from pconv_jax.runs.checkpoint import restore_network
 from pconv_jax.runs.config import read_settings
-from pconv_jax.runs.output import format_table, write_json
 from pconv_jax.runs.settings import Settings, differences
+from pconv_jax.runs.tables import format_table
 from pconv_jax.train import loop
 from pconv_jax.unet import PConvUNet
 
@@ -153,7 +154,7 @@ def run(
         "intervals": _INTERVALS,
         "results": summarize(evaluations),
     }
-    write_json(out / "ablation.json", found)
+    _files.write_json(out / "ablation.json", found)
     markdown = f"# Ablation\n\n{describe(found, markdown=True)}\n"
     _files.write_bytes(out / "ablation.md", markdown.encode())
     return found
@@ -247,7 +248,7 @@ def describe(found: Mapping[str, Any], *, markdown: bool = False) -> str:
     ]
     everything = [row for row in rows if row["hole"] is None]
     for metric in dict.fromkeys(row["metric"] for row in rows):
-        about = results.METRICS[metric]
+        about = METRICS[metric]
         table = [
             {"variant": row["variant"], "mean [95 %]": _format(row)}
             | {"difference [95 %]": _format(row.get("difference"))}

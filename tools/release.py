@@ -32,10 +32,10 @@ from typing import Any
 
 import jax
 
-from pconv_jax import vgg
+from pconv_jax import _files, vgg
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.cli import config_options
-from pconv_jax.runs import opening, output, parallel
+from pconv_jax.runs import logs, opening, parallel
 from pconv_jax.runs.config import read_settings
 from pconv_jax.runs.settings import Settings
 from pconv_jax.train import export, plan
@@ -65,7 +65,7 @@ class Report:
         """Add an event, with the seconds since the start."""
         seconds = round(time.monotonic() - self._started, 1)
         self._content["events"].append({"seconds": seconds, "event": event} | facts)
-        output.write_json(self._path, self._content)
+        _files.write_json(self._path, self._content)
         print(f"{seconds:7.1f} s  {event}  {json.dumps(facts)}", flush=True)
 
 
@@ -352,7 +352,7 @@ def main() -> None:
     last = threading.Timer(max(0.0, end - early / 2 - time.monotonic()), os._exit, (0,))
     last.daemon = True
     last.start()
-    output.log_to_stderr()
+    logs.log_to_stderr()
     try:
         config = config_options.read_config(arguments)
         release(

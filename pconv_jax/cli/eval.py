@@ -156,10 +156,10 @@ def _words(text: str) -> list[str]:
 def _run(arguments: argparse.Namespace) -> None:
     with config_options.importing_training():
         from pconv_jax.evaluate import runner
-        from pconv_jax.runs import output
+        from pconv_jax.runs import logs
 
     use_cache(arguments)
-    output.log_to_stderr()
+    logs.log_to_stderr()
     evaluation = runner.evaluate_run(
         arguments.workdir,
         weights=arguments.weights,

@@ -72,11 +72,11 @@ def add(commands: Subparsers) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     with config_options.importing_training():
         from pconv_jax.runs import config as config_lib
-        from pconv_jax.runs import output, parallel
+        from pconv_jax.runs import logs, parallel
         from pconv_jax.train import loop
 
     use_cache(arguments)
-    output.log_to_stderr()
+    logs.log_to_stderr()
     sys.unraisablehook = _report_unraisable
     config = config_options.read_config(arguments)
     workdir = arguments.workdir or config_lib.default_workdir(arguments.config)

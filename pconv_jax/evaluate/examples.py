@@ -13,7 +13,7 @@ from pconv_jax.evaluate.eval_set import BINS, HOLES, EvalSet, draw_masks
 from pconv_jax.evaluate.methods import Method, compile_fill_step
 from pconv_jax.evaluate.results import Evaluation
 from pconv_jax.evaluate.store import Record, key_of
-from pconv_jax.runs.output import image_grid
+from pconv_jax.runs.pictures import image_grid
 from pconv_jax.unet import PConvUNet
 
 _BATCH = 4

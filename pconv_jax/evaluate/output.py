@@ -12,9 +12,10 @@ from pconv_jax.evaluate import report, results
 from pconv_jax.evaluate.eval_set import EvalSet
 from pconv_jax.evaluate.examples import choose_examples, fill_examples, lay_out
 from pconv_jax.evaluate.methods import Method
-from pconv_jax.evaluate.results import ALL_METRICS, Evaluation
+from pconv_jax.evaluate.metric_definitions import ALL_METRICS
+from pconv_jax.evaluate.results import Evaluation
 from pconv_jax.runs import parallel
-from pconv_jax.runs.output import write_json, write_png
+from pconv_jax.runs.pictures import write_png
 
 _TIMING = (
     "Wall time from images to images in host memory. Networks: without compilation, "
@@ -46,11 +47,11 @@ def write_results(
       RunError: If a file cannot be written.
     """
     timing = _describe_timing(evaluation)
-    write_json(
+    _files.write_json(
         directory / "results.json",
         _describe_results(evaluation, eval_set, methods, about),
     )
-    write_json(directory / "timing.json", timing)
+    _files.write_json(directory / "timing.json", timing)
     _files.write_bytes(directory / "examples.csv", evaluation.csv().encode())
     markdown = evaluation.format(markdown=True) + "\n"
     _files.write_bytes(directory / "results.md", markdown.encode())

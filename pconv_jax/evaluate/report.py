@@ -18,8 +18,9 @@ from pconv_jax.evaluate import plots
 from pconv_jax.evaluate.bootstrap import Interval
 from pconv_jax.evaluate.eval_set import BINS
 from pconv_jax.evaluate.examples import ChosenExample, Columns, shrink
+from pconv_jax.evaluate.metric_definitions import ALL_METRICS
 from pconv_jax.evaluate.plots import LineStyle
-from pconv_jax.evaluate.results import ALL_METRICS, SHAPE_TITLES, Evaluation
+from pconv_jax.evaluate.results import SHAPE_TITLES, Evaluation
 from pconv_jax.evaluate.store import Key, Record, key_of
 
 _TEMPLATE = "report.html.jinja"

@@ -29,7 +29,8 @@ from pconv_jax.evaluate.eval_set import (
 )
 from pconv_jax.evaluate.learned import LearnedMetrics, set_metrics
 from pconv_jax.evaluate.methods import Method, Network, network_name
-from pconv_jax.evaluate.results import METRICS, Evaluation
+from pconv_jax.evaluate.metric_definitions import METRICS
+from pconv_jax.evaluate.results import Evaluation
 from pconv_jax.evaluate.store import Key, Record, Store, key_of
 from pconv_jax.runs import opening, parallel
 from pconv_jax.runs.config import read_settings

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pconv_jax import _files
-from pconv_jax.runs.output import write_png
+from pconv_jax.runs.pictures import write_png
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -22,8 +22,8 @@ from pconv_jax.evaluate.results import Evaluation
 from pconv_jax.runs import parallel
 from pconv_jax.runs.checkpoint import Checkpoints
 from pconv_jax.runs.config import read_settings
-from pconv_jax.runs.output import format_table, write_json
 from pconv_jax.runs.settings import Settings
+from pconv_jax.runs.tables import format_table
 from pconv_jax.train.experiment import CompiledCall, Experiment, open_experiment
 from pconv_jax.train.export import Export
 from pconv_jax.train.hooks import Draw, Log, Save, Validate
@@ -91,7 +91,7 @@ def train_and_evaluate(
         progress = stack.enter_context(Progress(phases[-1].stop, step, enabled=primary))
         stop_requested = stack.enter_context(parallel.stop_requests())
         if primary:
-            write_json(workdir / "config.json", settings.to_dict())
+            _files.write_json(workdir / "config.json", settings.to_dict())
         log = Log(
             writer,
             progress,
@@ -110,7 +110,7 @@ def train_and_evaluate(
                 run.train(phase, compile_step(phase))
         summary = run.finish()
         if primary:
-            write_json(workdir / "summary.json", summary)
+            _files.write_json(workdir / "summary.json", summary)
     return summary
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
+from pconv_jax import _files
 from pconv_jax._errors import UserError
 from pconv_jax.runs import parallel
-from pconv_jax.runs.output import write_json
 from pconv_jax.train.experiment import CompiledCall, Experiment
 from pconv_jax.train.phases import Phase
 from pconv_jax.train.step import Metrics, TrainState
@@ -68,7 +68,7 @@ def plan_phases(
         multiple=experiment.settings.steps_per_call,
     )
     if parallel.process_index() == 0:
-        write_json(path, [phase._asdict() for phase in phases])
+        _files.write_json(path, [phase._asdict() for phase in phases])
     return phases
 
 

@@ -2,7 +2,6 @@ import fcntl
 import glob
 import io
 import json
-import logging
 import math
 import os
 import pathlib
@@ -19,7 +18,6 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from pconv_jax.runs.output import format_table, image_grid, log_to_stderr
 from pconv_jax.train.loggers import MetricWriter, Progress, announce_compilation
 from tests.helpers import ROOT
 
@@ -142,90 +140,6 @@ def test_other_hosts_write_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_images_of_a_grid_are_where_they_belong():
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 256, (2, 7, 30, 40, 3), dtype=np.uint8)
-    grid = image_grid({"a": x, "b": y})
-    assert grid.dtype == np.uint8
-    assert grid.shape == (18 + 7 * 30 + 6 * 2, 40 + 2 + 40, 3)
-    rest = grid.copy()
-    for row in range(7):
-        top = 18 + row * 32
-        np.testing.assert_array_equal(grid[top : top + 30, :40], x[row])
-        np.testing.assert_array_equal(grid[top : top + 30, 42:], y[row])
-        rest[top : top + 30, :40] = 255
-        rest[top : top + 30, 42:] = 255
-    np.testing.assert_array_equal(rest[18:], 255)
-    np.testing.assert_array_equal(rest[:, 40:42], 255)
-
-
-@pytest.mark.parametrize(
-    "name, width", [("input", 64), ("composite", 40), ("x" * 99, 9)]
-)
-def test_captions_are_centered_above_their_own_column(name, width):
-    white = np.full((1, 4, width, 3), 255, np.uint8)
-    grid = image_grid({"": white, name: white, " ": white})
-    dark = np.flatnonzero((grid < 128).any(axis=(0, 2)))
-    assert width + 2 <= dark.min() and dark.max() < 2 * width + 2
-    assert abs((dark.min() + dark.max()) / 2 - (width + 2 + (width - 1) / 2)) <= 1.5
-    assert not (grid[18:] < 255).any()
-
-
-def test_grids_show_all_examples():
-    for count in (1, 3, 9):
-        x = np.zeros((count, 4, 5, 3), np.uint8)
-        height = 18 + count * 4 + (count - 1) * 2
-        assert image_grid({"a": x}).shape == (height, 5, 3)
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [
-        {},
-        {"a": np.zeros((2, 4, 4, 3), "u1"), "b": np.zeros((1, 4, 4, 3), "u1")},
-        {"a": np.zeros((4, 4, 3), "u1")},
-        {"a": np.zeros((1, 4, 4, 1), "u1")},
-        {"a": np.zeros((0, 4, 4, 3), "u1")},
-        {"a": np.zeros((1, 4, 4, 3))},
-    ],
-)
-def test_columns_that_do_not_make_a_grid(columns):
-    with pytest.raises(ValueError, match="columns must be images"):
-        image_grid(columns)
-
-
-ROWS = [
-    {"hole": "0.01-0.1", "psnr": 28.32, "images": 1000},
-    {"hole": "all", "psnr": np.float32(7.125), "images": 6, "note": "w/o border"},
-    {"hole": "none", "psnr": float("nan"), "images": None},
-]
-
-
-def test_plain_table():
-    assert format_table(ROWS, decimals=2) == (
-        "hole       psnr  images  note\n"
-        "--------  -----  ------  ----------\n"
-        "0.01-0.1  28.32    1000\n"
-        "all        7.12       6  w/o border\n"
-        "none        nan"
-    )
-
-
-def test_markdown_table():
-    assert format_table(ROWS, decimals=2, markdown=True) == (
-        "| hole     |  psnr | images | note       |\n"
-        "| -------- | ----: | -----: | ---------- |\n"
-        "| 0.01-0.1 | 28.32 |   1000 |            |\n"
-        "| all      |  7.12 |      6 | w/o border |\n"
-        "| none     |   nan |        |            |"
-    )
-
-
-def test_empty_table():
-    assert format_table([]) == ""
-    assert format_table([{"a": None}]).split() == ["a", "---"]
-
-
 def test_a_log_file_gets_a_line_for_each_postfix(capsys):
     with Progress(1000, 100) as bar:
         for step in range(1, 201):
@@ -261,34 +175,6 @@ def test_compiling_is_announced_once(capsys):
     assert announced(3) == (3,) and calls == [(1, 2), (3,)]
     assert announce_compilation(lambda x: x, "phase1", enabled=False)(4) == 4
     assert capsys.readouterr() == ("", "")
-
-
-NO_DEVICE = RuntimeError("operation cuInit(0) failed: CUDA_ERROR_NO_DEVICE")
-OLD_DRIVER = RuntimeError("operation cuInit(0) failed: CUDA_ERROR_SYSTEM_NOT_READY")
-
-
-@pytest.mark.parametrize(
-    ("level", "message", "error", "shown"),
-    [
-        ("INFO", "Unable to initialize backend 'tpu': no libtpu.so", None, False),
-        ("ERROR", "Unable to initialize backend 'cuda': a bug", None, True),
-        ("ERROR", "Jax plugin configuration error", NO_DEVICE, False),
-        ("ERROR", "Jax plugin configuration error", OLD_DRIVER, True),
-        ("WARNING", "An NVIDIA GPU may be present on this machine", None, True),
-    ],
-)
-def test_missing_devices_are_no_news(level, message, error, shown, caplog):
-    logger = logging.getLogger("jax._src.xla_bridge")
-    filters, ours = list(logger.filters), logging.getLogger("pconv_jax")
-    before = ours.level
-    try:
-        log_to_stderr()
-        with caplog.at_level("INFO", logger.name):
-            logger.log(getattr(logging, level), message, exc_info=error)
-    finally:
-        logger.filters[:] = filters
-        ours.setLevel(before)
-    assert [record.getMessage() for record in caplog.records] == [message] * shown
 
 
 def test_a_terminal_gets_a_bar_and_messages_on_lines_of_their_own():

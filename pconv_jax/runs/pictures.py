@@ -1,11 +1,8 @@
-"""Output of training and evaluation: JSON, PNG, image grids, tables and log records."""
+"""PNG files, and grids of images."""
 
 import io
-import json
-import logging
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,11 +11,6 @@ from pconv_jax import _files
 
 _GAP = 2  # Pixels between the images of a grid.
 _CAPTION_HEIGHT = 18
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a JSON file, complete or not at all."""
-    _files.write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_png(path: pathlib.Path, image: np.ndarray) -> None:
@@ -95,64 +87,3 @@ def _caption(text: str, width: int) -> np.ndarray:
     middle = (width / 2, _CAPTION_HEIGHT / 2)
     draw.text(middle, text, "black", (fitting or fonts[-1:])[0], anchor="mm")
     return np.asarray(strip)
-
-
-def format_table(
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    decimals: int = 4,
-    markdown: bool = False,
-) -> str:
-    """Format rows as an aligned table, numbers to the right and words to the left.
-
-    Args:
-      rows: Cells by column, whose order is that of their first appearance. A missing
-        cell or None stays empty.
-      decimals: Decimals of a float.
-      markdown: Whether to format a Markdown table instead of plain text.
-
-    Returns:
-      Lines, without a newline at the end.
-    """
-
-    def cell(value: Any) -> str:
-        if isinstance(value, float | np.floating):
-            return f"{value:.{decimals}f}"
-        return "" if value is None else str(value)
-
-    formatted = []
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
-        texts = [name, *map(cell, values)]
-        width = max(3, *map(len, texts))
-        numeric = all(isinstance(v, int | float | np.number | None) for v in values)
-        align = str.rjust if numeric else str.ljust
-        texts = [align(text, width) for text in texts]
-        if markdown:
-            rule = "-" * (width - 1) + ":" if numeric else "-" * width
-        else:
-            rule = "-" * width
-        formatted.append([texts[0], rule, *texts[1:]])
-    lines = zip(*formatted, strict=True)
-    if markdown:
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def log_to_stderr() -> None:
-    """Send log records of this package to the standard error, from INFO on.
-
-    It drops JAX's records that say that this machine lacks a GPU or TPU.
-    """
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger("pconv_jax").setLevel(logging.INFO)
-    logging.getLogger("jax._src.xla_bridge").addFilter(_tells_of_a_device)
-
-
-def _tells_of_a_device(record: logging.LogRecord) -> bool:
-    """Return whether a record is more than the news that there is no such device."""
-    if record.getMessage().startswith("Unable to initialize backend"):
-        return record.levelno > logging.INFO
-    # What jax[cuda] raises where there is no GPU. A wrong driver has other messages.
-    error = record.exc_info and record.exc_info[1]
-    return "CUDA_ERROR_NO_DEVICE" not in str(error)
