@@ -403,7 +403,7 @@ def composite(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Arra
 
 
 def check_mask(mask: ArrayLike, inputs: ArrayLike) -> None:
-    """Check that a mask fits its inputs and, under `checkify`, that it is binary.
+    """Check that a mask fits its inputs and, under ``checkify``, that it is binary.
 
     Args:
       mask: ``[N, *spatial, 1]`` or ``[N, *spatial, C]``.

@@ -31,9 +31,14 @@ _OTHER_MODULES = {
     "metrics.inception": "metrics.lpips",
     "weights.lpips": "weights.vgg",
     "weights.inception": "weights.lpips",
+    "weights.formats.arrays": "weights.inception",
     "inpaint.detail": "inpaint.inpainter",
-    "runs.config": "inpaint.detail",
-    "runs.opening": "runs.config",
+    "inpaint.hole": "inpaint.detail",
+    "runs.config": "inpaint.hole",
+    "runs.settings": "runs.config",
+    "runs.opening": "runs.settings",
+    "evaluate.methods": "evaluate.eval_set",
+    "train.hooks": "train.loop",
 }
 
 # Fields of Flax's modules. Docstrings list them; those with defaults are members too.
@@ -117,7 +122,11 @@ def _find_object(
         return None
     target = node["reftarget"].removeprefix("pconv_jax.")
     domain = env.domains.python_domain
-    matches = [name for name in domain.objects if name.endswith(f".{target}")]
+    # Fields that a class's docstring lists have no entry of their own.
+    for wanted in (target, target.rpartition(".")[0]):
+        matches = [x for x in domain.objects if wanted and x.endswith(f".{wanted}")]
+        if matches:
+            break
     if len(matches) != 1:
         return None
     docname = node.get("refdoc", "")

@@ -38,9 +38,9 @@ class UnreadableImageError(UserError):
 
 
 def codec_errors() -> AbstractContextManager[None]:
-    """Turn what a codec raises for the content of a file into `FileContentError`.
+    """Turn what a codec raises for the content of a file into ``FileContentError``.
 
-    The body should contain calls of codecs only; see `content_errors`.
+    The body should contain calls of codecs only; see ``_files.content_errors``.
     """
     return content_errors(*_CODEC_ERRORS)
 

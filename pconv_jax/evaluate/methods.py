@@ -190,7 +190,7 @@ class Repair:
 
 
 class Baseline:
-    """A classical method of `baselines.classical`, on one core in its own process."""
+    """A classical method of ``baselines.classical``, on one core in its own process."""
 
     model = None
 
@@ -256,7 +256,7 @@ def network_name(model: PConvUNet) -> str:
 
 
 def compile_fill_step(model: PConvUNet) -> parallel.EvalStep:
-    """Compile `inference.fill_step` of a network for all devices, once."""
+    """Compile ``inference.fill_step`` of a network for all devices, once."""
     # Flax modules are hashable, but Flax's annotations hide it.
     return _compile_fill_step(cast(Hashable, model))
 

@@ -178,7 +178,8 @@ def evaluate_run(
 
     Args:
       workdir: Directory of the run.
-      weights: Name or path of weights to evaluate instead; see `from_pretrained`.
+      weights: Name or path of weights to evaluate instead; see
+        `pretrained.from_pretrained`.
       step: Step of the checkpoint. None (the default) takes the newest.
       config: Settings that select the evaluation data, or a config with them. None
         (the default) takes those of the network, or the paper's if it has none.

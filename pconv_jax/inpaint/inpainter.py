@@ -142,7 +142,10 @@ class Inpainter:
 
     @property
     def trusted_depth(self) -> int:
-        """The last encoder stage whose fillings are kept; see `HoleFiller`."""
+        """The last encoder stage whose fillings are kept.
+
+        What later stages close is filled at half the size.
+        """
         return self._filler.trusted_depth
 
     @classmethod

@@ -111,7 +111,8 @@ def load_weights(name_or_path: str | Path) -> Trained:
     """Read a network from a weights file; see `pretrained.from_pretrained`.
 
     Raises:
-      UserError: As `from_pretrained`, or if the network does not output RGB images.
+      UserError: As `pretrained.from_pretrained`, or if the network does not output RGB
+        images.
     """
     model, variables, info = pretrained.from_pretrained(name_or_path)
     channels = model.decoder[-1].features

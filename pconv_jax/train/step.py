@@ -31,8 +31,8 @@ Tree = Mapping[str, Any]
 # Draws a mask [H, W, 1] from a key.
 DrawMask = Callable[[jax.Array], jax.Array]
 
-# What the random numbers of an example are for; see `example_keys`.
 MASK, CROP, COLORS = range(3)
+"""What the random numbers of an example are for; see `example_keys`."""
 
 
 class Scales(NamedTuple):

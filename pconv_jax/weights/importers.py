@@ -1,6 +1,6 @@
 """Import of other projects' trained networks.
 
-`PROJECTS` is a table of how projects differ: the names of their weights, the scale of
+``PROJECTS`` is a table of how projects differ: the names of their weights, the scale of
 their layers, the color order and range of their images. An imported network takes and
 gives RGB images in [-1, 1], as all networks here do, or fields in their own units. With
 ``raw=True`` it takes and gives the same as the original.

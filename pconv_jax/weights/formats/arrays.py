@@ -38,7 +38,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
     Args:
       path: A ``.safetensors`` or ``.npz`` file, a PyTorch file (``.pth``, ``.pt``,
-        ``.ckpt``, ``.bin`` or ``.pth.tar``, see `torch_file.read`), or a Keras file
+        ``.ckpt``, ``.bin`` or ``.pth.tar``, see ``torch_file.read``), or a Keras file
         (``.h5``; h5py must be installed).
 
     Returns:
