@@ -5,6 +5,7 @@ them into one kind, which the caller that knows the path turns into a `UserError
 """
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -130,6 +131,15 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, complete or not at all.
+
+    Raises:
+      RunError: If the file cannot be written.
+    """
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Turn errors of the system in the body into one that names the file.
@@ -153,17 +163,11 @@ def remove_partials(folder: Path) -> None:
             path.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, complete or not at all.
-
-    Raises:
-      RunError: If the file cannot be written.
-    """
-    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
 def _make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    nearest = missing[-1].parent if missing else folder
+    if not nearest.is_dir():  # The system says only that a file exists.
+        raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         sync_folder(path.parent)

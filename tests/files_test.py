@@ -24,7 +24,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         partial.write_bytes(b"half of it")
         raise OSError("disk full")
     assert path.read_bytes() == b"old"
-    with pytest.raises(RunError, match=f"cannot write {tmp_path}: .*[Dd]irectory"):
+    with pytest.raises(RunError, match=f"cannot write {tmp_path}: .*([Dd]irectory|folder)"):
         _files.write_bytes(tmp_path, b"new")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -32,7 +32,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 def test_a_write_that_cannot_work_is_one_sentence_with_the_path(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"not a folder")
     path = tmp_path / "file" / "a.txt"
-    with pytest.raises(RunError, match=f"cannot write {path}: (File|Not a)"):
+    with pytest.raises(RunError, match=f"cannot write {path}: .* is not a folder"):
         _files.write_bytes(path, b"new")
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=full))
