@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pconv_jax.data.sources import FolderSource as FolderSource
     from pconv_jax.data.sources import TarSource as TarSource
     from pconv_jax.data.sources import open_source as open_source
+    from pconv_jax.evaluate.comparison import compare as compare
     from pconv_jax.evaluate.eval_set import EvalSet as EvalSet
-    from pconv_jax.evaluate.runner import compare as compare
     from pconv_jax.evaluate.runner import evaluate_run as evaluate_run
     from pconv_jax.inpaint.inpainter import Inpainter as Inpainter
     from pconv_jax.layers import PartialConv as PartialConv
@@ -113,7 +113,7 @@ _MODULES = {
     "load_vgg_params": "weights.vgg",
     "Inpainter": "inpaint.inpainter",
     "EvalSet": "evaluate.eval_set",
-    "compare": "evaluate.runner",
+    "compare": "evaluate.comparison",
     "evaluate_run": "evaluate.runner",
     "TrainState": "train.step",
     "create_state": "train.step",

@@ -24,7 +24,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         partial.write_bytes(b"half of it")
         raise OSError("disk full")
     assert path.read_bytes() == b"old"
-    with pytest.raises(RunError, match=f"cannot write {tmp_path}: .*([Dd]irectory|folder)"):
+    with pytest.raises(RunError, match=f"cannot write {tmp_path}: .*[Dd]irectory"):
         _files.write_bytes(tmp_path, b"new")
     assert list(tmp_path.iterdir()) == [path]
 

@@ -34,7 +34,7 @@ from jax.typing import ArrayLike
 from pconv_jax import _files
 from pconv_jax._errors import RunError, UserError
 from pconv_jax.cli import config_options
-from pconv_jax.evaluate import methods, results, runner
+from pconv_jax.evaluate import comparison, methods, results
 from pconv_jax.evaluate.bootstrap import Interval, cluster_bootstrap
 from pconv_jax.evaluate.eval_set import BINS, EvalSet
 from pconv_jax.evaluate.metric_definitions import METRICS
@@ -145,7 +145,7 @@ def run(
                 return None
             network = methods.Network(name, model, variables)
             evaluations[variant].append(
-                runner.compare([network], eval_set, directory=out / "records")
+                comparison.compare([network], eval_set, directory=out / "records")
             )
     found = {
         "config": settings.to_dict(),

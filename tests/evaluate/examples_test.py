@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pconv_jax import masks
-from pconv_jax.evaluate import examples, runner
+from pconv_jax.evaluate import comparison, examples
 from pconv_jax.evaluate.eval_set import BINS
 from pconv_jax.unet import PConvUNet
 from tests.helpers.evaluation import SIZE, FakeMethod, bundled, make_eval_set
@@ -30,7 +30,7 @@ def test_drawn_examples_show_every_bin(variables):
 def test_best_median_and_worst_examples_match_their_scores():
     pairs = make_eval_set()
     half = FakeMethod("half", lambda image, mask: image // 2)
-    evaluation = runner.compare([half], pairs, progress=False)
+    evaluation = comparison.compare([half], pairs, progress=False)
     shown = examples.choose_examples(evaluation)
     assert [rank for rank, _ in shown] == ["best", "median", "worst"] * 6
     for b in range(6):
@@ -48,7 +48,7 @@ def test_few_examples_are_shown_once_and_failures_are_not_tried_again():
     pairs = make_eval_set(examples=1)
     first = FakeMethod("first", lambda image, mask: image // 2)
     flaky = FakeMethod("flaky", fails=lambda i: "no" if i == 0 else "")
-    evaluation = runner.compare([first, flaky], pairs, progress=False)
+    evaluation = comparison.compare([first, flaky], pairs, progress=False)
     shown = examples.choose_examples(evaluation)
     # There are two in a bin, of which the worse one is the median, too.
     assert len({(e["hole"], e["border"]) for _, e in shown}) == 12 == len(shown)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from pconv_jax import masks
+from pconv_jax.evaluate import comparison, output
 from pconv_jax.evaluate import learned as learned_lib
-from pconv_jax.evaluate import output, runner
 from pconv_jax.evaluate.learned import LearnedMetrics
 from pconv_jax.metrics import inception
 from tests.helpers.evaluation import SIZE, FakeMethod, make_eval_set
@@ -23,7 +23,7 @@ def test_learned_metrics_without_weights_are_left_out(tmp_path, monkeypatch):
     for name in ("ALEXNET", "LPIPS_ALEX", "INCEPTION", "VGG16"):
         monkeypatch.delenv(f"PCONV_{name}", raising=False)
     learned = LearnedMetrics(image_size=SIZE)
-    evaluation = runner.compare(
+    evaluation = comparison.compare(
         [FakeMethod("a")], make_eval_set(examples=1), learned=learned, progress=False
     )
     assert evaluation.metrics == ["l1", "l1_hole", "psnr", "ssim"]
@@ -78,7 +78,7 @@ def test_learned_metrics_compare_the_composites(stand_ins, tmp_path):
     half, pairs = FakeMethod("half", lambda image, mask: image // 2), make_eval_set()
     learned = LearnedMetrics(image_size=SIZE)
     evaluate = functools.partial(
-        runner.compare,
+        comparison.compare,
         eval_set=pairs,
         learned=learned,
         directory=tmp_path,
@@ -109,7 +109,7 @@ def test_learned_metrics_compare_the_composites(stand_ins, tmp_path):
     assert evaluation.summary()[0]["fid"]["low"] is None
     assert "fid (lower is better)" in str(evaluation.format(markdown=True))
     # One example is no set.
-    alone = runner.compare(
+    alone = comparison.compare(
         [half], make_eval_set(examples=1), learned=learned, progress=False
     )
     assert "fid" not in alone.mean(**place) and "lpips" in alone.mean(**place)

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from pconv_jax.evaluate import output, runner
+from pconv_jax.evaluate import comparison, output
 from tests.helpers.evaluation import FakeMethod, make_eval_set
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -19,7 +19,7 @@ def test_perfect_composites_are_null_in_json_and_left_out_of_means(tmp_path):
     pairs = make_eval_set()
     perfect = FakeMethod("now_and_then", fill)
     other = FakeMethod("always", lambda image, mask: image)
-    evaluation = runner.compare([perfect, other], pairs, progress=False)
+    evaluation = comparison.compare([perfect, other], pairs, progress=False)
     assert evaluation.examples[0]["psnr"] is None
     assert evaluation.examples[0]["ssim"] == 1
     psnr = [e["psnr"] for e in evaluation.select(method="now_and_then")[1:]]
@@ -41,7 +41,7 @@ def test_perfect_composites_are_null_in_json_and_left_out_of_means(tmp_path):
 def test_the_page_is_self_contained(tmp_path):
     name = "<b>&"
     pairs, odd = make_eval_set(), FakeMethod(name, lambda image, mask: image // 2)
-    evaluation = runner.compare([odd, FakeMethod("b")], pairs, progress=False)
+    evaluation = comparison.compare([odd, FakeMethod("b")], pairs, progress=False)
     output.write_results(tmp_path, evaluation, pairs, [odd, FakeMethod("b")], about={})
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and name not in page and "&lt;b&gt;&amp;" in page
