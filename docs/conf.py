@@ -36,7 +36,7 @@ root_doc = "index"
 
 # Docstrings are Google's, and name other objects in single backticks.
 default_role = "py:obj"
-nitpicky = True  # Every reference has a target, but for those to other packages.
+nitpicky = True  # Warns of references without a target, except to other packages.
 nitpick_ignore_regex = [("py:.*", r"(jax|flax|nnx)\..*")]
 # Errors of functions that are not for users. They are ValueErrors and RunErrors.
 nitpick_ignore = [("py:exc", "FileContentError"), ("py:exc", "DownloadError")]

@@ -1,4 +1,4 @@
-"""Comparison of methods on the same images and masks; a killed one can be resumed."""
+"""Compares methods on the same images and masks, and resumes after a kill."""
 
 import functools
 import json

@@ -230,7 +230,7 @@ def get_methods(
     """Create methods from their specifications.
 
     Args:
-      specs: Names of baselines; the name of ``network``; ``repair`` for `Repair` with
+      specs: Names of baselines; ``network`` or its name; ``repair`` for `Repair` with
         it; ``NAME=PATH`` for other networks, where PATH is a run's directory or
         weights; ``all`` for ``network`` and all baselines.
       network: The evaluated network, if there is one.
@@ -239,9 +239,9 @@ def get_methods(
     Raises:
       UserError: If a method is unknown or repeated, or if there is none.
     """
-    known = ([network.name] if network else []) + list(classical.BASELINES)
-    names = [n for spec in specs for n in (known if spec == "all" else [spec])]
-    methods = [_get_method(name, network, known, time_budget) for name in names]
+    every = (["network"] if network else []) + list(classical.BASELINES)
+    names = [n for spec in specs for n in (every if spec == "all" else [spec])]
+    methods = [_get_method(name, network, time_budget) for name in names]
     names = [method.name for method in methods]
     if len(set(names)) < len(names) or not names:
         raise UserError(
@@ -266,9 +266,7 @@ def _compile_fill_step(model: Any) -> parallel.EvalStep:
     return parallel.compile_eval_step(functools.partial(fill_step, model=model))
 
 
-def _get_method(
-    spec: str, network: Network | None, known: Sequence[str], time_budget: float
-) -> Method:
+def _get_method(spec: str, network: Network | None, time_budget: float) -> Method:
     name, is_other, path = spec.partition("=")
     if is_other:
         if not re.fullmatch(r"[\w.-]+", name):
@@ -286,7 +284,7 @@ def _get_method(
             info=other.info,
             device_batch=network.device_batch if network else 1,
         )
-    if network and name == network.name:
+    if network and name in ("network", network.name):
         return network
     if network and name == Repair.name:
         return Repair(network)

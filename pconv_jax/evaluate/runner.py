@@ -126,8 +126,8 @@ def evaluate_run(
       config: Settings that select the evaluation data, or a config with them. None
         (the default) takes those of the network, or the paper's if it has none.
       data: Changes of the evaluation data. By default there are none.
-      methods: Methods to compare; see `methods.get_methods`; ``'network'`` stands for
-        the evaluated network. `DEFAULT_METHODS` by default.
+      methods: Methods to compare; see `methods.get_methods`. `DEFAULT_METHODS` by
+        default.
       time_budget: Seconds that a baseline may take for an image. The default is 60.
       learned: Whether to compute LPIPS, FID, Inception Score and the perceptual
         distance by ImageNet's VGG16 (the default), if the weights of their networks are
@@ -159,16 +159,14 @@ def evaluate_run(
     if config is not None:
         settings = read_settings(config)
     eval_set = _open_eval_set(settings, data, bundled=bundled)
-    name = network_name(trained.model)
     network = Network(
-        name,
+        network_name(trained.model),
         trained.model,
         trained.variables,
         info=trained.info,
         device_batch=device_batch,
     )
-    specs = [name if spec == "network" else spec for spec in methods]
-    chosen = methods_lib.get_methods(specs, network, time_budget=time_budget)
+    chosen = methods_lib.get_methods(methods, network, time_budget=time_budget)
     networks = None
     if learned or vgg:
         networks = LearnedMetrics(

@@ -88,7 +88,7 @@ class InputReader:
         value_range: tuple[float, float] | None,
         max_pixels: int,
     ):
-        """Set what images must be.
+        """Describe the images that the network takes.
 
         Args:
           channels: Number of channels of the network.

@@ -13,7 +13,6 @@ from pconv_jax.evaluate.eval_set import (
     draw_masks,
 )
 from pconv_jax.runs import opening
-from pconv_jax.unet import PConvUNet
 from tests.helpers.evaluation import (
     SIZE,
     FakeMethod,
@@ -22,9 +21,6 @@ from tests.helpers.evaluation import (
 )
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-
-MODEL = PConvUNet(depth=2, width=4)
 
 
 def test_all_methods_get_the_same_pairs():

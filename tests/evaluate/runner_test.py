@@ -291,6 +291,9 @@ def test_repair_is_what_the_inpainter_does():
     assert told.to_inpainter().trusted_depth == 1
     repairs = [methods.Repair(n) for n in (methods.Network("deep", *deep), told)]
     assert len({r.fingerprint for r in repairs}) == 2
+    network = methods.Network("deep", *deep)
+    for name in ("network", "deep"):
+        assert methods.get_methods([name], network, time_budget=60.0) == [network]
     with pytest.raises(ValueError, match="'repair' is unknown"):
         methods.get_methods(["repair"], None, time_budget=60.0)
 
