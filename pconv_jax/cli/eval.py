@@ -68,9 +68,10 @@ def _add_network(command: argparse.ArgumentParser) -> None:
         default=None,
         metavar="NAME,...",
         help="what to compare: network; repair, the network and the search for detail; "
-        "mean, telea, navier_stokes, biharmonic, patchmatch; NAME=PATH for another "
-        "network, by its workdir or weights file; or all, for the network and the "
-        "baselines (default: network,mean,telea,navier_stokes)",
+        "sharp, the same with pieces of the image in wide holes; mean, telea, "
+        "navier_stokes, biharmonic, patchmatch; NAME=PATH for another network, by its "
+        "workdir or weights file; or all, for the network and the baselines (default: "
+        "network,mean,telea,navier_stokes)",
     )
     command.add_argument(
         "--time-budget",

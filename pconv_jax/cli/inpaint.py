@@ -156,6 +156,13 @@ def _add_detail(command: argparse.ArgumentParser) -> None:
         "network; --no-detail uses only the network's output (default: --detail)",
     )
     detail.add_argument(
+        "--sharp",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fill wide holes with whole pieces of the image, which look more real; "
+        "--no-sharp is more accurate, but soft (default: --sharp)",
+    )
+    detail.add_argument(
         "--exclude",
         metavar="MASK",
         type=as_path,
@@ -388,6 +395,7 @@ def _repair_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "resize_mask": arguments.resize_mask,
         "dilate": arguments.dilate,
         "exclude": arguments.exclude,
+        "sharp": arguments.sharp,
         "max_pixels": arguments.max_pixels,
         "force": arguments.force,
     }

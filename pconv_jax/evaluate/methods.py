@@ -151,15 +151,27 @@ class Network:
         """See `Method`."""
 
 
+_REPAIRS = {
+    "repair": "The network from coarse to fine, with detail: pconv_jax.Inpainter.",
+    "sharp": "The same, with pieces of the image in wide holes: pconv inpaint.",
+}
+
+
 class Repair:
     """A network as `Inpainter` uses it, from coarse to fine and with detail."""
 
-    name = "repair"
-    description = "The network from coarse to fine, with detail: pconv_jax.Inpainter."
     model = None  # Its valid pixels are those of the image.
 
-    def __init__(self, network: Network):
-        """Prepare to repair with a network."""
+    def __init__(self, network: Network, *, sharp: bool = False):
+        """Prepare to repair with a network.
+
+        Args:
+          network: The network.
+          sharp: See `Inpainter`. The default is False.
+        """
+        self.name = "sharp" if sharp else "repair"
+        self.description = _REPAIRS[self.name]
+        self._sharp = sharp
         self._inpainter = network.to_inpainter()
         # Its results also depend on code that changes: on part of this package.
         digest = hashlib.blake2b(digest_size=16)
@@ -177,7 +189,7 @@ class Repair:
             try:
                 with warnings.catch_warnings():  # Of large holes, which are meant here.
                     warnings.simplefilter("ignore", UserWarning)
-                    filled.append(self._inpainter(image, hole))
+                    filled.append(self._inpainter(image, hole, sharp=self._sharp))
                 errors.append("")
             except UserError as error:  # For example, no pixel is valid.
                 filled.append(np.zeros_like(image))
@@ -230,9 +242,9 @@ def get_methods(
     """Create methods from their specifications.
 
     Args:
-      specs: Names of baselines; ``network`` or its name; ``repair`` for `Repair` with
-        it; ``NAME=PATH`` for other networks, where PATH is a run's directory or
-        weights; ``all`` for ``network`` and all baselines.
+      specs: Names of baselines; ``network`` or its name; ``repair`` and ``sharp`` for
+        `Repair` with it; ``NAME=PATH`` for other networks, where PATH is a run's
+        directory or weights; ``all`` for ``network`` and all baselines.
       network: The evaluated network, if there is one.
       time_budget: Seconds that a baseline may take for an image.
 
@@ -286,11 +298,11 @@ def _get_method(spec: str, network: Network | None, time_budget: float) -> Metho
         )
     if network and name in ("network", network.name):
         return network
-    if network and name == Repair.name:
-        return Repair(network)
+    if network and name in _REPAIRS:
+        return Repair(network, sharp=name == "sharp")
     if name in classical.BASELINES:
         return Baseline(name, time_budget=time_budget)
-    of_network = ["network", Repair.name] if network else []
+    of_network = ["network", *_REPAIRS] if network else []
     raise UserError(
         f"methods: {name!r} is unknown; use "
         f"{', '.join([*of_network, *classical.BASELINES])}, all, or NAME=PATH for "

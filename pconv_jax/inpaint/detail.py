@@ -41,6 +41,7 @@ from pconv_jax.inpaint.patch_search import (
     vote,
 )
 from pconv_jax.inpaint.progress import Progress, ignore, share
+from pconv_jax.inpaint.scales import Scale, blur, depth_in, halve, keep_channels
 from pconv_jax.inpaint.tiling import Box
 
 _ROUNDS = 8  # Searches and votes at each scale.
@@ -75,6 +76,7 @@ _MIN_SIDE = 48  # Pixels. Smaller images are not halved.
 _MIN_SOURCES = 64  # Patches to copy from. An image with fewer is not halved further.
 _MIN_MARGIN = 64  # Pixels around a hole to copy from; at least its extent.
 _SMOOTHING_STEPS = 10  # Of a guide. With 6 or 15, thin holes lose 0.05 to 0.1 dB.
+_SHARP_DEPTH = 12  # Depth of a hole, in pixels, from which on it is filled by pieces.
 _CELL = 16  # Pixels. Holes closer than this are filled together.
 
 
@@ -85,6 +87,7 @@ def add_detail(
     *,
     seed: int = 0,
     exclude: np.ndarray | None = None,
+    sharp: bool = False,
     progress: Progress = ignore,
 ) -> np.ndarray:
     """Fill a hole with detail of the image, guided by a smoother filling of it.
@@ -100,6 +103,9 @@ def add_detail(
       seed: Seed of the search. In wide holes, seeds give visibly different results.
       exclude: Bool ``[H, W]``, True where not to copy from. By default all pixels
         outside the hole may be copied.
+      sharp: Whether to fill wide holes with whole pieces of the image; see
+        `shift_map`. They look more real, but are further from the truth on average.
+        The default is False.
       progress: Called with the fraction that is done. By default nothing is reported.
 
     Returns:
@@ -131,12 +137,19 @@ def add_detail(
         start = np.where(hole[window][..., None], guide[window], image[window]).astype(
             np.float32
         )
-        scale = _Scale(start, part, ~excluded[window])
+        scale = Scale(start, part, ~excluded[window])
         if not _source_centers(scale.source).any():  # The guide is all there is.
             result[window][part] = guide[window][part]
             task(1)
             continue
-        filled = _fill_window(scale, np.random.default_rng((seed, number)), task)
+        rng, filled = np.random.default_rng((seed, number)), None
+        if sharp and depth_in(part).max() >= _SHARP_DEPTH:
+            # SciPy takes 0.2 s to import.
+            from pconv_jax.inpaint.shift_map import fill_with_pieces
+
+            filled = fill_with_pieces(scale, rng, progress=task)
+        if filled is None:
+            filled = _fill_window(scale, rng, task)
         if image.dtype == np.uint8:
             filled = np.clip(np.rint(filled), 0, 255)
         result[window][part] = filled[part].astype(image.dtype)
@@ -191,7 +204,7 @@ def _towards_biharmonic(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
         laplacian = functools.partial(
             cv2.Laplacian, ddepth=-1, borderType=cv2.BORDER_REPLICATE
         )
-        return np.where(inside, _channels(laplacian(laplacian(x))), 0)
+        return np.where(inside, keep_channels(laplacian(laplacian(x))), 0)
 
     inside = hole[..., None]
     residual = -apply(image)
@@ -206,20 +219,6 @@ def _towards_biharmonic(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
         direction = residual + new_square / np.maximum(square, 1e-12) * direction
         square = new_square
     return image
-
-
-class _Scale(NamedTuple):
-    """An image at one resolution.
-
-    Attributes:
-      image: Float32 ``[H, W, C]``, with the guide in the hole.
-      hole: Bool ``[H, W]``, True where to fill.
-      source: Bool ``[H, W]``, True where to copy from.
-    """
-
-    image: np.ndarray
-    hole: np.ndarray
-    source: np.ndarray
 
 
 class _Matches(NamedTuple):
@@ -260,14 +259,14 @@ def regions(hole: np.ndarray) -> Iterator[tuple[Box, np.ndarray]]:
 
 
 def _fill_window(
-    scale: _Scale, rng: np.random.Generator, progress: Progress
+    scale: Scale, rng: np.random.Generator, progress: Progress
 ) -> np.ndarray:
     """Fill the hole of a window, from coarse to fine."""
-    widest = float(_depth(scale.hole).max())
+    widest = float(depth_in(scale.hole).max())
     scales = [scale]
     # Halve until the hole is a few pixels wide.
     while widest > 2 ** len(scales) and min(scales[-1].hole.shape) >= _MIN_SIDE:
-        smaller = _halve(scales[-1])
+        smaller = halve(scales[-1])
         if _source_centers(smaller.source).sum() < _MIN_SOURCES:
             break
         scales.append(smaller)
@@ -294,7 +293,7 @@ def _fill_window(
     return _blend(estimate, scale, sigma)
 
 
-def _blend(estimate: np.ndarray, scale: _Scale, sigma: float) -> np.ndarray:
+def _blend(estimate: np.ndarray, scale: Scale, sigma: float) -> np.ndarray:
     """Move the estimate towards the guide.
 
     Near the rim the guide is more accurate than the estimate. Further in, the mean of
@@ -302,7 +301,7 @@ def _blend(estimate: np.ndarray, scale: _Scale, sigma: float) -> np.ndarray:
     """
     scarcity = np.clip((_MUCH - scale.source.mean()) / (_MUCH - _LITTLE), 0, 1)
     least, most = _BLEND
-    depth = _depth(scale.hole)[..., None]
+    depth = depth_in(scale.hole)[..., None]
     coarse_part = np.exp(1 - depth / _BLEND_DEPTH)
     coarse_part = np.clip(coarse_part, least + scarcity * (most - least), most)
     # In narrow holes, the guide's fine detail is more accurate than that of patches.
@@ -310,12 +309,12 @@ def _blend(estimate: np.ndarray, scale: _Scale, sigma: float) -> np.ndarray:
     fine_part = most * np.exp(1 - depth)
     fine_part = np.maximum(fine_part, scarcity * _FINE_BLEND)
     difference = scale.image - estimate
-    coarse = _blur(difference, sigma)
+    coarse = blur(difference, sigma)
     return estimate + coarse_part * coarse + fine_part * (difference - coarse)
 
 
 def _refine_scale(
-    scale: _Scale,
+    scale: Scale,
     estimate: np.ndarray | None,
     matches: _Matches | None,
     guide_weight: np.ndarray,
@@ -343,18 +342,20 @@ def _refine_scale(
       The filled image of this scale, and its matches.
     """
     image, hole, source = scale
-    low = _blur(image, sigma)
+    low = blur(image, sigma)
     if estimate is None:
         current = low  # The first search goes by the guide alone.
     else:
         size = image.shape[1::-1]
-        current = _channels(cv2.resize(estimate, size, interpolation=cv2.INTER_CUBIC))
+        current = keep_channels(
+            cv2.resize(estimate, size, interpolation=cv2.INTER_CUBIC)
+        )
     current = np.where(hole[..., None], current, image)
     touching = _target_centers(hole)
     rows, columns = np.nonzero(touching)
     is_center = _source_centers(source)
     grid = Grid(hole.shape[0], hole.shape[1], length)
-    depth = np.minimum(_depth(touching), _MAX_DECAY)
+    depth = np.minimum(depth_in(touching), _MAX_DECAY)
     problem = make_problem(
         grid,
         rows,
@@ -407,17 +408,6 @@ def _first_matches(
     )
 
 
-def _halve(scale: _Scale) -> _Scale:
-    """Halve an image; a pixel of the hole keeps the larger one in the hole."""
-    size = tuple(-(-n // 2) for n in scale.hole.shape[::-1])
-    shrink = functools.partial(cv2.resize, dsize=size, interpolation=cv2.INTER_AREA)
-    return _Scale(
-        _channels(shrink(scale.image)),
-        shrink(scale.hole.astype(np.float32)) > 0.01,
-        shrink(scale.source.astype(np.float32)) > 0.99,
-    )
-
-
 def _source_centers(source: np.ndarray) -> np.ndarray:
     """Find the centers of the patches that lie in a source completely."""
     square = np.ones((SIDE, SIDE))
@@ -427,27 +417,13 @@ def _source_centers(source: np.ndarray) -> np.ndarray:
 
 def _guide_weight(hole: np.ndarray, zoom: int) -> np.ndarray:
     """Weigh the guide by the depth in a hole, at a scale of ``1 / zoom``."""
-    depth = _depth(hole)
+    depth = depth_in(hole)
     wide = depth * zoom >= _WIDE
     if wide.any():  # Around these pixels, up to the rim, the hole is wide.
-        wide = _depth(~wide) * zoom < _WIDE
+        wide = depth_in(~wide) * zoom < _WIDE
     trusted = np.minimum(np.where(wide, *_TRUSTED[::-1]) / zoom, _RIM)
     weight = np.exp(-np.maximum(depth / trusted - 1, 0))
     return np.maximum(weight, _LEAST_WEIGHT).astype(np.float32)
-
-
-def _depth(hole: np.ndarray) -> np.ndarray:
-    """Compute the distance of each pixel of a hole from its rim, in pixels."""
-    return cv2.distanceTransform(hole.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)
-
-
-def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    return _channels(cv2.GaussianBlur(image, (0, 0), sigma))
-
-
-def _channels(image: np.ndarray) -> np.ndarray:
-    """Restore the channel axis that OpenCV drops if there is one channel."""
-    return image if image.ndim == 3 else image[..., None]
 
 
 def _target_centers(hole: np.ndarray) -> np.ndarray:

@@ -42,6 +42,7 @@ def repair_file(
     dilate: int = 0,
     seed: int = 0,
     exclude: Path | None = None,
+    sharp: bool = False,
     max_pixels: int = MAX_PIXELS,
     force: bool = False,
     progress: Progress = ignore,
@@ -66,6 +67,7 @@ def repair_file(
       seed: See `Inpainter`. The default is 0.
       exclude: Path of a mask, or of a folder of masks like ``mask``: white where not to
         copy detail from. By default there is none.
+      sharp: See `Inpainter`. The default is False.
       max_pixels: Larger images are refused. The default is 100,000,000.
       force: Whether to replace an existing file. The default is False.
       progress: See `Inpainter`. By default nothing is reported.
@@ -93,6 +95,7 @@ def repair_file(
             dilate=dilate,
             seed=seed,
             exclude=_find_mask(image, exclude),
+            sharp=sharp,
             progress=progress,
             return_depth=True,
         )

@@ -70,6 +70,7 @@ class RepairOptions(TypedDict, total=False):
     dilate: int
     seed: int
     exclude: MaskLike
+    sharp: bool
     progress: Progress
 
 
@@ -231,6 +232,7 @@ class Inpainter:
         dilate: int = 0,
         seed: int = 0,
         exclude: MaskLike = None,
+        sharp: bool = False,
         progress: Progress = ignore,
         return_depth: bool = False,
     ) -> Any:
@@ -257,6 +259,10 @@ class Inpainter:
             different results. The default is 0.
           exclude: Mask, **white where no detail may be copied from**, such as the rest
             of a removed object. Like ``mask``; by default there is none.
+          sharp: Whether to fill wide holes with whole pieces of the image; see
+            `add_detail`. They look more real, but are less accurate. The default is
+            False; the command ``pconv inpaint`` and the page have True. Without detail
+            there are no pieces either.
           progress: Called now and then with the fraction that is done. By default
             nothing is reported.
           return_depth: Whether to return the fill depth, too. The default is False.
@@ -274,7 +280,9 @@ class Inpainter:
           UserError: If a mask is needed and missing, or has another size; if no pixel
             is valid, or values are out of range; or if a file cannot be read.
         """
-        options = Options(invert_mask, resize_mask, dilate, seed, exclude, progress)
+        options = Options(
+            invert_mask, resize_mask, dilate, seed, exclude, sharp, progress
+        )
         if isinstance(image, Sequence) and not isinstance(image, str):
             result, depth = self._repair_sequence(image, mask, options)
         elif getattr(image, "ndim", 0) == 4:
@@ -320,7 +328,7 @@ class Inpainter:
         colors = result[..., : inputs.channels]
         becomes_opaque = inputs.has_alpha and mask is None
         del inputs  # A large image is not held twice.
-        fill = functools.partial(self._fill, seed=options.seed)
+        fill = functools.partial(self._fill, seed=options.seed, sharp=options.sharp)
         depth = fill_in_blocks(
             fill, colors, known, hole, exclude, progress=options.progress
         )
@@ -341,6 +349,7 @@ class Inpainter:
         progress: Progress,
         *,
         seed: int,
+        sharp: bool,
     ) -> np.ndarray:
         """Fill the hole of colors in place; see `fill_in_blocks`."""
         network_values = self._to_network(colors, known)
@@ -353,7 +362,7 @@ class Inpainter:
         if with_detail:
             exclude = exclude | (~known & ~hole)
             task = share(progress, end, 1)
-            _add_detail(network_values, hole, exclude, seed, task)
+            _add_detail(network_values, hole, exclude, seed, sharp, task)
         colors[hole] = self._from_network(network_values[hole], colors)
         return depth
 
@@ -383,6 +392,7 @@ def _add_detail(
     hole: np.ndarray,
     exclude: np.ndarray,
     seed: int,
+    sharp: bool,
     progress: Progress,
 ) -> None:
     """Add detail to a filled hole, in place, in one window after the other."""
@@ -396,7 +406,15 @@ def _add_detail(
             image = image[..., :1]
         guide = refine_guide(image, part, image)
         other = exclude[window] | (hole[window] & ~part)
-        filled = add_detail(image, part, guide, seed=seed, exclude=other, progress=task)
+        filled = add_detail(
+            image,
+            part,
+            guide,
+            seed=seed,
+            exclude=other,
+            sharp=sharp,
+            progress=task,
+        )
         network_values[window][part] = filled[part] / 127.5 - 1
 
 

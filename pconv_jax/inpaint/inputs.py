@@ -52,6 +52,7 @@ class Options(NamedTuple):
     dilate: int
     seed: int
     exclude: MaskLike
+    sharp: bool
     progress: Progress
 
 

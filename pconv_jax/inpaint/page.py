@@ -93,6 +93,7 @@ class _Inputs(NamedTuple):
     editor: gr.ImageEditor
     margin: gr.Slider
     invert: gr.Checkbox
+    sharp: gr.Checkbox
     variants: gr.Number
     run: gr.Button
 
@@ -208,7 +209,14 @@ def _connect(
     )
     inputs.run.click(
         _repair_with_bar(inpainter),
-        [*opened, inputs.margin, inputs.invert, result_path, inputs.variants],
+        [
+            *opened,
+            inputs.margin,
+            inputs.invert,
+            result_path,
+            inputs.variants,
+            inputs.sharp,
+        ],
         [*results, result_path],
         **_QUEUED,
     )
@@ -253,8 +261,9 @@ def _build_inputs() -> _Inputs:
             label=f"Variants (1 to {_MAX_VARIANTS})",
             elem_id="variants",
         )
+    sharp = gr.Checkbox(True, label="Sharp: fill wide areas with whole pieces")
     run = gr.Button("Repair", variant="primary", elem_id="run")
-    return _Inputs(image, mask, editor, margin, invert, variants, run)
+    return _Inputs(image, mask, editor, margin, invert, sharp, variants, run)
 
 
 def _build_results() -> _Results:
@@ -358,6 +367,7 @@ def repair(
     invert: bool,
     previous: str | None,
     variants: int,
+    sharp: bool,
     *,
     progress: Progress = ignore,
 ) -> tuple[Shown, str]:
@@ -374,6 +384,7 @@ def repair(
       previous: Path of an earlier result, which is deleted, or None.
       variants: Number of results, with the seeds 0, 1, .... Each is written to a
         file, and the first is shown.
+      sharp: See `Inpainter`.
       progress: See `Inpainter`. By default nothing is reported.
 
     Returns:
@@ -397,7 +408,7 @@ def repair(
             exclude = _painted(drawing, _KEEP_OUT, shape)
             path = _new_file(f"{Path(image).stem}-repaired{_suffix(image)}")
             results, depth = _write_variants(
-                inpainter, file, hole, exclude, path, variants, progress
+                inpainter, file, hole, exclude, path, variants, sharp, progress
             )
         except (RunError, UserError) as error:
             raise _error(str(error)) from error
@@ -425,6 +436,7 @@ def _write_variants(
     exclude: np.ndarray,
     path: Path,
     count: int,
+    sharp: bool,
     progress: Progress,
 ) -> tuple[list[Image.Image], np.ndarray]:
     """Repair an image with the seeds 0, 1, ..., and write each result to a file.
@@ -440,6 +452,7 @@ def _write_variants(
             hole,
             exclude=exclude,
             seed=seed,
+            sharp=sharp,
             progress=task,
             return_depth=True,
         )

@@ -254,9 +254,9 @@ def test_variants_detail_and_exclude(network, tmp_path):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (64, 64, 3), np.uint8)
     hole = np.zeros((64, 64), np.uint8)
-    hole[24:44, 24:44] = 255
+    hole[20:46, 20:46] = 255
     left = np.zeros((64, 64), np.uint8)
-    left[:, :24] = 255
+    left[:, :20] = 255
     for name, array in {"i": image, "m": hole, "x": left}.items():
         Image.fromarray(array).save(tmp_path / f"{name}.png")
 
@@ -271,8 +271,11 @@ def test_variants_detail_and_exclude(network, tmp_path):
     first = repair("a", "--variants=2")
     second = np.asarray(Image.open(tmp_path / "a-2.png"))
     np.testing.assert_array_equal(repair("b", "--seed=1"), second)
-    results = [first, second, repair("c", "--no-detail")]
+    results = [first, second, repair("c", "--no-detail"), repair("e", "--no-sharp")]
     results += [repair("d", f"--exclude={tmp_path / 'x.png'}")]
+    inpainter = Inpainter.from_pretrained(network)
+    for result, options in (first, {"sharp": True}), (results[3], {}):
+        np.testing.assert_array_equal(result, inpainter(image, hole, **options))
     for number, result in enumerate(results):
         np.testing.assert_array_equal(result[hole == 0], image[hole == 0])
         for other in results[:number]:

@@ -275,16 +275,18 @@ def test_mistakes_are_user_errors(run, options, message):
 
 def test_repair_is_what_the_inpainter_does():
     network = methods.Network("tiny", *make_network())
-    (repair,) = methods.get_methods(["repair"], network, time_budget=60.0)
+    repair, sharp = methods.get_methods(["repair", "sharp"], network, time_budget=60.0)
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
-    mask = np.ones((2, 32, 32, 1), np.uint8)
-    mask[0, 8:20, 8:20] = 0
+    images = rng.integers(0, 256, (2, 48, 48, 3), np.uint8)
+    mask = np.ones((2, 48, 48, 1), np.uint8)
+    mask[0, 10:36, 10:36] = 0
     mask[1] = 0
-    result = repair.fill(images, mask)
-    expected = Inpainter(*make_network())(images[0], mask[0, ..., 0] == 0)
-    np.testing.assert_array_equal(result.images[0], expected)
-    assert result.errors[0] == "" and "no valid pixel" in result.errors[1]
+    inpainter = Inpainter(*make_network())
+    results = [method.fill(images, mask) for method in (repair, sharp)]
+    for result, is_sharp in zip(results, (False, True)):
+        expected = inpainter(images[0], mask[0, ..., 0] == 0, sharp=is_sharp)
+        np.testing.assert_array_equal(result.images[0], expected)
+        assert result.errors[0] == "" and "no valid pixel" in result.errors[1]
     # What a weights file says of its depth counts, and is part of the results' key.
     deep = make_network(depth=3)
     told = methods.Network("deep", *deep, info={"trusted_depth": 1})

@@ -6,6 +6,7 @@ from skimage.restoration import inpaint
 from pconv_jax._errors import UserError
 from pconv_jax.inpaint import detail, patch_search
 from pconv_jax.inpaint.detail import add_detail, refine_guide
+from pconv_jax.inpaint.scales import Scale, blur
 
 
 def stripes(height=128, width=128):
@@ -74,7 +75,7 @@ def test_excluded_pixels_are_not_copied():
     distance, farther = (np.abs(x[hole] - [255.0, 0, 0]) for x in (with_red, without))
     assert distance.mean() < farther.mean()
     rng = np.random.default_rng(0)
-    scale = detail._Scale(guide.astype(np.float32), hole, ~hole & ~red)
+    scale = Scale(guide.astype(np.float32), hole, ~hole & ~red)
     weight = detail._guide_weight(hole, 1)
     length = patch_search.find_length(hole.shape)
     _, matches = detail._refine_scale(
@@ -155,7 +156,7 @@ def test_matches_are_nearly_the_nearest():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (40, 44, 1)).astype(np.float32)
     hole = square_hole((40, 44), 6)
-    scale = detail._Scale(image, hole, ~hole)
+    scale = Scale(image, hole, ~hole)
     weight = detail._guide_weight(hole, 1)
     length = patch_search.find_length(hole.shape)
     filled, matches = detail._refine_scale(
@@ -167,7 +168,7 @@ def test_matches_are_nearly_the_nearest():
     found = matches.rows[rows, columns], matches.columns[rows, columns]
     assert centers[found].all()
     # The last search was for the estimate before the last vote, hence not exact.
-    low = detail._blur(image, 1.0)
+    low = blur(image, 1.0)
     pad = [(2, 2), (2, 2), (0, 0)]
     patches = np.lib.stride_tricks.sliding_window_view(
         np.pad(np.where(hole[..., None], filled, image), pad, "edge"), (5, 5), (0, 1)
@@ -252,7 +253,7 @@ def test_the_rim_follows_the_guide_and_the_middle_the_estimate():
     y, x = np.mgrid[:280, :280]
     difference = np.stack([np.ones_like(x), (-1) ** (x + y)], axis=-1)
     guide = (100 + 10 * difference).astype(np.float32)
-    scale = detail._Scale(guide, hole, ~hole)
+    scale = Scale(guide, hole, ~hole)
     result = detail._blend(np.full_like(guide, 100), scale, 1.0)
     np.testing.assert_allclose(result[80, 140] - 100, [8, 8], rtol=1e-5)
     np.testing.assert_allclose(result[140, 140] - 100, [2, 0], atol=0.02)
@@ -264,7 +265,7 @@ def test_little_to_copy_from_leaves_more_to_the_guide():
     guide[::2, ::2] = 90
     estimate = np.full_like(guide, 100)
     errors = [
-        np.abs(detail._blend(estimate, detail._Scale(guide, hole, source), 1.0) - guide)
+        np.abs(detail._blend(estimate, Scale(guide, hole, source), 1.0) - guide)
         for source in (np.ones_like(hole), ~hole)
     ]
     much, little = (error[hole].mean() for error in errors)

@@ -575,6 +575,20 @@ def test_an_oriented_pillow_image_is_taken_as_its_pixels_lie(inpainter):
         inpainter(np.asarray(image), hole.T)
 
 
+def test_wide_holes_are_filled_with_pieces_if_they_shall_be_sharp():
+    """A network that knows nothing, and an image that repeats itself."""
+    tile = np.random.default_rng(0).integers(0, 256, (8, 10, 3), np.uint8)
+    image, hole = np.tile(tile, (12, 10, 1)), hole_of((96, 100), size=30)
+    inpainter = Inpainter(*make_network())
+    soft, sharp = (inpainter(image, hole, sharp=s) for s in (False, True))
+    np.testing.assert_array_equal(sharp[~hole], image[~hole])
+    errors = [np.abs(x[hole].astype(float) - image[hole]).mean() for x in (soft, sharp)]
+    assert errors[1] < 1 < errors[0]
+    np.testing.assert_array_equal(inpainter(image, hole), soft)
+    smooth = Inpainter(*make_network(), detail=False)
+    np.testing.assert_array_equal(smooth(image, hole, sharp=True), smooth(image, hole))
+
+
 @pytest.mark.parametrize("detail", [True, False])
 def test_progress_of_a_batch_rises_to_one(detail):
     """The first hole is too wide for the network's small depth: it is halved."""

@@ -74,11 +74,10 @@ def test_the_painted_area_is_filled(inpainter, tmp_path):
     # An opened mask is exact, so it does not grow.
     grown = dilate_hole(hole, 2) | opened
     assert np.any(grown != dilate_hole(hole | opened, 2))
-    expected, depth = inpainter(image, grown, return_depth=True)
+    expected, depth = inpainter(image, grown, sharp=True, return_depth=True)
     shown, result = page.repair(
         *(inpainter, str(path), str(tmp_path / "mask.png"), drawing(hole)),
-        *(2, True, None),
-        1,
+        *(2, True, None, 1, True),
     )
     assert not shown.gallery["visible"]
     np.testing.assert_array_equal(shown.repaired, expected)
@@ -106,9 +105,9 @@ def test_a_variant_is_chosen(inpainter, tmp_path):
     hole[10:50, 20:60] = True
     before = set(tmp_path.iterdir())
     arguments = inpainter, str(path), None, drawing(hole), 0, False
-    shown, result = page.repair(*arguments, None, 3)
+    shown, result = page.repair(*arguments, None, 3, True)
     assert shown.gallery["visible"] and len(shown.gallery["value"]) == 3
-    expected = [inpainter(image, hole, seed=seed) for seed in range(3)]
+    expected = [inpainter(image, hole, seed=seed, sharp=True) for seed in range(3)]
     assert not np.array_equal(expected[0], expected[1])
     np.testing.assert_array_equal(shown.repaired, expected[0])
     names = ("a-repaired.png", "a-repaired-2.png", "a-repaired-3.png")
@@ -123,7 +122,7 @@ def test_a_variant_is_chosen(inpainter, tmp_path):
             Image.open(download.value["path"]), expected[index]
         )
     # The next result replaces all of them, and there are four at most.
-    shown, second = page.repair(*arguments, result, 99)
+    shown, second = page.repair(*arguments, result, 99, True)
     assert len(shown.gallery["value"]) == 4
     assert set(tmp_path.iterdir()) - before == {pathlib.Path(second).parent}
 
@@ -140,14 +139,14 @@ def test_what_is_painted_in_blue_is_not_copied(inpainter, tmp_path):
     layer[kept_out] = (*page._KEEP_OUT, 255)
     layer[20:40, 50] = (90, 110, 215, 200)  # Where strokes meet, colors are mixed.
     painted["layers"] = [Image.fromarray(layer)]
-    shown, _ = page.repair(inpainter, str(path), None, painted, 0, False, None, 1)
+    shown, _ = page.repair(inpainter, str(path), None, painted, 0, False, None, 1, True)
     expected = inpainter(image, hole, exclude=kept_out)
     np.testing.assert_array_equal(shown.repaired, expected)
     assert not np.array_equal(expected, inpainter(image, hole))
     # Blue alone is no hole.
     painted["layers"] = [Image.fromarray(np.where(hole[..., None], 0, layer))]
     with pytest.raises(gr.Error, match="Nothing is painted over yet"):
-        page.repair(inpainter, str(path), None, painted, 3, False, None, 1)
+        page.repair(inpainter, str(path), None, painted, 3, False, None, 1, True)
 
 
 def test_large_images_are_shown_small_and_repaired_whole(inpainter, tmp_path):
@@ -160,13 +159,13 @@ def test_large_images_are_shown_small_and_repaired_whole(inpainter, tmp_path):
     small = np.zeros((450, 1024), bool)
     small[100:120, 500:530] = True
     shown, result = page.repair(
-        inpainter, str(path), None, drawing(small), 0, False, None, 1
+        inpainter, str(path), None, drawing(small), 0, False, None, 1, True
     )
     assert shown.repaired.size == (1024, 450)
     result = image_io.read(result).image
     assert result.dtype == np.uint16
     hole = np.kron(small, np.ones((2, 2), bool))
-    np.testing.assert_array_equal(result, inpainter(image, hole))
+    np.testing.assert_array_equal(result, inpainter(image, hole, sharp=True))
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -183,16 +182,16 @@ def test_examples_come_with_a_mask(index):
 def test_mistakes_are_shown_on_the_page(inpainter, tmp_path):
     path = tmp_path / "a.png"
     with pytest.raises(gr.Error, match="Open an image first"):
-        page.repair(inpainter, None, None, None, 0, False, None, 1)
+        page.repair(inpainter, None, None, None, 0, False, None, 1, True)
     path.write_text("Hello")
     with pytest.raises(gr.Error, match="it is not an image"):
         page.show(str(path))
     Image.fromarray(photo()).save(path)
     with pytest.raises(gr.Error, match="Nothing is painted over yet"):
-        page.repair(inpainter, str(path), None, None, 0, False, None, 1)
+        page.repair(inpainter, str(path), None, None, 0, False, None, 1, True)
     everything = drawing(np.ones((60, 80), bool))
     with pytest.raises(gr.Error, match="no valid pixel is left"):
-        page.repair(inpainter, str(path), None, everything, 0, False, None, 1)
+        page.repair(inpainter, str(path), None, everything, 0, False, None, 1, True)
 
 
 def test_errors_show_no_folder(inpainter, tmp_path):
@@ -307,14 +306,16 @@ def test_a_result_is_deleted_with_the_next(inpainter, tmp_path):
     hole = np.zeros((60, 80), bool)
     hole[20:40, 30:50] = True
     before = set(tmp_path.iterdir())
-    _, first = page.repair(inpainter, str(path), None, drawing(hole), 0, False, None, 1)
+    _, first = page.repair(
+        inpainter, str(path), None, drawing(hole), 0, False, None, 1, True
+    )
     _, second = page.repair(
-        inpainter, str(path), None, drawing(hole), 0, False, first, 1
+        inpainter, str(path), None, drawing(hole), 0, False, first, 1, True
     )
     assert set(tmp_path.iterdir()) - before == {pathlib.Path(second).parent}
     # A mistake deletes nothing.
     with pytest.raises(gr.Error):
-        page.repair(inpainter, str(path), None, None, 0, False, second, 1)
+        page.repair(inpainter, str(path), None, None, 0, False, second, 1, True)
     assert pathlib.Path(second).is_file()
 
 
@@ -332,7 +333,7 @@ def test_nothing_is_read_while_warnings_are_caught(inpainter, tmp_path):
                 shown[0].result(timeout=0.5)
             return inpainter(*args, **options)
 
-        page.repair(repair, str(path), None, drawing(hole), 0, False, None, 1)
+        page.repair(repair, str(path), None, drawing(hole), 0, False, None, 1, True)
         assert shown[0].result(timeout=60).size == (80, 60)
 
 

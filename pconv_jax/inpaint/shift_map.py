@@ -1,0 +1,391 @@
+"""Filling of a wide hole with whole pieces of the same image.
+
+A *shift-map* gives each pixel of a hole the offset to the pixel that it copies. Pixels
+that share an offset copy a whole piece of the image, with its structure: rows of
+windows, bricks, a horizon. `fill_with_pieces` works in three steps.
+
+1. Images repeat themselves at a few offsets, which matches of patches reveal (He and
+   Sun, "Statistics of Patch Offsets for Image Completion", 2012).
+2. Each pixel takes one of these offsets, so that pieces fit where they meet, fit the
+   rim of the hole, and look roughly like the guide (Pritch et al., "Shift-Map Image
+   Editing", 2009, with the seams of Kwatra et al., "Graphcut Textures", 2003). Minimum
+   cuts find the offsets, by alpha-expansion (Boykov et al., "Fast Approximate Energy
+   Minimization via Graph Cuts", 2001), at a coarse scale and then at finer ones.
+3. The pieces are joined by their gradients, not their colors; see `join_pieces`.
+"""
+
+import cv2
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
+
+from pconv_jax.inpaint.progress import Progress, ignore, share
+from pconv_jax.inpaint.scales import Scale, blur, depth_in, halve
+from pconv_jax.inpaint.seams import copy_pieces, join_pieces
+
+# Pixels of a hole at the coarsest scale, and at the finest at which offsets are refined
+# and pieces joined. With more it takes longer.
+_COARSE, _FINE = 3_000, 12_000
+
+_PATCH = 8  # Side in pixels of the patches that are matched.
+_COMPONENTS = 24  # Number of principal components that are compared.
+_QUERIES = 4_000  # Number of patches, drawn at random, whose match is found.
+_PEAK = 5  # Pixels around an offset without another.
+_BATCH = 250  # Number of patches that are matched at a time.
+_LEAST_DISTANCE = 0.12  # Between matches, in extents of the hole.
+_OFFSETS = 120  # Largest number of offsets, the most frequent ones.
+
+# Weight of the guide beside that of a seam. It falls by e each so many pixels of depth
+# in the hole, to the smallest weight.
+_GUIDE_WEIGHT, _TRUSTED, _LEAST_WEIGHT = 0.5, 16.0, 0.1
+# Standard deviation of the low-pass of the guide: in pixels of the image, and the least
+# in pixels of the scale at hand.
+_GUIDE_SIGMA, _LEAST_SIGMA = 3.0, 1.0
+_REPORT = 10  # Offsets from one report of progress to the next.
+_SWEEPS = 2  # Over all offsets, at the coarsest scale.
+_STEPS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))  # Of an offset, at a finer scale.
+_BAND = 2  # Pixels by which a piece may grow at a finer scale.
+
+# A color cannot differ by more. A cost is a sum of such differences.
+_LARGEST_DIFFERENCE = 255 * 3**0.5
+_FORBIDDEN = 20_000.0  # More than all other costs of a pixel.
+_PARTS = 8  # A minimum cut takes integers: costs in parts.
+_LARGEST_CUT = 2e9  # SciPy counts in 32 bits.
+
+_SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
+
+
+def fill_with_pieces(
+    scale: Scale, rng: np.random.Generator, *, progress: Progress = ignore
+) -> np.ndarray | None:
+    """Fill the hole of an image with pieces of the image.
+
+    Args:
+      scale: The image, with the guide in its hole.
+      rng: Draws the patches that are matched.
+      progress: Called with the fraction that is done. By default nothing is reported.
+
+    Returns:
+      The filled image, float32 ``[H, W, C]``, or None if there is nothing to copy.
+    """
+    scales = [scale]
+    while np.count_nonzero(scales[-1].hole) > _COARSE:
+        scales.append(halve(scales[-1]))
+    coarsest = len(scales) - 1
+    finest = min(n for n, x in enumerate(scales) if np.count_nonzero(x.hole) <= _FINE)
+    offsets = find_offsets(scales[-1], rng)
+    if not len(offsets):
+        return None
+    shifts = _choose(scales[-1], offsets, 2**coarsest, share(progress, 0, 0.4))
+    for level in range(coarsest - 1, finest - 1, -1):
+        start, end = (1 - 0.6 * 0.5 ** (coarsest - level - n) for n in (1, 0))
+        shifts = _double(shifts, scales[level].hole)
+        task = share(progress, start, end)
+        shifts = _refine(scales[level], shifts, 2**level, task)
+    change = join_pieces(scales[finest], shifts) - copy_pieces(scales[finest], shifts)
+    for level in range(finest - 1, -1, -1):
+        shifts = _double(shifts, scales[level].hole)
+        change = cv2.resize(change, None, fx=2, fy=2, interpolation=cv2.INTER_LINEAR)
+        height, width = scales[level].hole.shape
+        change = change[:height, :width].reshape(scales[level].image.shape)
+    progress(1)
+    filled = np.clip(copy_pieces(scale, shifts) + change, 0, 255)
+    return np.where(scale.hole[..., None], filled, scale.image).astype(np.float32)
+
+
+def find_offsets(scale: Scale, rng: np.random.Generator) -> np.ndarray:
+    """Find the offsets at which the image around a hole repeats itself.
+
+    Args:
+      scale: The image.
+      rng: Draws the patches that are matched.
+
+    Returns:
+      Rows and columns, int ``[K, 2]``; empty if there are too few patches.
+    """
+    image, hole, source = scale
+    if min(hole.shape) < _PATCH:
+        return np.zeros((0, 2), int)
+    window = (_PATCH, _PATCH)
+    usable = np.lib.stride_tricks.sliding_window_view(source, window).all((2, 3))
+    places = np.argwhere(usable)
+    if not len(places):
+        return np.zeros((0, 2), int)
+    patches = np.lib.stride_tricks.sliding_window_view(image, window, (0, 1))
+    patches = patches[usable].reshape(len(places), -1)
+    # At most half of them, so that seeds differ.
+    queries = rng.permutation(len(places))[: min(_QUERIES, (len(places) + 1) // 2)]
+    patches = patches - patches.mean(0)
+    _, components = np.linalg.eigh(patches[queries].T @ patches[queries])
+    patches = patches @ components[:, -_COMPONENTS:]
+    extent = max(np.ptp(x) for x in np.nonzero(hole)) + 1
+    found = _match(patches, places, queries, _LEAST_DISTANCE * extent)
+    # How often each offset was found, in both directions, and a little around it.
+    height, width = hole.shape
+    counts = np.zeros((2 * height + 1, 2 * width + 1), np.float32)
+    for sign in (1, -1):
+        np.add.at(counts, tuple((sign * found + (height, width)).T), 1)
+    counts = cv2.GaussianBlur(counts, (0, 0), 2**0.5)
+    is_peak = (counts == cv2.dilate(counts, np.ones((_PEAK, _PEAK)))) & (counts > 0)
+    peaks = np.argwhere(is_peak)
+    peaks = peaks[np.argsort(-counts[is_peak], kind="stable")[:_OFFSETS]]
+    return peaks - (height, width)
+
+
+def _match(
+    patches: np.ndarray, places: np.ndarray, queries: np.ndarray, distance: float
+) -> np.ndarray:
+    """Find the most similar patch of each query, at least a distance away.
+
+    Args:
+      patches: Float32 ``[N, D]``.
+      places: Their rows and columns, ``[N, 2]``.
+      queries: Numbers of the patches whose match is found.
+      distance: The least distance of a match, in rows or columns.
+
+    Returns:
+      The offsets of the matches, int ``[Q, 2]``. Queries without a match have none.
+    """
+    squares = np.square(patches).sum(1)
+    offsets = [np.zeros((0, 2), int)]
+    for start in range(0, len(queries), _BATCH):
+        some = queries[start : start + _BATCH]
+        differences = squares - 2 * patches[some] @ patches.T
+        near = np.abs(places[some, None] - places).max(-1) < distance
+        differences[near] = np.inf
+        best = differences.argmin(1)
+        matched = np.isfinite(differences[np.arange(len(some)), best])
+        offsets.append((places[best] - places[some])[matched])
+    return np.concatenate(offsets)
+
+
+def _choose(
+    scale: Scale, offsets: np.ndarray, zoom: int, progress: Progress
+) -> np.ndarray:
+    """Choose among offsets for each pixel of a hole.
+
+    Args:
+      scale: The coarsest scale.
+      offsets: Rows and columns, int ``[K, 2]``.
+      zoom: The size of the image, in sizes of this scale.
+      progress: Called with the fraction that is done.
+
+    Returns:
+      The shift-map, int ``[H, W, 2]``.
+    """
+    shape = *scale.hole.shape, 2
+    labeling = _Labeling(scale, np.broadcast_to(offsets[0], shape), zoom)
+    everywhere = np.arange(len(labeling.places))
+    # To begin with, each pixel takes the best offset without regard to seams.
+    costs = [labeling.compute_costs(everywhere, offset) for offset in offsets]
+    shifts = np.zeros(shape, int)
+    shifts[scale.hole] = offsets[np.argmin(costs, axis=0)]
+    labeling = _Labeling(scale, shifts, zoom)
+    turns = _SWEEPS * len(offsets)
+    for turn in range(turns):
+        labeling.expand(offsets[turn % len(offsets)], everywhere)
+        if turn % _REPORT == 0:
+            progress((turn + 1) / turns)
+    return labeling.shifts()
+
+
+def _double(shifts: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Double the size of a shift-map, to the size of a hole."""
+    height, width = hole.shape
+    return 2 * shifts.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+
+
+def _refine(
+    scale: Scale, shifts: np.ndarray, zoom: int, progress: Progress
+) -> np.ndarray:
+    """Move the rims of pieces, and pieces themselves by a pixel, so that they fit.
+
+    Args:
+      scale: The image.
+      shifts: The shift-map of the next coarser scale, doubled.
+      zoom: The size of the image, in sizes of this scale.
+      progress: Called with the fraction that is done.
+
+    Returns:
+      The shift-map, int ``[H, W, 2]``.
+    """
+    labeling = _Labeling(scale, shifts, zoom)
+    offsets = np.unique(labeling.chosen, axis=0)
+    rows, columns = labeling.places.T
+    for number, offset in enumerate(offsets):
+        piece = np.zeros(scale.hole.shape, np.uint8)
+        piece[rows, columns] = (np.abs(labeling.chosen - offset) <= 1).all(1)
+        piece = cv2.dilate(piece, np.ones((2 * _BAND + 1, 2 * _BAND + 1)))
+        near = np.flatnonzero(piece[rows, columns])
+        for step in _STEPS:
+            labeling.expand(offset + step, near)
+        if number % _REPORT == 0:
+            progress((number + 1) / len(offsets))
+    return labeling.shifts()
+
+
+class _Labeling:
+    """The offsets of the pixels of a hole, and what they cost.
+
+    A pixel costs the difference between the guide and what it copies, after a low-pass,
+    and, at the rim, between the image and what its offset would copy there. Two
+    neighbors with different offsets cost a seam: the differences between what both
+    offsets copy, at both pixels.
+
+    Attributes:
+      places: Rows and columns of the N pixels of the hole, ``[N, 2]``.
+      chosen: Their offsets, int ``[N, 2]``.
+    """
+
+    def __init__(self, scale: Scale, shifts: np.ndarray, zoom: int):
+        self._scale = scale
+        self.places = np.argwhere(scale.hole)
+        self.chosen = shifts[scale.hole]
+        depth = depth_in(scale.hole)[scale.hole] * zoom
+        trust = np.maximum(np.exp(-depth / _TRUSTED), _LEAST_WEIGHT)
+        # A hole has fewer pixels per seam at coarse scales, and so each counts more.
+        self._guide_weight = _GUIDE_WEIGHT * zoom * trust
+        self._low = blur(scale.image, max(_GUIDE_SIGMA / zoom, _LEAST_SIGMA))
+        number = np.full(scale.hole.shape, -1)
+        number[scale.hole] = everywhere = np.arange(len(self.places))
+        self._number = number
+        beside = np.stack([number[:, :-1].ravel(), number[:, 1:].ravel()])
+        below = np.stack([number[:-1].ravel(), number[1:].ravel()])
+        pairs = np.concatenate([beside, below], axis=1)
+        first, second = pairs[:, (pairs >= 0).all(0)]
+        self._first, self._second = first, second  # The M pairs of neighbors.
+        # What each pixel, and what its neighbor's offset, copies.
+        self._color = self._copy(everywhere, self.chosen)
+        self._first_by_second = self._copy(first, self.chosen[second])
+        self._second_by_first = self._copy(second, self.chosen[first])
+        self._cost = self.compute_costs(everywhere, self.chosen)
+
+    def shifts(self) -> np.ndarray:
+        """Return the shift-map, int ``[H, W, 2]``."""
+        result = np.zeros((*self._scale.hole.shape, 2), int)
+        result[self._scale.hole] = self.chosen
+        return result
+
+    def energy(self) -> float:
+        """Return the cost of all pixels and seams."""
+        return self._cost.sum() + self._compute_seams(slice(None)).sum()
+
+    def expand(self, offset: np.ndarray, pixels: np.ndarray) -> None:
+        """Let the best set of some pixels take an offset.
+
+        Args:
+          offset: Its row and column, int ``[2]``.
+          pixels: Numbers of the pixels that may take it.
+        """
+        pixels = pixels[(self.chosen[pixels] != offset).any(1)]
+        if not len(pixels):
+            return
+        cost = self.compute_costs(pixels, offset)
+        # Even if all seams of a pixel vanished, it would cost more.
+        if (cost >= self._cost[pixels] + self._seams_of_pixels()[pixels]).all():
+            return
+        number = np.full(len(self.places), -1)
+        number[pixels] = np.arange(len(pixels))
+        pairs = np.flatnonzero((number[self._first] >= 0) | (number[self._second] >= 0))
+        first, second = self._first[pairs], self._second[pairs]
+        new_first, new_second = self._copy(first, offset), self._copy(second, offset)
+        # The cost of the seam if none of a pair takes the offset, or only one does.
+        none = self._compute_seams(pairs)
+        only_first = _difference(new_first, self._first_by_second[pairs])
+        only_first += _difference(new_second, self._color[second])
+        only_second = _difference(self._color[first], new_first)
+        only_second += _difference(self._second_by_first[pairs], new_second)
+
+        first_number, second_number = number[first], number[second]
+        both = (first_number >= 0) & (second_number >= 0)
+        change = cost - self._cost[pixels]
+        for numbers, alone in (first_number, only_first), (second_number, only_second):
+            single = (numbers >= 0) & ~both
+            change += np.bincount(numbers[single], (alone - none)[single], len(pixels))
+        first_number, second_number = first_number[both], second_number[both]
+        change += np.bincount(first_number, (only_first - none)[both], len(pixels))
+        change -= np.bincount(second_number, only_first[both], len(pixels))
+        # By the triangle inequality, this is negative only by rounding.
+        capacity = np.maximum((only_first + only_second - none)[both], 0)
+        moved = pixels[_minimize(change, first_number, second_number, capacity)]
+        self._take(offset, moved, cost[number[moved]])
+
+    def _take(self, offset: np.ndarray, moved: np.ndarray, cost: np.ndarray) -> None:
+        self.chosen[moved], self._cost[moved] = offset, cost
+        self._color[moved] = self._copy(moved, offset)
+        is_moved = np.zeros(len(self.places), bool)
+        is_moved[moved] = True
+        by_second = np.flatnonzero(is_moved[self._second])
+        self._first_by_second[by_second] = self._copy(self._first[by_second], offset)
+        by_first = np.flatnonzero(is_moved[self._first])
+        self._second_by_first[by_first] = self._copy(self._second[by_first], offset)
+
+    def _copy(self, pixels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        return self._scale.image[self._scale.clip(self.places[pixels] + offsets)]
+
+    def _compute_seams(self, pairs: np.ndarray | slice) -> np.ndarray:
+        first, second = self._first[pairs], self._second[pairs]
+        return _difference(
+            self._color[first], self._first_by_second[pairs]
+        ) + _difference(self._second_by_first[pairs], self._color[second])
+
+    def _seams_of_pixels(self) -> np.ndarray:
+        """Sum the costs of the seams around each pixel."""
+        seams, count = self._compute_seams(slice(None)), len(self.places)
+        of_first = np.bincount(self._first, seams, count)
+        return of_first + np.bincount(self._second, seams, count)
+
+    def compute_costs(self, pixels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        scale, own = self._scale, self.places[pixels]
+        copied = own + offsets
+        cost = self._guide_weight[pixels] * _difference(
+            self._low[scale.clip(copied)], self._low[scale.clip(own)]
+        )
+        for side in _SIDES:
+            rim = np.flatnonzero(scale.is_source(own + side))
+            beside = copied[rim] + side
+            difference = _difference(
+                scale.image[scale.clip(beside)],
+                scale.image[scale.clip(own[rim] + side)],
+            )
+            cost[rim] += 2 * np.where(
+                scale.is_source(beside), difference, _LARGEST_DIFFERENCE
+            )
+        return np.where(scale.is_source(copied), cost, _FORBIDDEN)
+
+
+def _difference(colors: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Compute the Euclidean distances of colors ``[..., C]``."""
+    return np.sqrt(np.square(colors - others).sum(-1))
+
+
+def _minimize(
+    change: np.ndarray, first: np.ndarray, second: np.ndarray, capacity: np.ndarray
+) -> np.ndarray:
+    """Find the cheapest set of nodes by a minimum cut.
+
+    Args:
+      change: Cost of each node of the set, of any sign, ``[N]``.
+      first: For each of the pairs, the number of a node.
+      second: The number of another.
+      capacity: What a pair costs if the second is in the set, and the first is not.
+
+    Returns:
+      Whether each node is in the set, bool ``[N]``.
+    """
+    count = len(change)
+    outside, inside, nodes = count, count + 1, np.arange(count)
+    costs = change > 0
+    rows = np.concatenate([np.full(costs.sum(), outside), nodes[~costs], first])
+    columns = np.concatenate([nodes[costs], np.full((~costs).sum(), inside), second])
+    values = np.concatenate([change[costs], -change[~costs], capacity])
+    parts = min(_PARTS, _LARGEST_CUT / max(np.abs(change).sum(), 1))
+    values = np.rint(parts * np.minimum(values, _LARGEST_CUT / _PARTS)).astype(np.int32)
+    graph = sparse.csr_array((values, (rows, columns)), shape=(count + 2, count + 2))
+    residual = graph - csgraph.maximum_flow(graph, outside, inside).flow
+    residual.data = np.maximum(residual.data, 0)
+    residual.eliminate_zeros()
+    reached = csgraph.breadth_first_order(residual, outside, return_predecessors=False)
+    result = np.ones(count + 2, bool)
+    result[reached] = False
+    return result[:count]
