@@ -2,11 +2,13 @@
 
 The photos are those of ``docs/photos`` and of scikit-image. For the README and the
 guide to repair, the bundled network fills holes that are drawn by hand, as
-``pconv inpaint`` does. For the guide to evaluation, random masks are filled by three
+``pconv inpaint`` does. For the guide to evaluation, random masks are filled by four
 methods, as by ``pconv eval``.
 """
 
+import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import drawn_masks
@@ -34,6 +36,9 @@ FAILED = (
     + ["field", "lions", "player", "street", "tree", "forest", "court", "cottage"]
     + ["ball", "burger", "car", "pizza", "elephants", "dancers", "grasshopper"]
 )
+
+
+Repair = Callable[[Image.Image, Image.Image], Image.Image]
 
 
 def painted(photo: Image.Image, mask: Image.Image) -> Image.Image:
@@ -71,7 +76,7 @@ def examples() -> dict[str, Image.Image]:
     """Evaluate the bundled network, and take the median and the worst examples.
 
     The same as ``pconv eval --weights photos --images FOLDER --image-size 256
-    --examples 5 --methods network,repair,telea --no-learned``.
+    --examples 5 --methods network,repair,sharp,telea --no-learned``.
     """
     with tempfile.TemporaryDirectory() as folder:
         photos, out = Path(folder, "photos"), Path(folder, "out")
@@ -81,7 +86,7 @@ def examples() -> dict[str, Image.Image]:
         Image.fromarray(data.stereo_motorcycle()[0]).save(photos / "motorcycle.png")
         evaluate_run(
             weights="photos",
-            methods=["network", "repair", "telea"],
+            methods=["network", "repair", "sharp", "telea"],
             data=EvalData(images=str(photos), image_size=256, examples=5),
             learned=False,
             out=out,
@@ -90,18 +95,18 @@ def examples() -> dict[str, Image.Image]:
         return {name: Image.open(out / file).copy() for name, file in files.items()}
 
 
-def repairs(inpainter: Inpainter) -> dict[str, dict[str, Image.Image]]:
+def repairs(repair: Repair) -> dict[str, dict[str, Image.Image]]:
     """Repair the photos of ``docs/photos``: pairs of images, by kind and name."""
     return {
-        kind: {name: pair(inpainter, name, mask) for name, mask in masks.items()}
+        kind: {name: pair(repair, name, mask) for name, mask in masks.items()}
         for kind, masks in drawn_masks.draw().items()
     }
 
 
-def pair(inpainter: Inpainter, name: str, mask: Image.Image) -> Image.Image:
+def pair(repair: Repair, name: str, mask: Image.Image) -> Image.Image:
     """Show a photo with its hole, and filled."""
     photo = Image.open(PHOTOS / f"{name}.webp").convert("RGB")
-    return strip([painted(photo, mask), inpainter(photo, mask)])
+    return strip([painted(photo, mask), repair(photo, mask)])
 
 
 def labeled(name: str, image: Image.Image) -> Image.Image:
@@ -130,7 +135,7 @@ def table(images: list[Image.Image], *, columns: int) -> Image.Image:
 
 def main() -> None:
     """Write all images."""
-    inpainter = Inpainter.from_pretrained()
+    repair = functools.partial(Inpainter.from_pretrained(), sharp=True)
     astronaut, coffee = (
         Image.fromarray(photo) for photo in (data.astronaut(), data.coffee())
     )
@@ -144,14 +149,14 @@ def main() -> None:
     )
 
     def rows(*cases: tuple[Image.Image, Image.Image]) -> Image.Image:
-        strips = [strip([painted(*case), inpainter(*case)]) for case in cases]
+        strips = [strip([painted(*case), repair(*case)]) for case in cases]
         return stack(strips)
 
-    by_kind = repairs(inpainter)
+    by_kind = repairs(repair)
     by_name = {name: image for part in by_kind.values() for name, image in part.items()}
     images = {
         "repair": table([by_name[name] for name in FIRST], columns=3),
-        "mask": strip([astronaut, patch, inpainter(astronaut, patch)]),
+        "mask": strip([astronaut, patch, repair(astronaut, patch)]),
         "failures": rows((coffee, spoon), (astronaut, face)),
         **examples(),
     }

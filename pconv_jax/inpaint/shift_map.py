@@ -14,6 +14,8 @@ windows, bricks, a horizon. `fill_with_pieces` works in three steps.
 3. The pieces are joined by their gradients, not their colors; see `join_pieces`.
 """
 
+import math
+
 import cv2
 import numpy as np
 from scipy import sparse
@@ -29,7 +31,7 @@ _COARSE, _FINE = 3_000, 12_000
 
 _PATCH = 8  # Side in pixels of the patches that are matched.
 _COMPONENTS = 24  # Number of principal components that are compared.
-_QUERIES = 4_000  # Number of patches, drawn at random, whose match is found.
+_QUERIES = 2_000  # Number of patches, drawn at random, whose match is found.
 _PEAK = 5  # Pixels around an offset without another.
 _BATCH = 250  # Number of patches that are matched at a time.
 _LEAST_DISTANCE = 0.12  # Between matches, in extents of the hole.
@@ -107,19 +109,21 @@ def find_offsets(scale: Scale, rng: np.random.Generator) -> np.ndarray:
     if min(hole.shape) < _PATCH:
         return np.zeros((0, 2), int)
     window = (_PATCH, _PATCH)
+    patches = np.lib.stride_tricks.sliding_window_view(image, window, (0, 1))
+    patches = patches.reshape(*patches.shape[:2], -1)
     usable = np.lib.stride_tricks.sliding_window_view(source, window).all((2, 3))
     places = np.argwhere(usable)
     if not len(places):
         return np.zeros((0, 2), int)
-    patches = np.lib.stride_tricks.sliding_window_view(image, window, (0, 1))
-    patches = patches[usable].reshape(len(places), -1)
     # At most half of them, so that seeds differ.
-    queries = rng.permutation(len(places))[: min(_QUERIES, (len(places) + 1) // 2)]
-    patches = patches - patches.mean(0)
-    _, components = np.linalg.eigh(patches[queries].T @ patches[queries])
-    patches = patches @ components[:, -_COMPONENTS:]
+    places = rng.permutation(places)[: min(_QUERIES, (len(places) + 1) // 2)]
+    some = patches[tuple(places.T)]
+    mean = some.mean(0)
+    _, components = np.linalg.eigh((some - mean).T @ (some - mean))
+    patches = (patches - mean) @ components[:, -_COMPONENTS:]
     extent = max(np.ptp(x) for x in np.nonzero(hole)) + 1
-    found = _match(patches, places, queries, _LEAST_DISTANCE * extent)
+    least = math.ceil(_LEAST_DISTANCE * extent)
+    found = _match(patches, usable, places, least)
     # How often each offset was found, in both directions, and a little around it.
     height, width = hole.shape
     counts = np.zeros((2 * height + 1, 2 * width + 1), np.float32)
@@ -133,29 +137,33 @@ def find_offsets(scale: Scale, rng: np.random.Generator) -> np.ndarray:
 
 
 def _match(
-    patches: np.ndarray, places: np.ndarray, queries: np.ndarray, distance: float
+    patches: np.ndarray, usable: np.ndarray, places: np.ndarray, least: int
 ) -> np.ndarray:
-    """Find the most similar patch of each query, at least a distance away.
+    """Find the patches that are most similar to some of them, but not near them.
 
     Args:
-      patches: Float32 ``[N, D]``.
-      places: Their rows and columns, ``[N, 2]``.
-      queries: Numbers of the patches whose match is found.
-      distance: The least distance of a match, in rows or columns.
+      patches: Float32 ``[H, W, D]``.
+      usable: Bool ``[H, W]``, True for patches that may be a match.
+      places: Rows and columns of the patches whose match is found, ``[Q, 2]``.
+      least: The least number of rows or columns to a match.
 
     Returns:
-      The offsets of the matches, int ``[Q, 2]``. Queries without a match have none.
+      The offsets of the matches, int ``[Q, 2]``. What has no match is left out.
     """
-    squares = np.square(patches).sum(1)
+    height, width, size = patches.shape
+    flat = patches.reshape(-1, size)
+    squares = np.where(usable.ravel(), np.square(flat).sum(1), np.inf)
     offsets = [np.zeros((0, 2), int)]
-    for start in range(0, len(queries), _BATCH):
-        some = queries[start : start + _BATCH]
-        differences = squares - 2 * patches[some] @ patches.T
-        near = np.abs(places[some, None] - places).max(-1) < distance
-        differences[near] = np.inf
+    for start in range(0, len(places), _BATCH):
+        some = places[start : start + _BATCH]
+        differences = squares - 2 * patches[tuple(some.T)] @ flat.T
+        for grid, (row, column) in zip(differences.reshape(-1, height, width), some):
+            above, left = max(row - least + 1, 0), max(column - least + 1, 0)
+            grid[above : row + least, left : column + least] = np.inf
         best = differences.argmin(1)
         matched = np.isfinite(differences[np.arange(len(some)), best])
-        offsets.append((places[best] - places[some])[matched])
+        matches = np.stack(np.divmod(best, width), axis=1)
+        offsets.append((matches - some)[matched])
     return np.concatenate(offsets)
 
 
@@ -216,7 +224,8 @@ def _refine(
         piece = np.zeros(scale.hole.shape, np.uint8)
         piece[rows, columns] = (np.abs(labeling.chosen - offset) <= 1).all(1)
         piece = cv2.dilate(piece, np.ones((2 * _BAND + 1, 2 * _BAND + 1)))
-        near = np.flatnonzero(piece[rows, columns])
+        may_take = piece[rows, columns] | labeling.is_forbidden()
+        near = np.flatnonzero(may_take)
         for step in _STEPS:
             labeling.expand(offset + step, near)
         if number % _REPORT == 0:
@@ -266,6 +275,10 @@ class _Labeling:
         result[self._scale.hole] = self.chosen
         return result
 
+    def is_forbidden(self) -> np.ndarray:
+        """Compute which pixels have an offset to no source, bool ``[N]``."""
+        return self._cost >= _FORBIDDEN
+
     def energy(self) -> float:
         """Return the cost of all pixels and seams."""
         return self._cost.sum() + self._compute_seams(slice(None)).sum()
@@ -280,10 +293,6 @@ class _Labeling:
         pixels = pixels[(self.chosen[pixels] != offset).any(1)]
         if not len(pixels):
             return
-        cost = self.compute_costs(pixels, offset)
-        # Even if all seams of a pixel vanished, it would cost more.
-        if (cost >= self._cost[pixels] + self._seams_of_pixels()[pixels]).all():
-            return
         number = np.full(len(self.places), -1)
         number[pixels] = np.arange(len(pixels))
         pairs = np.flatnonzero((number[self._first] >= 0) | (number[self._second] >= 0))
@@ -296,6 +305,7 @@ class _Labeling:
         only_second = _difference(self._color[first], new_first)
         only_second += _difference(self._second_by_first[pairs], new_second)
 
+        cost = self.compute_costs(pixels, offset)
         first_number, second_number = number[first], number[second]
         both = (first_number >= 0) & (second_number >= 0)
         change = cost - self._cost[pixels]
@@ -328,12 +338,6 @@ class _Labeling:
         return _difference(
             self._color[first], self._first_by_second[pairs]
         ) + _difference(self._second_by_first[pairs], self._color[second])
-
-    def _seams_of_pixels(self) -> np.ndarray:
-        """Sum the costs of the seams around each pixel."""
-        seams, count = self._compute_seams(slice(None)), len(self.places)
-        of_first = np.bincount(self._first, seams, count)
-        return of_first + np.bincount(self._second, seams, count)
 
     def compute_costs(self, pixels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         scale, own = self._scale, self.places[pixels]

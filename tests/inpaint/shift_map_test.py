@@ -50,17 +50,18 @@ def test_too_small_an_image_has_no_offsets():
 
 def test_matches_are_the_nearest_far_patches():
     rng = np.random.default_rng(0)
-    places = np.argwhere(np.ones((9, 11), bool))
-    patches = rng.normal(size=(len(places), 5))
-    queries = rng.permutation(len(places))[:30]
-    found = shift_map._match(patches, places, queries, 3)
-    for query, offset in zip(queries, found, strict=True):
-        distances = np.square(patches - patches[query]).sum(1)
-        distances[np.abs(places - places[query]).max(1) < 3] = np.inf
-        np.testing.assert_array_equal(
-            offset, places[distances.argmin()] - places[query]
-        )
-    assert len(shift_map._match(patches, places, queries, 99)) == 0
+    patches = rng.normal(size=(9, 11, 5)).astype(np.float32)
+    usable = rng.random((9, 11)) < 0.8
+    places = rng.permutation(np.argwhere(usable))[:30]
+    found = shift_map._match(patches, usable, places, 3)
+    rows, columns = np.mgrid[:9, :11]
+    for (row, column), offset in zip(places, found, strict=True):
+        distances = np.square(patches - patches[row, column]).sum(-1)
+        near = np.maximum(abs(rows - row), abs(columns - column)) < 3
+        distances[near | ~usable] = np.inf
+        match = np.unravel_index(distances.argmin(), (9, 11))
+        np.testing.assert_array_equal(offset, np.subtract(match, (row, column)))
+    assert len(shift_map._match(patches, usable, places, 99)) == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
