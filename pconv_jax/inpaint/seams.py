@@ -12,7 +12,7 @@ from scipy.sparse import linalg
 
 from pconv_jax.inpaint.scales import Scale
 
-_EDGE = 12.0  # A jump in color across a seam by which its weight is halved.
+_EDGE = 24.0  # A jump in color across a seam by which its weight is halved.
 _ANCHOR = 1e-3  # Weight of a piece's own colors, beside that of its gradients.
 
 _SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))

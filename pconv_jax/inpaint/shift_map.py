@@ -11,7 +11,8 @@ windows, bricks, a horizon. `fill_with_pieces` works in three steps.
    Editing", 2009, with the seams of Kwatra et al., "Graphcut Textures", 2003). Minimum
    cuts find the offsets, by alpha-expansion (Boykov et al., "Fast Approximate Energy
    Minimization via Graph Cuts", 2001), at a coarse scale and then at finer ones.
-3. The pieces are joined by their gradients, not their colors; see `join_pieces`.
+3. The pieces are joined by their gradients instead of their colors (Pérez et al.,
+   "Poisson Image Editing", 2003).
 """
 
 import math
@@ -279,10 +280,6 @@ class _Labeling:
         """Compute which pixels have an offset to no source, bool ``[N]``."""
         return self._cost >= _FORBIDDEN
 
-    def energy(self) -> float:
-        """Return the cost of all pixels and seams."""
-        return self._cost.sum() + self._compute_seams(slice(None)).sum()
-
     def expand(self, offset: np.ndarray, pixels: np.ndarray) -> None:
         """Let the best set of some pixels take an offset.
 
@@ -296,28 +293,25 @@ class _Labeling:
         number = np.full(len(self.places), -1)
         number[pixels] = np.arange(len(pixels))
         pairs = np.flatnonzero((number[self._first] >= 0) | (number[self._second] >= 0))
-        first, second = self._first[pairs], self._second[pairs]
-        new_first, new_second = self._copy(first, offset), self._copy(second, offset)
-        # The cost of the seam if none of a pair takes the offset, or only one does.
-        none = self._compute_seams(pairs)
-        only_first = _difference(new_first, self._first_by_second[pairs])
-        only_first += _difference(new_second, self._color[second])
-        only_second = _difference(self._color[first], new_first)
-        only_second += _difference(self._second_by_first[pairs], new_second)
-
+        first, second = number[self._first[pairs]], number[self._second[pairs]]
+        none, only_first, only_second = self._compute_new_seams(pairs, offset)
         cost = self.compute_costs(pixels, offset)
-        first_number, second_number = number[first], number[second]
-        both = (first_number >= 0) & (second_number >= 0)
         change = cost - self._cost[pixels]
-        for numbers, alone in (first_number, only_first), (second_number, only_second):
-            single = (numbers >= 0) & ~both
-            change += np.bincount(numbers[single], (alone - none)[single], len(pixels))
-        first_number, second_number = first_number[both], second_number[both]
-        change += np.bincount(first_number, (only_first - none)[both], len(pixels))
-        change -= np.bincount(second_number, only_first[both], len(pixels))
+
+        def add(numbers: np.ndarray, values: np.ndarray) -> None:
+            change[:] += np.bincount(numbers, values, len(pixels))
+
+        fixed_second, fixed_first = second < 0, first < 0
+        add(first[fixed_second], (only_first - none)[fixed_second])
+        add(second[fixed_first], (only_second - none)[fixed_first])
+        # If both take the offset, there is no seam.
+        both = ~fixed_first & ~fixed_second
+        first, second = first[both], second[both]
+        add(first, (only_first - none)[both])
+        add(second, -only_first[both])
         # By the triangle inequality, this is negative only by rounding.
         capacity = np.maximum((only_first + only_second - none)[both], 0)
-        moved = pixels[_minimize(change, first_number, second_number, capacity)]
+        moved = pixels[_minimize(change, first, second, capacity)]
         self._take(offset, moved, cost[number[moved]])
 
     def _take(self, offset: np.ndarray, moved: np.ndarray, cost: np.ndarray) -> None:
@@ -333,11 +327,22 @@ class _Labeling:
     def _copy(self, pixels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         return self._scale.image[self._scale.clip(self.places[pixels] + offsets)]
 
-    def _compute_seams(self, pairs: np.ndarray | slice) -> np.ndarray:
+    def _compute_seams(self, pairs: np.ndarray) -> np.ndarray:
         first, second = self._first[pairs], self._second[pairs]
-        return _difference(
-            self._color[first], self._first_by_second[pairs]
-        ) + _difference(self._second_by_first[pairs], self._color[second])
+        seams = _difference(self._color[first], self._first_by_second[pairs])
+        return seams + _difference(self._second_by_first[pairs], self._color[second])
+
+    def _compute_new_seams(
+        self, pairs: np.ndarray, offset: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Compute seams if none, the first, or the second of a pair takes an offset."""
+        first, second = self._first[pairs], self._second[pairs]
+        new_first, new_second = self._copy(first, offset), self._copy(second, offset)
+        only_first = _difference(new_first, self._first_by_second[pairs])
+        only_first += _difference(new_second, self._color[second])
+        only_second = _difference(self._color[first], new_first)
+        only_second += _difference(self._second_by_first[pairs], new_second)
+        return self._compute_seams(pairs), only_first, only_second
 
     def compute_costs(self, pixels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         scale, own = self._scale, self.places[pixels]
