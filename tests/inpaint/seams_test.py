@@ -59,8 +59,8 @@ def two_pieces(difference):
 
 def test_an_edge_stays_an_edge_and_a_small_step_is_smoothed():
     _, joined = two_pieces(100)
-    np.testing.assert_allclose(joined[14, 20:30], 100, atol=6)
-    np.testing.assert_allclose(joined[14, 30:40], 200, atol=6)
+    steps = np.diff(joined[14, 19:41, 0])
+    assert steps[10] > 60 > 3 > np.delete(steps, 10).max()
     _, joined = two_pieces(4)
     assert np.abs(np.diff(joined[14, 18:42, 0])).max() < 1
 
