@@ -51,13 +51,14 @@ print("hole:", f"{hole.mean():.1%} of the pixels")
 #
 # Cover the whole object and a few pixels around it; `dilate` enlarges the hole. If you
 # leave parts of the object, such as its shadow, they may be copied into the hole.
+# `sharp` fills wide holes with whole pieces of the photo, as `pconv inpaint` does.
 
 # %%
 rocket = Image.fromarray(data.rocket())
 mast = Image.new("L", rocket.size)
 shape = [(194, 116), (204, 116), (220, 398), (164, 398)]
 ImageDraw.Draw(mast).polygon(shape, fill=255)
-removed = inpainter(rocket, mast, dilate=3)
+removed = inpainter(rocket, mast, dilate=3, sharp=True)
 show(rocket, mast, removed)
 
 # %% [markdown]

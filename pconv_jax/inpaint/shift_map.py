@@ -30,6 +30,8 @@ from pconv_jax.inpaint.seams import copy_pieces, join_pieces
 # and pieces joined. With more it takes longer.
 _COARSE, _FINE = 3_000, 12_000
 
+_LARGEST = 100_000  # Pixels of the window at the coarsest scale.
+
 _PATCH = 8  # Side in pixels of the patches that are matched.
 _COMPONENTS = 24  # Number of principal components that are compared.
 _QUERIES = 2_000  # Number of patches, drawn at random, whose match is found.
@@ -72,7 +74,9 @@ def fill_with_pieces(
       The filled image, float32 ``[H, W, C]``, or None if there is nothing to copy.
     """
     scales = [scale]
-    while np.count_nonzero(scales[-1].hole) > _COARSE:
+    while (
+        np.count_nonzero(scales[-1].hole) > _COARSE or scales[-1].hole.size > _LARGEST
+    ):
         scales.append(halve(scales[-1]))
     coarsest = len(scales) - 1
     finest = min(n for n, x in enumerate(scales) if np.count_nonzero(x.hole) <= _FINE)
@@ -256,13 +260,12 @@ class _Labeling:
         # A hole has fewer pixels per seam at coarse scales, and so each counts more.
         self._guide_weight = _GUIDE_WEIGHT * zoom * trust
         self._low = blur(scale.image, max(_GUIDE_SIGMA / zoom, _LEAST_SIGMA))
-        number = np.full(scale.hole.shape, -1)
-        number[scale.hole] = everywhere = np.arange(len(self.places))
-        self._number = number
-        beside = np.stack([number[:, :-1].ravel(), number[:, 1:].ravel()])
-        below = np.stack([number[:-1].ravel(), number[1:].ravel()])
-        pairs = np.concatenate([beside, below], axis=1)
-        first, second = pairs[:, (pairs >= 0).all(0)]
+        everywhere = np.arange(len(self.places))
+        number = np.full(np.add(scale.hole.shape, 1), -1)  # A row and a column more.
+        number[:-1, :-1][scale.hole] = everywhere
+        second = [number[tuple((self.places + step).T)] for step in ((0, 1), (1, 0))]
+        first, second = np.tile(everywhere, 2), np.concatenate(second)
+        first, second = first[second >= 0], second[second >= 0]
         self._first, self._second = first, second  # The M pairs of neighbors.
         # What each pixel, and what its neighbor's offset, copies.
         self._color = self._copy(everywhere, self.chosen)

@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -240,3 +241,20 @@ def test_without_a_piece_to_copy_the_search_fills_a_wide_hole():
     guide = np.where(hole[..., None], np.float32(128), image)
     soft, sharp = (add_detail(image, hole, guide, sharp=s) for s in (False, True))
     np.testing.assert_array_equal(soft, sharp)
+
+
+def test_memory_is_bounded_where_a_long_crack_leads_through_a_wide_hole():
+    image = np.random.default_rng(0).uniform(0, 255, (1200, 1300, 3))
+    hole = np.zeros(image.shape[:2], bool)
+    hole[600:640, 600:640] = True
+    hole[10:1190, 620] = True
+    scale = Scale(image.astype(np.float32), hole, ~hole)
+    tracemalloc.start()
+    try:
+        filled = fill(scale)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # With all patches of the image, it was 4.8 GB.
+    assert peak < 400 * 2**20
+    assert (filled != scale.image)[hole].all()
