@@ -326,8 +326,9 @@ def _start(platform: str, smoke: bool) -> list[Case]:
     for size in () if smoke else (256, 512):
         repair = {"framework": "jax", "program": "repair", "size": size}
         variants = {
-            "next": {"first": False, **repair},
-            "first": {"first": True, **repair},
+            "next": {"first": False, "sharp": True, **repair},
+            "next, --no-sharp": {"first": False, "sharp": False, **repair},
+            "first": {"first": True, "sharp": True, **repair},
         }
         name = f"pconv inpaint, {size} x {size}"
         cases.append(Case("start", name, variants, items=(1, "images")))

@@ -340,12 +340,13 @@ def _start(code: str) -> Program:
     return Program(lambda: subprocess.run(command, check=True, capture_output=True))
 
 
-def _repair(size: int, first: bool) -> Program:
+def _repair(size: int, first: bool, sharp: bool) -> Program:
     """Build a program that repairs a photo by the command, after installation or later.
 
     Args:
       size: Side of the photo in pixels.
       first: Whether nothing was compiled before.
+      sharp: Whether wide holes are filled with pieces, as by default.
     """
     import cv2
 
@@ -361,6 +362,7 @@ def _repair(size: int, first: bool) -> Program:
         cv2.imwrite(name, image)
     command = [sys.executable, "-m", "pconv_jax.cli", "inpaint", "--force"]
     command += ["--image", names[0], "--mask", names[1], "--output", names[2]]
+    command += [] if sharp else ["--no-sharp"]
     environment = {n: v for n, v in os.environ.items() if not n.startswith("JAX_COMP")}
     numbers = itertools.count()
 
