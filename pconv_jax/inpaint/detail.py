@@ -13,8 +13,7 @@ The guide's weight falls with the distance from the rim of the hole. So narrow h
 follow the guide. In the middle of wide holes, where a network only knows a color, the
 guide counts little, and the image is continued from coarse to fine.
 
-If it shall be sharp, a wide hole is filled with whole pieces of the image instead; see
-`shift_map`.
+With ``sharp``, whole pieces of the image fill wide holes instead; see `shift_map`.
 
 Images are float32 ``[H, W, C]`` in [0, 255]; a *hole* is bool ``[H, W]``, True where to
 fill.

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
+"""Rows and columns from a pixel to its neighbors."""
+
 
 class Scale(NamedTuple):
     """An image at one resolution.

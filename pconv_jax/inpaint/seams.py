@@ -10,12 +10,10 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import linalg
 
-from pconv_jax.inpaint.scales import Scale
+from pconv_jax.inpaint.scales import SIDES, Scale
 
 _EDGE = 24.0  # A jump in color across a seam by which its weight is halved.
 _ANCHOR = 1e-3  # Weight of a piece's own colors, beside that of its gradients.
-
-_SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 
 def copy_pieces(scale: Scale, shifts: np.ndarray) -> np.ndarray:
@@ -51,22 +49,21 @@ def join_pieces(scale: Scale, shifts: np.ndarray) -> np.ndarray:
     """
     image, hole, _ = scale
     copied = copy_pieces(scale, shifts)
-    rows, columns = np.nonzero(hole)
-    places = np.stack([rows, columns], axis=1)
+    places = np.argwhere(hole)
     count = len(places)
     number = np.full(hole.shape, -1)
-    number[rows, columns] = np.arange(count)
+    number[hole] = np.arange(count)
     # The normal equations of a least squares problem, with a row for each pixel.
     diagonal = np.full(count, _ANCHOR)
     right = _ANCHOR * copied[hole]
     entries = []
-    for side in _SIDES:
+    for side in SIDES:
         others = scale.clip(places + side)
         own, other = copied[hole], copied[others]
         difference = _difference(scale, shifts, places, side)
         jump = np.sqrt(np.square(own - other - difference).mean(1))
         weight = 1 / (1 + (jump / _EDGE) ** 2)
-        in_image = (others[0] == rows + side[0]) & (others[1] == columns + side[1])
+        in_image = (np.stack(others, axis=1) == places + side).all(1)
         weight = np.where(in_image, weight, 0)
         right += weight[:, None] * difference
         diagonal += weight

@@ -23,7 +23,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from pconv_jax.inpaint.progress import Progress, ignore, share
-from pconv_jax.inpaint.scales import Scale, blur, depth_in, halve
+from pconv_jax.inpaint.scales import SIDES, Scale, blur, depth_in, halve
 from pconv_jax.inpaint.seams import copy_pieces, join_pieces
 
 # Pixels of a hole at the coarsest scale, and at the finest at which offsets are refined
@@ -56,8 +56,6 @@ _LARGEST_DIFFERENCE = 255 * 3**0.5
 _FORBIDDEN = 20_000.0  # More than all other costs of a pixel.
 _PARTS = 8  # A minimum cut takes integers: costs in parts.
 _LARGEST_CUT = 2e9  # SciPy counts in 32 bits.
-
-_SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 
 def fill_with_pieces(
@@ -353,7 +351,7 @@ class _Labeling:
         cost = self._guide_weight[pixels] * _difference(
             self._low[scale.clip(copied)], self._low[scale.clip(own)]
         )
-        for side in _SIDES:
+        for side in SIDES:
             rim = np.flatnonzero(scale.is_source(own + side))
             beside = copied[rim] + side
             difference = _difference(

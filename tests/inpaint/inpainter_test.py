@@ -575,7 +575,7 @@ def test_an_oriented_pillow_image_is_taken_as_its_pixels_lie(inpainter):
         inpainter(np.asarray(image), hole.T)
 
 
-def test_wide_holes_are_filled_with_pieces_if_they_shall_be_sharp():
+def test_with_sharp_wide_holes_are_filled_with_pieces():
     """A network that knows nothing, and an image that repeats itself."""
     tile = np.random.default_rng(0).integers(0, 256, (8, 10, 3), np.uint8)
     image, hole = np.tile(tile, (12, 10, 1)), hole_of((96, 100), size=30)
