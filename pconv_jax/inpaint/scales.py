@@ -29,11 +29,13 @@ class Scale(NamedTuple):
         rows, columns = places.T
         return np.clip(rows, 0, height - 1), np.clip(columns, 0, width - 1)
 
+    def contains(self, places: np.ndarray) -> np.ndarray:
+        """Compute whether rows and columns ``[N, 2]`` lie in the image."""
+        return ((places >= 0) & (places < self.hole.shape)).all(1)
+
     def is_source(self, places: np.ndarray) -> np.ndarray:
         """Compute whether rows and columns ``[N, 2]`` are of pixels to copy from."""
-        rows, columns = self.clip(places)
-        in_image = (rows == places[:, 0]) & (columns == places[:, 1])
-        return in_image & self.source[rows, columns]
+        return self.contains(places) & self.source[self.clip(places)]
 
 
 def halve(scale: Scale) -> Scale:

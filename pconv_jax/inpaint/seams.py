@@ -63,8 +63,7 @@ def join_pieces(scale: Scale, shifts: np.ndarray) -> np.ndarray:
         difference = _difference(scale, shifts, places, side)
         jump = np.sqrt(np.square(own - other - difference).mean(1))
         weight = 1 / (1 + (jump / _EDGE) ** 2)
-        in_image = (np.stack(others, axis=1) == places + side).all(1)
-        weight = np.where(in_image, weight, 0)
+        weight = np.where(scale.contains(places + side), weight, 0)
         right += weight[:, None] * difference
         diagonal += weight
         at_rim = number[others] < 0

@@ -346,6 +346,7 @@ class _Labeling:
         return self._compute_seams(pairs), only_first, only_second
 
     def compute_costs(self, pixels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Compute what some pixels would cost with offsets, without seams, ``[N]``."""
         scale, own = self._scale, self.places[pixels]
         copied = own + offsets
         cost = self._guide_weight[pixels] * _difference(
