@@ -31,7 +31,9 @@ class Scale(NamedTuple):
 
     def contains(self, places: np.ndarray) -> np.ndarray:
         """Compute whether rows and columns ``[N, 2]`` lie in the image."""
-        return ((places >= 0) & (places < self.hole.shape)).all(1)
+        height, width = self.hole.shape
+        rows, columns = places.T
+        return (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
 
     def is_source(self, places: np.ndarray) -> np.ndarray:
         """Compute whether rows and columns ``[N, 2]`` are of pixels to copy from."""

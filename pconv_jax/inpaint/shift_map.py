@@ -36,7 +36,8 @@ _PATCH = 8  # Side in pixels of the patches that are matched.
 _COMPONENTS = 24  # Number of principal components that are compared.
 _QUERIES = 2_000  # Number of patches, drawn at random, whose match is found.
 _PEAK = 5  # Pixels around an offset without another.
-_BATCH = 250  # Number of patches that are matched at a time.
+_UNUSABLE = np.float32(1e30)  # More than any squared difference of patches.
+_BATCH = 50  # Number of patches that are matched at a time.
 _LEAST_DISTANCE = 0.12  # Between matches, in extents of the hole.
 _OFFSETS = 120  # Largest number of offsets, the most frequent ones.
 
@@ -46,14 +47,16 @@ _GUIDE_WEIGHT, _TRUSTED, _LEAST_WEIGHT = 0.5, 16.0, 0.1
 # Standard deviation of the low-pass of the guide: in pixels of the image, and the least
 # in pixels of the scale at hand.
 _GUIDE_SIGMA, _LEAST_SIGMA = 3.0, 1.0
-_REPORT = 10  # Offsets from one report of progress to the next.
-_SWEEPS = 2  # Over all offsets, at the coarsest scale.
+_COST_SIGMA = 1.5  # Of the low-pass of the costs at the start, in pixels.
+_SWEEPS = 2  # Over all offsets in use, at the coarsest scale.
 _STEPS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))  # Of an offset, at a finer scale.
 _BAND = 2  # Pixels by which a piece may grow at a finer scale.
+_REPORT = 10  # Offsets from one report of progress to the next.
 
 # A color cannot differ by more. A cost is a sum of such differences.
 _LARGEST_DIFFERENCE = 255 * 3**0.5
 _FORBIDDEN = 20_000.0  # More than all other costs of a pixel.
+_DECISIONS = 3  # Rounds in which nodes are decided without a cut.
 _PARTS = 8  # A minimum cut takes integers: costs in parts.
 _LARGEST_CUT = 2e9  # SciPy counts in 32 bits.
 
@@ -123,7 +126,8 @@ def find_offsets(scale: Scale, rng: np.random.Generator) -> np.ndarray:
     some = patches[tuple(places.T)]
     mean = some.mean(0)
     _, components = np.linalg.eigh((some - mean).T @ (some - mean))
-    patches = (patches - mean) @ components[:, -_COMPONENTS:]
+    components = components[:, -_COMPONENTS:]
+    patches = patches @ components - mean @ components
     extent = max(np.ptp(x) for x in np.nonzero(hole)) + 1
     least = math.ceil(_LEAST_DISTANCE * extent)
     found = _match(patches, usable, places, least)
@@ -155,16 +159,20 @@ def _match(
     """
     height, width, size = patches.shape
     flat = patches.reshape(-1, size)
-    squares = np.where(usable.ravel(), np.square(flat).sum(1), np.inf)
+    squares = np.where(usable.ravel(), np.square(flat).sum(1), _UNUSABLE)
+    keys = np.column_stack([-2 * flat, squares])
     offsets = [np.zeros((0, 2), int)]
     for start in range(0, len(places), _BATCH):
         some = places[start : start + _BATCH]
-        differences = squares - 2 * patches[tuple(some.T)] @ flat.T
+        queries = patches[tuple(some.T)]
+        queries = np.column_stack([queries, np.ones(len(some), np.float32)])
+        # Of patches, squared, less the squares of the queries.
+        differences = queries @ keys.T
         for grid, (row, column) in zip(differences.reshape(-1, height, width), some):
             above, left = max(row - least + 1, 0), max(column - least + 1, 0)
-            grid[above : row + least, left : column + least] = np.inf
+            grid[above : row + least, left : column + least] = _UNUSABLE
         best = differences.argmin(1)
-        matched = np.isfinite(differences[np.arange(len(some)), best])
+        matched = differences[np.arange(len(some)), best] < _UNUSABLE / 2
         matches = np.stack(np.divmod(best, width), axis=1)
         offsets.append((matches - some)[matched])
     return np.concatenate(offsets)
@@ -184,19 +192,24 @@ def _choose(
     Returns:
       The shift-map, int ``[H, W, 2]``.
     """
-    shape = *scale.hole.shape, 2
-    labeling = _Labeling(scale, np.broadcast_to(offsets[0], shape), zoom)
-    everywhere = np.arange(len(labeling.places))
-    # To begin with, each pixel takes the best offset without regard to seams.
-    costs = [labeling.compute_costs(everywhere, offset) for offset in offsets]
-    shifts = np.zeros(shape, int)
-    shifts[scale.hole] = offsets[np.argmin(costs, axis=0)]
-    labeling = _Labeling(scale, shifts, zoom)
-    turns = _SWEEPS * len(offsets)
-    for turn in range(turns):
-        labeling.expand(offsets[turn % len(offsets)], everywhere)
-        if turn % _REPORT == 0:
-            progress((turn + 1) / turns)
+    costs = _Costs(scale, zoom)
+    shifts = np.zeros((*scale.hole.shape, 2), int)
+    # To begin with, each pixel takes the offset that costs least around it, without
+    # regard to seams.
+    least = np.full(scale.hole.shape, np.inf)
+    for offset in offsets:
+        cost = np.zeros(scale.hole.shape)
+        cost[scale.hole] = costs.compute(costs.everywhere, offset)
+        cost = cv2.GaussianBlur(cost, (0, 0), _COST_SIGMA)
+        shifts[cost < least] = offset
+        least = np.minimum(least, cost)
+    labeling = _Labeling(costs, shifts)
+    for sweep in range(_SWEEPS):
+        in_use = labeling.offsets_in_use()
+        for number, offset in enumerate(in_use):
+            labeling.expand(offset, costs.everywhere)
+            if number % _REPORT == 0:
+                progress((sweep + (number + 1) / len(in_use)) / _SWEEPS)
     return labeling.shifts()
 
 
@@ -220,9 +233,10 @@ def _refine(
     Returns:
       The shift-map, int ``[H, W, 2]``.
     """
-    labeling = _Labeling(scale, shifts, zoom)
-    offsets = np.unique(labeling.chosen, axis=0)
-    rows, columns = labeling.places.T
+    costs = _Costs(scale, zoom)
+    labeling = _Labeling(costs, shifts)
+    offsets = labeling.offsets_in_use()
+    rows, columns = costs.places.T
     for number, offset in enumerate(offsets):
         piece = np.zeros(scale.hole.shape, np.uint8)
         piece[rows, columns] = (np.abs(labeling.chosen - offset) <= 1).all(1)
@@ -236,32 +250,65 @@ def _refine(
     return labeling.shifts()
 
 
-class _Labeling:
-    """The offsets of the pixels of a hole, and what they cost.
+class _Costs:
+    """What the pixels of a hole cost with an offset, without seams.
 
     A pixel costs the difference between the guide and what it copies, after a low-pass,
-    and, at the rim, between the image and what its offset would copy there. Two
-    neighbors with different offsets cost a seam: the differences between what both
-    offsets copy, at both pixels.
+    and, at the rim, between the image and what its offset would copy there.
 
     Attributes:
+      scale: The image.
       places: Rows and columns of the N pixels of the hole, ``[N, 2]``.
-      chosen: Their offsets, int ``[N, 2]``.
+      everywhere: The numbers of these pixels.
     """
 
-    def __init__(self, scale: Scale, shifts: np.ndarray, zoom: int):
-        self._scale = scale
+    def __init__(self, scale: Scale, zoom: int):
+        self.scale = scale
         self.places = np.argwhere(scale.hole)
-        self.chosen = shifts[scale.hole]
+        self.everywhere = np.arange(len(self.places))
         depth = depth_in(scale.hole)[scale.hole] * zoom
         trust = np.maximum(np.exp(-depth / _TRUSTED), _LEAST_WEIGHT)
         # A hole has fewer pixels per seam at coarse scales, and so each counts more.
         self._guide_weight = _GUIDE_WEIGHT * zoom * trust
         self._low = blur(scale.image, max(_GUIDE_SIGMA / zoom, _LEAST_SIGMA))
-        everywhere = np.arange(len(self.places))
-        number = np.full(np.add(scale.hole.shape, 1), -1)  # A row and a column more.
-        number[:-1, :-1][scale.hole] = everywhere
-        second = [number[tuple((self.places + step).T)] for step in ((0, 1), (1, 0))]
+
+    def compute(self, pixels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Compute what some pixels, by their numbers, cost with offsets, ``[N]``."""
+        scale, own = self.scale, self.places[pixels]
+        copied = own + offsets
+        cost = self._guide_weight[pixels] * _difference(
+            self._low[scale.clip(copied)], self._low[scale.clip(own)]
+        )
+        for side in SIDES:
+            rim = np.flatnonzero(scale.is_source(own + side))
+            beside = copied[rim] + side
+            difference = _difference(
+                scale.image[scale.clip(beside)],
+                scale.image[scale.clip(own[rim] + side)],
+            )
+            cost[rim] += 2 * np.where(
+                scale.is_source(beside), difference, _LARGEST_DIFFERENCE
+            )
+        return np.where(scale.is_source(copied), cost, _FORBIDDEN)
+
+
+class _Labeling:
+    """The offsets of the pixels of a hole, and their seams.
+
+    Two neighbors with different offsets cost a seam: the differences between what both
+    offsets copy, at both pixels.
+
+    Attributes:
+      chosen: The offsets of the pixels, int ``[N, 2]``.
+    """
+
+    def __init__(self, costs: _Costs, shifts: np.ndarray):
+        self._costs, self._scale = costs, costs.scale
+        hole, everywhere = self._scale.hole, costs.everywhere
+        self.chosen = shifts[hole]
+        number = np.full(np.add(hole.shape, 1), -1)  # A row and a column more.
+        number[:-1, :-1][hole] = everywhere
+        second = [number[tuple((costs.places + step).T)] for step in ((0, 1), (1, 0))]
         first, second = np.tile(everywhere, 2), np.concatenate(second)
         first, second = first[second >= 0], second[second >= 0]
         self._first, self._second = first, second  # The M pairs of neighbors.
@@ -269,7 +316,12 @@ class _Labeling:
         self._color = self._copy(everywhere, self.chosen)
         self._first_by_second = self._copy(first, self.chosen[second])
         self._second_by_first = self._copy(second, self.chosen[first])
-        self._cost = self.compute_costs(everywhere, self.chosen)
+        self._cost = costs.compute(everywhere, self.chosen)
+
+    def offsets_in_use(self) -> np.ndarray:
+        """Return the different offsets, the most frequent first, int ``[K, 2]``."""
+        offsets, counts = np.unique(self.chosen, axis=0, return_counts=True)
+        return offsets[np.argsort(-counts, kind="stable")]
 
     def shifts(self) -> np.ndarray:
         """Return the shift-map, int ``[H, W, 2]``."""
@@ -291,12 +343,12 @@ class _Labeling:
         pixels = pixels[(self.chosen[pixels] != offset).any(1)]
         if not len(pixels):
             return
-        number = np.full(len(self.places), -1)
+        number = np.full(len(self.chosen), -1)
         number[pixels] = np.arange(len(pixels))
         pairs = np.flatnonzero((number[self._first] >= 0) | (number[self._second] >= 0))
         first, second = number[self._first[pairs]], number[self._second[pairs]]
         none, only_first, only_second = self._compute_new_seams(pairs, offset)
-        cost = self.compute_costs(pixels, offset)
+        cost = self._costs.compute(pixels, offset)
         change = cost - self._cost[pixels]
 
         def add(numbers: np.ndarray, values: np.ndarray) -> None:
@@ -318,7 +370,7 @@ class _Labeling:
     def _take(self, offset: np.ndarray, moved: np.ndarray, cost: np.ndarray) -> None:
         self.chosen[moved], self._cost[moved] = offset, cost
         self._color[moved] = self._copy(moved, offset)
-        is_moved = np.zeros(len(self.places), bool)
+        is_moved = np.zeros(len(self.chosen), bool)
         is_moved[moved] = True
         by_second = np.flatnonzero(is_moved[self._second])
         self._first_by_second[by_second] = self._copy(self._first[by_second], offset)
@@ -326,7 +378,7 @@ class _Labeling:
         self._second_by_first[by_first] = self._copy(self._second[by_first], offset)
 
     def _copy(self, pixels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        return self._scale.image[self._scale.clip(self.places[pixels] + offsets)]
+        return self._scale.image[self._scale.clip(self._costs.places[pixels] + offsets)]
 
     def _compute_seams(self, pairs: np.ndarray) -> np.ndarray:
         first, second = self._first[pairs], self._second[pairs]
@@ -345,35 +397,17 @@ class _Labeling:
         only_second += _difference(self._second_by_first[pairs], new_second)
         return self._compute_seams(pairs), only_first, only_second
 
-    def compute_costs(self, pixels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """Compute what some pixels would cost with offsets, without seams, ``[N]``."""
-        scale, own = self._scale, self.places[pixels]
-        copied = own + offsets
-        cost = self._guide_weight[pixels] * _difference(
-            self._low[scale.clip(copied)], self._low[scale.clip(own)]
-        )
-        for side in SIDES:
-            rim = np.flatnonzero(scale.is_source(own + side))
-            beside = copied[rim] + side
-            difference = _difference(
-                scale.image[scale.clip(beside)],
-                scale.image[scale.clip(own[rim] + side)],
-            )
-            cost[rim] += 2 * np.where(
-                scale.is_source(beside), difference, _LARGEST_DIFFERENCE
-            )
-        return np.where(scale.is_source(copied), cost, _FORBIDDEN)
-
 
 def _difference(colors: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Compute the Euclidean distances of colors ``[..., C]``."""
-    return np.sqrt(np.square(colors - others).sum(-1))
+    differences = colors - others
+    return np.sqrt(np.einsum("...c,...c->...", differences, differences))
 
 
 def _minimize(
     change: np.ndarray, first: np.ndarray, second: np.ndarray, capacity: np.ndarray
 ) -> np.ndarray:
-    """Find the cheapest set of nodes by a minimum cut.
+    """Find the cheapest set of nodes.
 
     Args:
       change: Cost of each node of the set, of any sign, ``[N]``.
@@ -384,6 +418,31 @@ def _minimize(
     Returns:
       Whether each node is in the set, bool ``[N]``.
     """
+    chosen, is_open = np.zeros(len(change), bool), np.ones(len(change), bool)
+    # Most nodes need no cut: they cost more than their pairs can save, or save more
+    # than their pairs can cost. The cost of such a pair then depends on its other node.
+    for _ in range(_DECISIONS):
+        saved, lost = (np.bincount(x, capacity, len(change)) for x in (first, second))
+        stays = is_open & (change >= saved)
+        moves = is_open & (change <= -lost) & ~stays
+        chosen |= moves
+        is_open &= ~stays & ~moves
+        paid = np.where(stays[first], capacity, 0)
+        spared = np.where(moves[second], capacity, 0)
+        change = change + np.bincount(second, paid, len(change))
+        change -= np.bincount(first, spared, len(change))
+        keep = is_open[first] & is_open[second]
+        first, second, capacity = first[keep], second[keep], capacity[keep]
+    if is_open.any():
+        number = np.cumsum(is_open) - 1
+        chosen[is_open] = _cut(change[is_open], number[first], number[second], capacity)
+    return chosen
+
+
+def _cut(
+    change: np.ndarray, first: np.ndarray, second: np.ndarray, capacity: np.ndarray
+) -> np.ndarray:
+    """Find the cheapest set of nodes by a minimum cut; see `_minimize`."""
     count = len(change)
     outside, inside, nodes = count, count + 1, np.arange(count)
     costs = change > 0
