@@ -78,7 +78,9 @@ _MIN_SIDE = 48  # Pixels. Smaller images are not halved.
 _MIN_SOURCES = 64  # Patches to copy from. An image with fewer is not halved further.
 _MIN_MARGIN = 64  # Pixels around a hole to copy from; at least its extent.
 _SMOOTHING_STEPS = 10  # Of a guide. With 6 or 15, thin holes lose 0.05 to 0.1 dB.
-_SHARP_DEPTH = 12  # Depth of a hole, in pixels, from which on it is filled by pieces.
+# Depth of a hole, in pixels, from which on it is filled with pieces, and the largest
+# missing share of its window. Where more is missing, pieces fit badly.
+_SHARP_DEPTH, _SHARP_SHARE = 12, 0.25
 _CELL = 16  # Pixels. Holes closer than this are filled together.
 
 
@@ -107,7 +109,8 @@ def add_detail(
         outside the hole may be copied.
       sharp: Whether to fill wide holes with whole pieces of the image; see
         `shift_map`. They look more real, but are further from the truth on average.
-        The default is False.
+        Where more than a quarter of the surroundings is missing, pieces fit badly, and
+        the search fills the hole. The default is False.
       progress: Called with the fraction that is done. By default nothing is reported.
 
     Returns:
@@ -145,7 +148,8 @@ def add_detail(
             task(1)
             continue
         rng, filled = np.random.default_rng((seed, number)), None
-        if sharp and depth_in(part).max() >= _SHARP_DEPTH:
+        may_fit = hole[window].mean() <= _SHARP_SHARE
+        if sharp and may_fit and depth_in(part).max() >= _SHARP_DEPTH:
             # SciPy takes 0.2 s to import.
             from pconv_jax.inpaint.shift_map import fill_with_pieces
 

@@ -261,3 +261,13 @@ def test_memory_is_bounded_where_a_long_crack_leads_through_a_wide_hole():
     # With all patches of the image, it was 4.8 GB.
     assert peak < 400 * 2**20
     assert (filled != scale.image)[hole].all()
+
+
+@pytest.mark.parametrize("rows, has_pieces", [(24, True), (27, False)])
+def test_no_pieces_where_more_than_a_quarter_is_missing(rows, has_pieces):
+    image = tiles(96, 80).astype(np.uint8)
+    hole = np.zeros(image.shape[:2], bool)
+    hole[:rows] = True  # The window is the whole image.
+    guide = np.where(hole[..., None], np.uint8(128), image)
+    soft, sharp = (add_detail(image, hole, guide, sharp=s) for s in (False, True))
+    assert (soft != sharp).any() == has_pieces
