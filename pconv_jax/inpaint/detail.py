@@ -148,8 +148,11 @@ def add_detail(
             task(1)
             continue
         rng, filled = np.random.default_rng((seed, number)), None
-        may_fit = hole[window].mean() <= _SHARP_SHARE
-        if sharp and may_fit and depth_in(part).max() >= _SHARP_DEPTH:
+        if (
+            sharp
+            and hole[window].mean() <= _SHARP_SHARE
+            and depth_in(part).max() >= _SHARP_DEPTH
+        ):
             # SciPy takes 0.2 s to import.
             from pconv_jax.inpaint.shift_map import fill_with_pieces
 

@@ -213,12 +213,12 @@ def test_a_seed_gives_the_same_again_and_another_one_not():
 
 
 def test_progress_rises_to_one(monkeypatch):
-    monkeypatch.setattr(shift_map, "_COARSE", 500)
-    noise = np.random.default_rng(0).uniform(0, 255, (90, 90, 3))
+    monkeypatch.setattr(shift_map, "_COARSE", 2500)
+    noise = np.random.default_rng(0).uniform(0, 255, (200, 220, 3))
     fractions = []
-    fill(with_hole(noise), progress=fractions.append)
+    fill(with_hole(noise, size=90), progress=fractions.append)
     assert fractions == sorted(fractions) and fractions[-1] == 1
-    assert len(fractions) > 5 and 0 < fractions[0] < 0.1
+    assert len(fractions) > 10 and 0 < fractions[0] < 0.1
 
 
 def test_only_wide_holes_are_filled_with_pieces():
