@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pconv_jax._errors import RunError
+from pconv_jax._errors import RunError, UserError
 
 MAX_PIXELS = 100_000_000
 """Default limit of an image's number of pixels, for all that read image files."""
@@ -23,7 +23,7 @@ MAX_PIXELS = 100_000_000
 class FileContentError(ValueError):
     """A file is damaged, or has content that cannot be used.
 
-    The message lacks its subject, the file, and the period: ``it is truncated``.
+    The message is a clause about the file, without a period: ``it is truncated``.
     """
 
 
@@ -150,15 +150,30 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}.") from error
+        raise RunError(f"cannot write {path}: {describe_error(error)}.") from error
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what `atomic_path` has left in a folder, and below, when it was killed.
+def check_free(path: Path, *, force: bool) -> None:
+    """Check that no file is at a path, unless it may be replaced.
+
+    Raises:
+      UserError: If there is one.
+    """
+    if os.path.exists(path) and not force:
+        raise UserError(f"there is a file {path} already; --force replaces it.")
+
+
+def remove_partials(folder: Path, *, below: bool = False) -> None:
+    """Remove what `atomic_path` has left in a folder when it was killed.
 
     No other process may be writing there.
+
+    Args:
+      folder: The folder.
+      below: Whether to remove it in all folders below, too. The default is False.
     """
-    for path in folder.rglob(".*.partial"):
+    pattern = f".{'[0-9a-f]' * 32}.partial"
+    for path in folder.rglob(pattern) if below else folder.glob(pattern):
         with contextlib.suppress(OSError):
             path.unlink()
 

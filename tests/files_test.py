@@ -102,13 +102,16 @@ def test_pipes_are_not_opened(tmp_path):
 
 
 def test_what_a_kill_has_left_is_removed(tmp_path):
-    names = ("a.txt", "b/.0123.partial", ".4567.partial", "b/c.partial")
+    killed = [f".{n * 8}.partial" for n in ("0123", "cdef")]
+    names = ["a.txt", ".notes.partial", killed[0], f"b/{killed[1]}", "b/c.partial"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     _files.remove_partials(tmp_path)
-    left = {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {tmp_path / "a.txt", tmp_path / "b" / "c.partial"}
+    assert [n for n in names if not (tmp_path / n).exists()] == [killed[0]]
+    _files.remove_partials(tmp_path, below=True)
+    left = {str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*") if x.is_file()}
+    assert left == {"a.txt", ".notes.partial", "b/c.partial"}
 
 
 def test_pipes_and_links_that_go_round_are_not_replaced(tmp_path):

@@ -1,4 +1,4 @@
-"""Processes that repair the images of a folder, of which one may be killed.
+"""Repair of the images of a folder in a process that may crash or be killed.
 
 A decoder may crash at a damaged file, or the system may end a process that takes too
 much memory. Then a new process goes on after the image at which that happened.

@@ -3,11 +3,12 @@
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pconv_jax._errors import UserError
-from pconv_jax._files import as_path
+from pconv_jax._files import as_path, check_free
 from pconv_jax.cli import config_options
 from pconv_jax.cli._options import Subparsers, add_force
 from pconv_jax.weights.project_names import PROJECT_NAMES
@@ -52,11 +53,10 @@ def add(commands: Subparsers) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     source, out = arguments.source, arguments.out
-    if out.exists() and not arguments.force:
-        raise UserError(f"OUT: there is a file {out} already; --force replaces it.")
+    check_free(out, force=arguments.force)
     if out.suffix != ".safetensors":
         raise UserError(f"OUT must be a .safetensors file, got {out}.")
-    if not source.exists():
+    if not os.path.exists(source):
         raise UserError(f"SOURCE: there is no file or folder {source}.")
     if arguments.step is not None and not source.is_dir():
         raise UserError(f"--step requires a run, but SOURCE is the file {source}.")

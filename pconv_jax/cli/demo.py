@@ -119,7 +119,13 @@ def _read_auth(arguments: argparse.Namespace) -> tuple[str, str] | None:
         return None
     name, given, password = arguments.auth.partition(":")
     if not given:
-        password = getpass.getpass(f"Password for {name}: ")
+        try:
+            password = getpass.getpass(f"Password for {name}: ")
+        except EOFError as error:
+            raise UserError(
+                "--auth: there is no terminal to ask for the password; give "
+                "NAME:PASSWORD."
+            ) from error
     if not name or not password:
         raise UserError("--auth: neither the name nor the password may be empty.")
     return name, password

@@ -39,7 +39,7 @@ def add(commands: Subparsers) -> None:
     _add_examples(command)
     _add_metrics(command)
     command.add_argument(
-        "--out", metavar="DIR", type=expand, help="directory of the results"
+        "--out", metavar="DIR", type=expand, help="folder of the results"
     )
     add_cache(command)
     config_options.add_config_options(command, required=False)
@@ -48,13 +48,13 @@ def add(commands: Subparsers) -> None:
 
 def _add_network(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--workdir", metavar="DIR", type=expand, help="directory of a training run"
+        "--workdir", metavar="DIR", type=expand, help="folder of a training run"
     )
     command.add_argument(
         "--weights",
-        metavar="FILE",
+        metavar="NAME_OR_PATH",
         type=expand,
-        help="a weights file instead of a run",
+        help="a weights file, or the name of a bundled one, instead of a run",
     )
     command.add_argument(
         "--step",

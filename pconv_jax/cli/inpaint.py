@@ -1,6 +1,8 @@
 """``pconv inpaint``: repairs an image, or a folder of images."""
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from pconv_jax import _processes
 from pconv_jax._errors import RunError, UserError
-from pconv_jax._files import as_path
+from pconv_jax._files import MAX_PIXELS, as_path
 from pconv_jax.cli import _workers
 from pconv_jax.cli._cache import add_cache, use_cache
 from pconv_jax.cli._options import Subparsers, add_force, add_weights
 from pconv_jax.cli._workers import Outcome
 from pconv_jax.inpaint.formats import (
-    MAX_PIXELS,
     SUFFIXES,
     check_suffix,
     find_images,
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from pconv_jax.inpaint.progress import Progress
 
 _DESCRIPTION = """\
-Fills the hole of an image. Only the hole changes. PNG, TIFF, WebP and BMP files keep
-all other pixels exactly (16-bit channels only PNG and TIFF files, CMYK only TIFF
-files).
+Fills the hole of an image. Only the hole changes. PNG, TIFF, WebP, BMP and JPEG 2000
+files keep all other pixels exactly (16-bit channels only PNG and TIFF files, CMYK only
+TIFF files). JPEG and AVIF files do not, and GIF files hold only 256 colors.
 
 WHITE IS FILLED in a mask, as in other tools. Without --mask and --mask-color, the hole
 is where the image is transparent, or NaN in a .npy file.
@@ -86,9 +87,9 @@ def _add_files(command: argparse.ArgumentParser) -> None:
         metavar="OUT",
         type=as_path,
         required=True,
-        help="the file to write, of any of these kinds; or a folder, where files get "
-        "the names of the images. JPEG files do not keep pixels exactly, but an image "
-        "from a JPEG file is compressed in the same way and changes very little",
+        help="the file to write, whose suffix may be any of those of --image; or a "
+        "folder, in which each result gets the name of its image. An image from a JPEG "
+        "file is compressed in the same way and changes very little",
     )
     add_weights(command)
     add_force(command)
@@ -174,8 +175,8 @@ def _add_detail(command: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=0,
-        help="seed of the search; in wide holes, seeds give visibly different results "
-        "(default: %(default)s)",
+        help="seed of the search; in wide holes, different seeds give visibly "
+        "different results (default: %(default)s)",
     )
     detail.add_argument(
         "--variants",
@@ -237,14 +238,15 @@ def _repair_all(
     journal = _open_journal(arguments) if many and not arguments.force else None
     failed, filled = 0, False
     count = "{n:.1f}/{total_fmt} images " if many else ""
-    with tqdm(
+    progress_bar = tqdm(
         total=len(pairs),
         initial=first,
         bar_format=f"{{l_bar}}{{bar}}| {count}[{{elapsed}}<{{remaining}}]",
         leave=many,
         dynamic_ncols=True,
         disable=None,
-    ) as bar:
+    )
+    with progress_bar as bar, journal or contextlib.nullcontext():
         for number, (image, output) in enumerate(pairs[first:], first):
             yield number, Outcome(failed, filled, journal.done if journal else 0)
             report = _report_to(bar, number)
@@ -259,8 +261,8 @@ def _repair_all(
             for message in dict.fromkeys(messages):
                 tqdm.write(f"pconv: {image.name}: {message}", file=sys.stderr)
             report(1)
-    if journal:
-        journal.finish()
+        if journal:
+            journal.finish()
     yield len(pairs), Outcome(failed, filled, journal.done if journal else 0)
 
 
@@ -316,6 +318,8 @@ def _nothing_filled(arguments: argparse.Namespace) -> str:
         return f"nothing was filled: no mask has a {color} pixel."
     if arguments.mask_color is None:
         return "nothing was filled: no pixel is transparent or missing."
+    if arguments.invert_mask:
+        return f"nothing was filled: all pixels have the color {arguments.mask_color}."
     hint = "" if arguments.tolerance else "; try --tolerance 30 if it was a JPEG file"
     return f"nothing was filled: no pixel has the color {arguments.mask_color}{hint}."
 
@@ -325,7 +329,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--tolerance requires --mask-color.")
     if arguments.mask is None and arguments.mask_label is not None:
         raise UserError("--mask-label requires --mask.")
-    if arguments.mask_color is not None and arguments.resize_mask:
+    needs_mask = arguments.resize_mask and arguments.exclude is None
+    if arguments.mask_color is not None and needs_mask:
         raise UserError("--resize-mask requires --mask, and --mask-color is given.")
     if arguments.variants < 1:
         raise UserError(f"--variants must be at least 1, got {arguments.variants}.")
@@ -339,10 +344,10 @@ def _pair_files(
     image: Path, output: Path
 ) -> tuple[list[tuple[Path, Path]], list[Path]]:
     """Find the images, and for each the file to write; and what is skipped."""
-    if not image.exists():
+    if not os.path.exists(image):
         raise UserError(f"--image: there is no file or folder {image}.")
     if not image.is_dir():
-        output = output / image.name if output.is_dir() else output
+        output = output / image.name if os.path.isdir(output) else output
         if not output.suffix:
             raise UserError(
                 f"--output must be a file, such as {output}.png, or a folder that "
@@ -350,7 +355,7 @@ def _pair_files(
             )
         check_suffix(output)
         return [(image, output)], []
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(
             f"--output must be a folder where --image is one, but {output} is a file."
         )

@@ -4,7 +4,7 @@ import argparse
 import re
 
 from pconv_jax._errors import UserError
-from pconv_jax._files import as_path
+from pconv_jax._files import as_path, check_free
 from pconv_jax.cli._options import Subparsers, add_force
 from pconv_jax.runs.settings import FIELDS
 
@@ -70,7 +70,10 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
         "0.6)",
     )
     command.add_argument(
-        "--kind", choices=KINDS, default="mixed", help="default: %(default)s"
+        "--kind",
+        choices=KINDS,
+        default="mixed",
+        help="what to draw (default: %(default)s)",
     )
     command.add_argument(
         "--border",
@@ -105,9 +108,8 @@ def _check(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     paths = [arguments.output / f"mask_{i:05d}.png" for i in range(arguments.count)]
-    existing = [path for path in paths if path.exists()]
-    if existing and not arguments.force:
-        raise UserError(f"there is a file {existing[0]} already; --force replaces it.")
+    for path in paths:
+        check_free(path, force=arguments.force)
 
     import jax
     import numpy as np

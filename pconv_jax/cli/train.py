@@ -42,7 +42,7 @@ def add(commands: Subparsers) -> None:
         "--workdir",
         metavar="DIR",
         type=expand,
-        help="directory of the run (default: runs/ and the config's name)",
+        help="folder of the run (default: runs/ and the config's name)",
     )
     command.add_argument(
         "--allow-other-images",

@@ -40,7 +40,8 @@ class Decoder:
           max_pixels: Larger images are refused.
         """
         with self._lock:
-            if self._process is None:
+            # The system may have ended an idle process.
+            if self._process is None or self._process.poll() is not None:
                 self._process = self._start()
             process = self._process
             assert process.stdin and process.stdout
@@ -78,7 +79,8 @@ def main() -> None:
     from pconv_jax._errors import UserError
     from pconv_jax.inpaint import image_io
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The other process ends, and this.
+    # The parent process ends, and then this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     for line in sys.stdin:
         path, max_pixels = json.loads(line)

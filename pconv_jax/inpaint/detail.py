@@ -49,8 +49,9 @@ from pconv_jax.inpaint.tiling import Box
 _ROUNDS = 8  # Searches and votes at each scale.
 # With more patches than these, half as many: coarser scales have found most matches.
 _MANY_TARGETS = 60_000
-# Depth, in pixels of the image, from which on the guide's weight falls by e each such
-# depth, in narrow and in wide holes; but at most _RIM pixels of the scale at hand.
+# Depth, in pixels of the image, from which on the guide's weight falls by a factor of e
+# over each further such depth, in narrow and in wide holes; but at most _RIM pixels of
+# the scale at hand.
 _TRUSTED = (16.0, 4.0)
 _RIM = 6.0
 # The guide's weight in the middle of wide holes. With none, grass may fill a sky. With
@@ -64,8 +65,8 @@ _RIM_DECAY = 1.3  # A vote loses this factor for each pixel of depth: rims are s
 _GUIDE_SIGMA = (0.8, 1.5)
 _DEPTH_PER_SIGMA = 16  # Depth of a hole, in pixels, for a sigma of 1.
 # The parts by which coarse detail moves toward the guide at the end: the larger one up
-# to this depth, in pixels. From there on, the part falls by e each so many pixels, to
-# the smaller one: with more of the guide, wide holes look soft.
+# to this depth, in pixels. From there on, the part falls by a factor of e over each
+# further such depth, to the smaller one: with more of the guide, wide holes look soft.
 _BLEND = (0.2, 0.8)
 _BLEND_DEPTH = 16.0
 # Shares of the window that may be copied: much, and little. With little, patches fit
@@ -79,7 +80,7 @@ _MIN_SOURCES = 64  # Patches to copy from. An image with fewer is not halved fur
 _MIN_MARGIN = 64  # Pixels around a hole to copy from; at least its extent.
 _SMOOTHING_STEPS = 10  # Of a guide. With 6 or 15, thin holes lose 0.05 to 0.1 dB.
 # Depth of a hole, in pixels, from which on it is filled with pieces, and the largest
-# missing share of its window. Where more is missing, pieces fit badly.
+# share of its window that is missing or excluded. With more, pieces fit badly.
 _SHARP_DEPTH, _SHARP_SHARE = 12, 0.25
 _CELL = 16  # Pixels. Holes closer than this are filled together.
 
@@ -104,13 +105,14 @@ def add_detail(
         matter.
       hole: Bool ``[H, W]``, True where to fill.
       guide: Like ``image``, with the hole filled, such as by a network.
-      seed: Seed of the search. In wide holes, seeds give visibly different results.
+      seed: Seed of the search. In wide holes, different seeds give visibly different
+        results.
       exclude: Bool ``[H, W]``, True where not to copy from. By default all pixels
         outside the hole may be copied.
       sharp: Whether to fill wide holes with whole pieces of the image; see
         `shift_map`. They look more real, but are further from the truth on average.
-        Where more than a quarter of the surroundings is missing, pieces fit badly, and
-        the search fills the hole. The default is False.
+        Where more than a quarter of the surroundings is missing or excluded, pieces fit
+        badly, and the search fills the hole. The default is False.
       progress: Called with the fraction that is done. By default nothing is reported.
 
     Returns:
@@ -120,7 +122,7 @@ def add_detail(
     Raises:
       UserError: If shapes differ.
     """
-    image, hole, guide = np.asarray(image), np.asarray(hole), np.asarray(guide)
+    image, hole, guide = np.asarray(image), np.asarray(hole, bool), np.asarray(guide)
     if image.ndim != 3 or hole.shape != image.shape[:2] or guide.shape != image.shape:
         raise UserError(
             "image and guide must be [H, W, C] and hole [H, W] of one size, got "
@@ -133,7 +135,7 @@ def add_detail(
                 f"exclude must be [H, W] = {list(hole.shape)}, got "
                 f"{list(np.shape(exclude))}."
             )
-        excluded = hole | exclude
+        excluded = hole | np.asarray(exclude, bool)
     result = image.copy()
     done, total = 0, np.count_nonzero(hole)
     for number, (window, part) in enumerate(regions(hole)):
@@ -150,7 +152,7 @@ def add_detail(
         rng, filled = np.random.default_rng((seed, number)), None
         if (
             sharp
-            and hole[window].mean() <= _SHARP_SHARE
+            and excluded[window].mean() <= _SHARP_SHARE
             and depth_in(part).max() >= _SHARP_DEPTH
         ):
             # SciPy takes 0.2 s to import.
@@ -165,7 +167,7 @@ def add_detail(
     return result
 
 
-def refine_guide(image: np.ndarray, hole: np.ndarray, guide: np.ndarray) -> np.ndarray:
+def refine_guide(guide: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """Smooth a network's output in a hole, above all at the rim.
 
     In holes of a few pixels, biharmonic inpainting (Damelin and Hoang 2018) is more
@@ -175,22 +177,22 @@ def refine_guide(image: np.ndarray, hole: np.ndarray, guide: np.ndarray) -> np.n
     smooth the rim.
 
     Args:
-      image: ``[H, W, C]`` in [0, 255], uint8 or float.
-      hole: Bool ``[H, W]``, True where to fill.
-      guide: Like ``image``, with the hole filled by a network.
+      guide: ``[H, W, C]`` in [0, 255], uint8 or float: the image, with the hole filled
+        by a network.
+      hole: Bool ``[H, W]``, True where a network filled it.
 
     Returns:
       The new guide, of the dtype of ``guide``.
     """
-    result = guide.copy()
+    hole, result = np.asarray(hole, bool), guide.copy()
     for window, part in regions(hole):
         box = _bounding_box(part, margin=2)  # As far as the biharmonic stencil reaches.
         rows, columns = (
             slice(w.start + b.start, w.start + b.stop) for w, b in zip(window, box)
         )
         place, part = (rows, columns), part[box]
-        filled = np.where(hole[place][..., None], guide[place], image[place])
-        smooth = np.clip(_towards_biharmonic(filled.astype(np.float32), part), 0, 255)
+        filled = guide[place].astype(np.float32)
+        smooth = np.clip(_toward_biharmonic(filled, part), 0, 255)
         if result.dtype == np.uint8:
             smooth = np.rint(smooth)
         result[place][part] = smooth[part].astype(result.dtype)
@@ -206,7 +208,7 @@ def _bounding_box(hole: np.ndarray, *, margin: int) -> Box:
     )
 
 
-def _towards_biharmonic(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+def _toward_biharmonic(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """Take a few steps of conjugate gradients that minimize the squared Laplacian."""
 
     def apply(x: np.ndarray) -> np.ndarray:
@@ -282,10 +284,10 @@ def _fill_window(
     sigma = float(np.clip(widest / _DEPTH_PER_SIGMA, *_GUIDE_SIGMA))
     length = find_length(scale.hole.shape)  # One program serves all scales.
     estimate = matches = None
-    for level, scale in reversed(list(enumerate(scales))):
-        weight = _guide_weight(scale.hole, 2**level)
+    for level, own in reversed(list(enumerate(scales))):
+        weight = _guide_weight(own.hole, 2**level)
         estimate, matches = _refine_scale(
-            scale,
+            own,
             estimate,
             matches,
             weight,
@@ -303,7 +305,7 @@ def _fill_window(
 
 
 def _blend(estimate: np.ndarray, scale: Scale, sigma: float) -> np.ndarray:
-    """Move the estimate towards the guide.
+    """Move the estimate toward the guide.
 
     Near the rim the guide is more accurate than the estimate. Further in, the mean of
     both is more accurate than either.

@@ -161,10 +161,10 @@ def _to_pillow(array: np.ndarray, suffix: str) -> Image.Image:
     array = array[..., 0] if array.shape[2:] == (1,) else array
     shallow = array.ndim == 3 or suffix not in (".png", *_TIFF_SUFFIXES)
     if array.dtype == np.uint16 and shallow:
-        warnings.warn(
-            f"16 bits per channel are rounded to 8, the most that {suffix} files hold.",
-            stacklevel=4,
-        )
+        reason = f"the most that {suffix} files hold"
+        if suffix in (".png", *_TIFF_SUFFIXES):
+            reason = "since 16-bit gray with alpha cannot be written"
+        warnings.warn(f"16 bits per channel are rounded to 8, {reason}.", stacklevel=4)
         array = to_uint8(array)
     if array.dtype == bool:
         array = to_uint8(array)
@@ -187,6 +187,8 @@ def _convert(
         raise UserError("float32 images are written only as .tif or .npy files.")
     if image.mode in ("YCbCr", "HSV", "RGBX"):
         image = image.convert("RGB")
+    if image.mode == "PA":  # No file holds it.
+        image = image.convert("RGBA")
     if image.mode == "CMYK" and suffix in _NO_CMYK:
         info.pop("icc_profile", None)  # It describes CMYK.
         image = image.convert("RGB")
@@ -195,14 +197,26 @@ def _convert(
         image = image.convert("RGBA" if alpha else "L" if image.mode == "1" else "RGB")
     flat = (*_JPEG_SUFFIXES, ".bmp")
     if suffix in flat and image.mode not in _JPEG_MODES:
-        alpha = alpha_of(to_array(image))
-        if alpha is not None and alpha.min(initial=255) < 255:
-            raise UserError(
-                f"{suffix} files cannot hold the image's transparency: name a .png, "
-                ".tif or .webp file."
+        image = _flatten(image, suffix)
+    if suffix == ".gif" and image.mode not in ("1", "L", "P"):
+        image = _flatten(image, suffix)
+        if image.mode == "RGB":
+            warnings.warn(
+                "its colors are reduced to 256, the most that .gif files hold.",
+                stacklevel=4,
             )
-        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
     return image, info
+
+
+def _flatten(image: Image.Image, suffix: str) -> Image.Image:
+    """Convert an image to gray or RGB, without the alpha that a file cannot hold."""
+    alpha = alpha_of(to_array(image))
+    if alpha is not None and alpha.min(initial=255) < 255:
+        raise UserError(
+            f"{suffix} files cannot hold the image's transparency: name a .png, .tif "
+            "or .webp file."
+        )
+    return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
 def _encode_png(image: Image.Image | np.ndarray, info: dict[str, Any]) -> bytes:

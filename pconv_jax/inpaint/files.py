@@ -1,16 +1,20 @@
 """Repair of image files, with the options of the command ``pconv inpaint``."""
 
+import functools
 import hashlib
 import os
 import unicodedata
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+import filelock
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
+from pconv_jax._files import MAX_PIXELS
 from pconv_jax.inpaint import image_io
-from pconv_jax.inpaint.formats import MAX_PIXELS, find_images
+from pconv_jax.inpaint.formats import find_images
 from pconv_jax.inpaint.hole import hole_from_color, hole_from_label
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.inpaint.progress import Progress, ignore
@@ -76,9 +80,10 @@ def repair_file(
       UserError: If the image cannot be read or repaired, or the file exists.
       RunError: If the file cannot be written.
     """
-    _check_free(output, force)
+    _files.check_free(output, force=force)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")  # Other libraries warn programmers.
+        warnings.filterwarnings("always", category=UserWarning)
         opened, info = image_io.read(image, max_pixels=max_pixels)
         if mask_color is not None:
             hole = hole_from_color(opened, mask_color, tolerance=tolerance)
@@ -100,7 +105,8 @@ def repair_file(
             return_depth=True,
         )
         del opened, hole  # Writing a large image takes memory, too.
-        _check_free(output, force)  # Meanwhile, another process may have written it.
+        # Meanwhile, another process may have written it.
+        _files.check_free(output, force=force)
         image_io.write(output, image_io.ImageFile(repaired, info))
     messages = list(dict.fromkeys(str(warning.message) for warning in caught))
     return Repaired(bool(depth.any()), messages)
@@ -110,7 +116,9 @@ class Journal:
     """The files that a run over a folder has written, for when it is killed.
 
     It is a hidden file in the folder of the results, which is there while a run lasts.
-    If it is there when a run starts, the same run was killed, and continues.
+    If it is there when a run starts, the same run was killed, and continues. A lock
+    beside it tells whether the other run was killed, or is still writing. It is held
+    until the ``with`` statement ends.
 
     Attributes:
       done: Number of files that were found to be done.
@@ -124,18 +132,33 @@ class Journal:
           run: Text that identifies the run.
 
         Raises:
+          UserError: If another process has it open.
           RunError: If it cannot be read or written.
         """
         digest = hashlib.blake2b(run.encode("utf-8", "replace"), digest_size=8)
         self._path = folder / f".pconv-{digest.hexdigest()}.unfinished"
+        self._lock = filelock.FileLock(self._path.with_suffix(".lock"))
         self.done = 0
         with _files.write_errors(self._path):
             folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except filelock.Timeout as error:
+                raise UserError(
+                    f"another process is writing the same results to {folder}: wait "
+                    "until it has ended."
+                ) from error
             if self._path.exists():
                 _files.remove_partials(folder)
             self._path.touch()
             _files.sync_folder(folder)
             self._started = set(self._path.read_bytes().split())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def is_done(self, output: Path) -> bool:
         """Return whether the run that was killed has written a file."""
@@ -157,11 +180,7 @@ class Journal:
     def finish(self) -> None:
         """Delete the journal: the run has come to its end."""
         self._path.unlink(missing_ok=True)
-
-
-def _check_free(output: Path, force: bool) -> None:
-    if output.exists() and not force:
-        raise UserError(f"there is a file {output} already; --force replaces it.")
+        Path(self._lock.lock_file).unlink(missing_ok=True)
 
 
 def _line(path: Path) -> bytes:
@@ -169,16 +188,25 @@ def _line(path: Path) -> bytes:
 
 
 def _find_mask(image: Path, mask: Path | None) -> Path | None:
-    if mask is None or not mask.is_dir():
+    if mask is None or not os.path.isdir(mask):
         return mask
-    images, _ = find_images(mask)
-    found = [path for path in images if _stem(path) == _stem(image)]
+    found = _images_by_stem(mask, mask.stat().st_mtime_ns).get(_stem(image), [])
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(
             f"there must be one mask {image.stem}.* in {mask}; found: {names}."
         )
     return found[0]
+
+
+@functools.lru_cache(maxsize=2)  # Of masks, and of masks of what to exclude.
+def _images_by_stem(folder: Path, modified: int) -> dict[str, list[Path]]:
+    """Find the images of a folder by their stems; ``modified`` is its time."""
+    del modified  # A folder that has changed is read again.
+    images: dict[str, list[Path]] = {}
+    for path in find_images(folder)[0]:
+        images.setdefault(_stem(path), []).append(path)
+    return images
 
 
 def _stem(path: Path) -> str:

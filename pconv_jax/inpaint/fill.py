@@ -24,7 +24,7 @@ class HoleFiller:
 
     Squares around the holes are cut from the image and repaired one after the other.
     They have a few fixed sizes, so that the network is compiled only a few times. Where
-    only a late encoder stage closes a hole, or none, its center is filled at half the
+    only a late encoder stage or none closes a hole, its center is filled at half the
     resolution, recursively.
 
     Attributes:

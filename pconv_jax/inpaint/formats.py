@@ -7,8 +7,8 @@ import mimetypes
 import os
 from pathlib import Path
 
+from pconv_jax import _files
 from pconv_jax._errors import UserError
-from pconv_jax._files import MAX_PIXELS as MAX_PIXELS
 
 SUFFIXES: tuple[str, ...] = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif"),
@@ -42,11 +42,17 @@ def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         files = sorted(folder.iterdir())
     except OSError as error:
-        reason = error.strerror or error
+        reason = _files.describe_error(error)
         raise UserError(f"cannot read the folder {folder}: {reason}.") from error
-    files = [path for path in files if not path.name.startswith(".")]
-    images = [f for f in files if f.suffix.lower() in SUFFIXES and not f.is_dir()]
-    return images, [f for f in files if f not in images and _may_be_image(f)]
+    images, others = [], []
+    for path in files:
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in SUFFIXES and not path.is_dir():
+            images.append(path)
+        elif _may_be_image(path):
+            others.append(path)
+    return images, others
 
 
 def variant_path(path: Path, number: int) -> Path:

@@ -13,7 +13,7 @@ from PIL import Image, ImageColor
 
 from pconv_jax._errors import UserError
 from pconv_jax.inpaint.modes import alpha_of, as_array
-from pconv_jax.inpaint.values import to_fraction
+from pconv_jax.inpaint.values import to_fraction, white
 
 # Rows that are converted to floats at once.
 _STRIP = 64
@@ -26,8 +26,8 @@ _SAME = 0.25
 _BRIGHT, _FAINT = 0.9, 8 / 255
 
 _LABELS = (
-    "mask has {}, and looks like one of labels: say which label is the hole with "
-    "--mask-label (in Python, give mask == label)."
+    "mask has {} and looks like a mask of labels: choose the label to fill with "
+    "--mask-label (in Python, pass mask == label)."
 )
 
 
@@ -59,20 +59,20 @@ def hole_from_mask(
             "mask must have the shape [H, W] or [H, W, C] with C = 1, 2, 3 or 4, got "
             f"{list(array.shape)}."
         )
-    array = array.reshape(*array.shape[:2], -1)
+    array = _drop_opaque_alpha(array.reshape(*array.shape[:2], -1))
     scale = _find_white(array)
     _refuse_labels(array, scale)
     brush = _find_brush(array, scale)
     hole, between = np.empty(array.shape[:2], bool), 0
     for top, strip in zip(range(0, len(array), _STRIP), _strips(array)):
         gray, alpha = _to_gray(strip, scale)
-        white = (alpha if brush.is_layer else gray * alpha) / brush.white
-        hole[top : top + len(strip)] = white > 0.5
-        between += np.count_nonzero((white > 0) & (white < 1))
+        share = (alpha if brush.is_layer else gray * alpha) / brush.white
+        hole[top : top + len(strip)] = share > 0.5
+        between += np.count_nonzero((share > 0) & (share < 1))
     if between:
         warnings.warn(
             f"{between / hole.size:.1%} of the mask's pixels are neither black nor "
-            "white; they are rounded to the nearer of both. If a rim is left at the "
+            "white; each is rounded to the nearer of the two. If a rim is left at the "
             "hole's edge, enlarge the hole: --dilate 2, or in Python dilate=2.",
             stacklevel=2,
         )
@@ -88,6 +88,8 @@ def hole_from_label(mask: Image.Image | np.ndarray, label: int) -> np.ndarray:
       UserError: If the mask has several channels that differ, or no such label.
     """
     array = np.asarray(mask)
+    if array.ndim == 3:
+        array = _drop_opaque_alpha(array)
     if array.ndim == 3 and _is_gray(array):
         array = array[..., 0]
     if array.ndim != 2:
@@ -99,6 +101,15 @@ def hole_from_label(mask: Image.Image | np.ndarray, label: int) -> np.ndarray:
         known = ", ".join(str(value) for value in np.unique(array)[:20])
         raise UserError(f"mask has no label {label}; it has {known}.")
     return hole
+
+
+def _drop_opaque_alpha(mask: np.ndarray) -> np.ndarray:
+    """Leave out the alpha of a mask ``[H, W, C]`` that is opaque everywhere.
+
+    Its value of white says nothing about the colors, which may be labels, or 0 and 1.
+    """
+    alpha = alpha_of(mask)
+    return mask if alpha is None or (alpha < white(mask)).any() else mask[..., :-1]
 
 
 def _find_white(mask: np.ndarray) -> int:
@@ -121,17 +132,21 @@ def _find_white(mask: np.ndarray) -> int:
     return top
 
 
-def _refuse_labels(mask: np.ndarray, white: int) -> None:
+def _refuse_labels(mask: np.ndarray, top: int) -> None:
     """Check that a mask ``[H, W, C]`` does not have labels instead of gray values.
+
+    Args:
+      mask: The mask.
+      top: Its value of white.
 
     Raises:
       UserError: If it has.
     """
-    if white == 1 or mask.shape[2] not in (1, 3) or not _is_gray(mask):
+    if top == 1 or mask.shape[2] not in (1, 3) or not _is_gray(mask):
         return
-    counts = np.zeros(white + 1, int)
+    counts = np.zeros(top + 1, int)
     for strip in _strips(mask):
-        counts += np.bincount(strip[..., 0].ravel(), minlength=white + 1)
+        counts += np.bincount(strip[..., 0].ravel(), minlength=top + 1)
     if _are_labels(counts):
         named = ", ".join(str(value) for value in np.flatnonzero(counts)[:20])
         raise UserError(_LABELS.format(f"the values {named}"))
@@ -193,17 +208,17 @@ class _Brush(NamedTuple):
 
 
 def _find_brush(mask: np.ndarray, scale: float) -> _Brush:
-    clear, dark, bright, white, opacity = False, 1.0, 0.0, 0.0, 0.0
+    clear, dark, bright, most, opacity = False, 1.0, 0.0, 0.0, 0.0
     for strip in _strips(mask):
         gray, alpha = _to_gray(strip, scale)
         clear = clear or bool((alpha <= 0.5).any())
         opaque = gray[alpha > 0.9]
         dark = min(dark, opaque.min(initial=1))
         bright = max(bright, opaque.max(initial=0))
-        white = max(white, (gray * alpha).max(initial=0))
+        most = max(most, (gray * alpha).max(initial=0))
         opacity = max(opacity, alpha.max(initial=0))
     is_layer = clear and bright - dark <= _SAME
-    level = float(opacity if is_layer else white)
+    level = float(opacity if is_layer else most)
     return _Brush(is_layer, level if _FAINT < level < _BRIGHT else 1.0)
 
 

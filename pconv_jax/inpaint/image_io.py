@@ -22,13 +22,13 @@ from PIL.ExifTags import Base
 
 from pconv_jax import _files
 from pconv_jax._errors import UserError
-from pconv_jax._files import FileContentError
+from pconv_jax._files import MAX_PIXELS, FileContentError
 from pconv_jax.data import tags as tags_lib
 from pconv_jax.data.decode import codec_errors, is_whole_png, open_without_limit
 from pconv_jax.data.tags import Tags
 from pconv_jax.inpaint import parts
 from pconv_jax.inpaint.encoding import encode
-from pconv_jax.inpaint.formats import MAX_PIXELS, check_suffix
+from pconv_jax.inpaint.formats import check_suffix
 from pconv_jax.inpaint.modes import swap_red_and_blue
 
 # Pillow's other formats are not tried: some of them start programs.
@@ -105,7 +105,7 @@ def read(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image
     try:
         if path.suffix.lower() == ".npy":
             return ImageFile(_read_npy(path, max_pixels), {})
-        return _read_image(_files.read_regular(path), max_pixels)
+        return _read_image(_files.read_regular(path), path.name, max_pixels)
     except FileNotFoundError as error:
         raise UserError(f"cannot read {path}: there is no such file.") from error
     except (FileContentError, MemoryError, OSError) as error:
@@ -117,11 +117,11 @@ def write(path: str | os.PathLike[str], file: ImageFile) -> None:
     """Write an image file of the kind that its suffix names, complete or not at all.
 
     PNG, TIFF, WebP, BMP and JPEG 2000 files keep all pixels exactly; 16-bit channels
-    only in PNG and TIFF, CMYK only in TIFF. AVIF changes them by up to 3 of 255. A JPEG
-    file is compressed by the tables of the file that the image came from, which changes
-    the untouched pixels least; without such tables, with quality 95 and without
-    subsampling. What a kind of file cannot hold of the metadata is left out, with a
-    warning that names it.
+    only in PNG and TIFF, CMYK only in TIFF. AVIF changes them by up to 3 of 255, and
+    GIF files hold only 256 colors. A JPEG file is compressed by the tables of the file
+    that the image came from, which changes the untouched pixels least; without such
+    tables, with quality 95 and without subsampling. What a kind of file cannot hold of
+    the metadata is left out, with a warning that names it.
 
     Args:
       path: Path of the file; see `formats.SUFFIXES`.
@@ -151,7 +151,11 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 def _read_npy(path: Path, max_pixels: int) -> np.ndarray:
     _files.check_regular(path)
     with codec_errors():
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise FileContentError("it is a .npz file, which may hold several arrays")
+    shape = array.shape
     if len(shape) not in (2, 3):
         raise FileContentError(
             f"its shape must be [H, W] or [H, W, C], not {list(shape)}"
@@ -161,11 +165,12 @@ def _read_npy(path: Path, max_pixels: int) -> np.ndarray:
         return np.load(path, allow_pickle=False)
 
 
-def _read_image(data: bytes, max_pixels: int) -> ImageFile:
+def _read_image(data: bytes, name: str, max_pixels: int) -> ImageFile:
+    """Read an image from the content of its file; warnings name the file."""
     if not data:
         raise FileContentError("it is empty")
     if tags_lib.is_tiff(data):
-        return _read_tiff(data, max_pixels)
+        return _read_tiff(data, name, max_pixels)
     if data[4:8] == b"ftyp" and re.search(b"hei[cxms]|hev[cxms]", data[8:40]):
         raise FileContentError(_HEIC)
     if data[4:12] == b"ftypcrx ":
@@ -176,13 +181,12 @@ def _read_image(data: bytes, max_pixels: int) -> ImageFile:
     if parts.gif_comments(data) > _MAX_COMMENTS:
         raise FileContentError(f"its comments are longer than {_MAX_COMMENTS} bytes")
     with io.BytesIO(bare) as stream:  # Pillow would keep it with the image.
-        return _read_opened(
-            open_without_limit(stream, _FORMATS), data, exif, max_pixels
-        )
+        image = open_without_limit(stream, _FORMATS)
+        return _read_opened(image, data, exif, name, max_pixels)
 
 
 def _read_opened(
-    image: Image.Image, data: bytes, exif: bytes | None, max_pixels: int
+    image: Image.Image, data: bytes, exif: bytes | None, name: str, max_pixels: int
 ) -> ImageFile:
     """Read an opened image, given its file, and its EXIF data if Pillow lacks them."""
     _check_size(*image.size, max_pixels)
@@ -190,9 +194,9 @@ def _read_opened(
     with codec_errors():
         image.load()
     if frames:
-        warnings.warn(f"it has {frames} frames; only the first is taken.", stacklevel=4)
+        _warn_of_frames(name, frames)
     tags = tags_lib.read(_exif_of(image) if exif is None else exif)
-    info = _read_info(image, tags)
+    info = _read_info(image, tags, name)
     info |= _read_parts(image, data)
     orientation = _orientation(tags, image.info.get("xmp"))
     if isinstance(image, JpegImagePlugin.JpegImageFile):
@@ -213,12 +217,16 @@ def _read_opened(
         return ImageFile(_turn(array, orientation), info)
     if _is_deep(data):
         warnings.warn(
-            "its channels have more than 8 bits, and 8 are kept.", stacklevel=4
+            f"the channels of {name} have more than 8 bits; 8 are kept.", stacklevel=4
         )
     return ImageFile(_finish(image, orientation, info), info)
 
 
-def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
+def _warn_of_frames(name: str, frames: int | str) -> None:
+    warnings.warn(f"{name} has {frames} frames; only the first is taken.", stacklevel=5)
+
+
+def _read_tiff(data: bytes, name: str, max_pixels: int) -> ImageFile:
     tags = tags_lib.read(data)
     if data[8:10] == b"CR" or _is_raw(tags):
         raise FileContentError(_RAW)
@@ -227,14 +235,14 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
     samples, kind = _check_samples(tags)
     pages = tags_lib.count_pages(data)
     if pages > 1:
-        warnings.warn(f"it has {pages} frames; only the first is taken.", stacklevel=4)
+        _warn_of_frames(name, pages)
     # Decoders get no tags that they might not be able to handle.
     data = tags_lib.keep_layout(data)
     if kind in ("float16", "float64") or (
         samples > 1 and kind in ("uint16", "float32")
     ):
         array = _decode_tiff(data, tags, kind)
-        info = _read_info(None, tags)
+        info = _read_info(None, tags, name)
         return ImageFile(_turn(array, tags.orientation()), info)
     with io.BytesIO(data) as stream:
         try:
@@ -248,7 +256,7 @@ def _read_tiff(data: bytes, max_pixels: int) -> ImageFile:
         _check_size(*image.size, max_pixels)
         with codec_errors():
             image.load()
-    info = _read_info(image, tags)
+    info = _read_info(image, tags, name)
     compression = image.info.get("compression")
     if compression != "raw":
         known = compression in _LOSSLESS or (
@@ -376,7 +384,8 @@ def _is_deep(data: bytes) -> bool:
     """Return whether Pillow drops bits of an AVIF or JPEG 2000 file's channels."""
     if data[4:12] in (b"ftypavif", b"ftypavis"):
         at = data.find(b"av1C") + 4
-        return at > 3 and data[at + 2 : at + 3] >= b"\x40" and bool(data[at + 2] & 0x40)
+        flags = data[at + 2 : at + 3] or b"\0"
+        return at > 3 and bool(flags[0] & 0x40)
     if data[4:8] == b"jP  ":
         at = data.find(b"ihdr") + 4  # Height, width, number of components, depth.
         depth = data[at + 10 : at + 11]
@@ -401,7 +410,7 @@ def _orientation(tags: Tags, xmp: Any) -> int:
     return tags.orientation()
 
 
-def _read_info(image: Image.Image | None, tags: Tags) -> dict[str, Any]:
+def _read_info(image: Image.Image | None, tags: Tags, name: str) -> dict[str, Any]:
     """Collect the metadata of an image, and name what must be left out."""
     source = image.info if image is not None else {}
     kept, lost = tags_lib.split_metadata(tags)
@@ -409,8 +418,8 @@ def _read_info(image: Image.Image | None, tags: Tags) -> dict[str, Any]:
     resources = kept.get(tags_lib.PHOTOSHOP)
     photoshop = resources.data if resources else b""
     kept = tags_lib.without(kept, {tags_lib.PHOTOSHOP})
-    for name, segment in getattr(image, "applist", ()):
-        if name == "APP13" and segment.startswith(b"Photoshop 3.0\0"):
+    for marker, segment in getattr(image, "applist", ()):
+        if marker == "APP13" and segment.startswith(b"Photoshop 3.0\0"):
             photoshop += segment[14:]
         elif segment.startswith(b"http://ns.adobe.com/xmp/extension/"):
             lost_names.append("extended XMP")
@@ -433,11 +442,11 @@ def _read_info(image: Image.Image | None, tags: Tags) -> dict[str, Any]:
     }
     if lost_names:
         warnings.warn(
-            "left out of its metadata, because they are damaged or show the old image: "
-            f"{', '.join(dict.fromkeys(lost_names))}.",
+            f"left out of the metadata of {name}, because they are damaged or show the "
+            f"old image: {', '.join(dict.fromkeys(lost_names))}.",
             stacklevel=5,
         )
-    return {name: value for name, value in info.items() if value}
+    return {key: value for key, value in info.items() if value}
 
 
 def _read_parts(image: Image.Image, data: bytes) -> dict[str, Any]:
@@ -465,7 +474,9 @@ def _clean_xmp(xmp: Any) -> bytes | None:
     """Leave out the orientation, and thumbnails, which would show the old image."""
     if not isinstance(xmp, bytes):
         return None
-    xmp = re.sub(rb'tiff:Orientation(="\d"|>\d</tiff:Orientation>)', b"", xmp)
+    xmp = re.sub(
+        rb'tiff:Orientation="\d"|<tiff:Orientation>\d</tiff:Orientation>', b"", xmp
+    )
     # Behind the last end there is none to look for, from every beginning anew.
     head, end, tail = xmp.rpartition(b"</xmp:Thumbnails>")
     thumbnails = rb"<xmp:Thumbnails>.*?</xmp:Thumbnails>"

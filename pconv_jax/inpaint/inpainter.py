@@ -28,11 +28,11 @@ import numpy as np
 from PIL import Image
 
 from pconv_jax._errors import UserError
+from pconv_jax._files import MAX_PIXELS
 from pconv_jax.inpaint import modes, values
 from pconv_jax.inpaint.blocks import fill_in_blocks
 from pconv_jax.inpaint.detail import add_detail, refine_guide, regions
 from pconv_jax.inpaint.fill import HoleFiller
-from pconv_jax.inpaint.formats import MAX_PIXELS
 from pconv_jax.inpaint.inputs import (
     ImageLike,
     ImageSequence,
@@ -129,8 +129,12 @@ class Inpainter:
                 "model must give as many channels as it takes, but it takes "
                 f"{channels} and gives {features}."
             )
-        if value_range is not None and not value_range[0] < value_range[1]:
-            raise UserError(f"value_range must be (low, high), got {value_range}.")
+        if value_range is not None and not -np.inf < value_range[0] < value_range[1] < (
+            np.inf
+        ):
+            raise UserError(
+                f"value_range must be (low, high), both finite, got {value_range}."
+            )
         self.model = model
         self.info = dict(info or {})
         self._channels = channels
@@ -242,9 +246,9 @@ class Inpainter:
           image: A Pillow image of (almost) any mode; an array ``[H, W]``, ``[H, W, C]``
             or ``[N, H, W, C]``, of uint8, uint16, bool, or floats in ``value_range``;
             the path of a file; or a sequence of these. One channel more than the
-            network takes is alpha, but never for a network of one channel. A color
-            network takes gray images, too. Floats that are not finite and the masked
-            values of a masked array are part of the hole.
+            network takes is alpha, but an array for a network of one channel has no
+            alpha. A color network takes gray images, too. Floats that are not finite
+            and the masked values of a masked array are part of the hole.
           mask: Mask, **white, 255, 1 or True where to fill**, of any kind that
             ``image`` can be (see `hole_from_mask`); for batches also ``[N, H, W]``. One
             mask for all images, or one for each. None (the default) fills where the
@@ -255,8 +259,8 @@ class Inpainter:
             neighbors. The default is False.
           dilate: Number of pixels by which to enlarge the hole, for example to remove a
             rim. The default is 0.
-          seed: Seed of the search for detail. In wide holes, seeds give visibly
-            different results. The default is 0.
+          seed: Seed of the search for detail. In wide holes, different seeds give
+            visibly different results. The default is 0.
           exclude: Mask, **white where no detail may be copied from**, such as the rest
             of a removed object. Like ``mask``; by default there is none.
           sharp: Whether to fill wide holes with whole pieces of the image; see
@@ -269,8 +273,9 @@ class Inpainter:
 
         Returns:
           The image, of the same type, size and dtype. A file gives an upright Pillow
-          image, or an array if it has 16-bit color or is a ``.npy`` file. A sequence
-          gives a list. The EXIF orientation of a Pillow image is ignored.
+          image, or an array if Pillow has no mode for it (16-bit color, most float TIFF
+          files, ``.npy`` files). A sequence gives a list. The EXIF orientation of a
+          Pillow image is ignored.
 
           With ``return_depth``, also the fill depth, uint8 ``[H, W]``: the stage of the
           network's encoder at which a pixel becomes valid, or 0 outside the hole. Where
@@ -280,6 +285,8 @@ class Inpainter:
           UserError: If a mask is needed and missing, or has another size; if no pixel
             is valid, or values are out of range; or if a file cannot be read.
         """
+        if seed < 0:
+            raise UserError(f"seed must not be negative, got {seed}.")
         options = Options(
             invert_mask, resize_mask, dilate, seed, exclude, sharp, progress
         )
@@ -295,8 +302,8 @@ class Inpainter:
     def _repair_sequence(
         self, images: Sequence[ImageLike], mask: MaskLike, options: Options
     ) -> tuple[list[LoadedImage], list[np.ndarray]]:
-        masks = _split_masks(mask, len(images))
-        excluded = _split_masks(options.exclude, len(images))
+        masks = _split_masks(mask, len(images), name="mask")
+        excluded = _split_masks(options.exclude, len(images), name="exclude")
         pairs = []
         for number, (x, m, e) in enumerate(zip(images, masks, excluded)):
             task = share(options.progress, number, number + 1, total=len(images))
@@ -309,9 +316,13 @@ class Inpainter:
     ) -> tuple[np.ndarray | jax.Array, np.ndarray]:
         if not len(images):
             return images, np.zeros(images.shape[:3], np.uint8)
-        if isinstance(mask, np.ndarray | jax.Array) and mask.shape == images.shape[:3]:
-            mask = list(mask)  # One for each image.
-        results, depths = self._repair_sequence(list(images), mask, options)
+
+        def split(mask: MaskLike) -> MaskLike:
+            is_batch = getattr(mask, "shape", None) == images.shape[:3]
+            return list(cast(np.ndarray, mask)) if is_batch else mask
+
+        options = options._replace(exclude=split(options.exclude))
+        results, depths = self._repair_sequence(list(images), split(mask), options)
         xp = jnp if isinstance(images, jax.Array) else np
         return xp.stack(cast(list[np.ndarray], results)), np.stack(depths)
 
@@ -404,7 +415,7 @@ def _add_detail(
         # Gray images of a color network have equal channels; one of them is searched.
         if (image == image[..., :1]).all():
             image = image[..., :1]
-        guide = refine_guide(image, part, image)
+        guide = refine_guide(image, part)
         other = exclude[window] | (hole[window] & ~part)
         filled = add_detail(
             image,
@@ -418,13 +429,15 @@ def _add_detail(
         network_values[window][part] = filled[part] / 127.5 - 1
 
 
-def _split_masks(mask: MaskLike, count: int) -> Sequence[ImageLike | None]:
+def _split_masks(
+    mask: MaskLike, count: int, *, name: str
+) -> Sequence[ImageLike | None]:
     """Split masks for several images, or repeat one mask for all."""
     if isinstance(mask, list | tuple) or len(getattr(mask, "shape", ())) == 4:
         masks = list(cast(Sequence[ImageLike], mask))
         if count and len(masks) != count:
             raise UserError(
-                f"mask must be one, or one for each of {count} images, got "
+                f"{name} must be one, or one for each of {count} images, got "
                 f"{len(masks)}."
             )
         return masks

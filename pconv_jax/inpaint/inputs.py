@@ -23,7 +23,7 @@ from pconv_jax.inpaint.hole import (
 )
 from pconv_jax.inpaint.progress import Progress
 
-# Hole ratio above which a mask may be the wrong way round.
+# Hole ratio above which a mask may be inverted.
 _SUSPICIOUS_RATIO = 0.6
 
 # Files of measurements have numbers from 1e19 on, such as 1e20, for missing values.
@@ -186,15 +186,15 @@ class InputReader:
         if values.is_float(color):
             missing = missing | ~np.isfinite(color).all(axis=-1)
         if mask is not None:
-            hole = self._read_mask(mask, options)
+            hole = self._read_mask(mask, invert=options.invert_mask)
             if hole.shape != missing.shape:
                 if not options.resize_mask:
                     raise UserError(_sizes_differ(image, hole.shape, missing.shape))
                 hole = resize_hole(hole, missing.shape)
-        elif options.invert_mask or options.resize_mask:
-            raise UserError(
-                "mask is needed for invert_mask and resize_mask: there is none."
-            )
+        elif options.invert_mask:
+            raise UserError("mask is needed for invert_mask: there is none.")
+        elif options.resize_mask and options.exclude is None:
+            raise UserError("mask is needed for resize_mask: there is none.")
         elif alpha is not None:
             hole = hole_from_alpha(alpha)
         elif values.is_float(color) or masked is not None:
@@ -207,22 +207,23 @@ class InputReader:
         return dilate_hole(hole, options.dilate) | missing
 
     def _read_mask(
-        self, mask: ImageLike | ImageSequence, options: Options
+        self, mask: ImageLike | ImageSequence, *, invert: bool = False
     ) -> np.ndarray:
         if isinstance(mask, str | os.PathLike):
             mask = image_io.read(mask, max_pixels=self._max_pixels).image
-        if isinstance(mask, np.ma.MaskedArray):
-            mask = mask.filled(0)  # Pixels that the mask leaves open are not filled.
+        mask, open_pixels = _split_masked(cast(LoadedImage, mask))
         if not isinstance(mask, Image.Image):
             mask = np.asarray(mask)
             if values.is_float(mask):
                 mask = mask.astype(np.float32)
-        return hole_from_mask(mask, invert=options.invert_mask)
+        hole = hole_from_mask(mask, invert=invert)
+        # Pixels that the mask leaves open are not filled.
+        return hole if open_pixels is None else hole & ~open_pixels
 
     def _read_exclude(
         self, options: Options, image: LoadedImage, shape: tuple[int, ...]
     ) -> np.ndarray:
-        exclude = self._read_mask(cast(ImageLike, options.exclude), options)
+        exclude = self._read_mask(cast(ImageLike, options.exclude))
         if exclude.shape == shape:
             return exclude
         if not options.resize_mask:
@@ -247,10 +248,10 @@ def _split_masked(image: LoadedImage) -> tuple[LoadedImage, np.ndarray | None]:
 
 
 def _check_hole(hole: np.ndarray, known: np.ndarray) -> None:
-    if not known.any():
-        raise UserError(f"mask: no valid pixel is left to fill from. {_INVERTED}")
     if not hole.any():
         warnings.warn("There is nothing to fill.", stacklevel=5)
+    elif not known.any():
+        raise UserError(f"mask: no valid pixel is left to fill from. {_INVERTED}")
     ratio = hole.mean()
     if ratio > _SUSPICIOUS_RATIO:
         warnings.warn(f"{ratio:.0%} of the image is filled. {_INVERTED}", stacklevel=5)

@@ -1,4 +1,4 @@
-"""Modes of Pillow's images: images to arrays, and back with all that they hold."""
+"""Conversion of Pillow images of any mode to arrays, and pasting of filled pixels."""
 
 import numpy as np
 from PIL import Image

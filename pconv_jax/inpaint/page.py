@@ -395,7 +395,8 @@ def repair(
     variants = int(np.clip(variants or 1, 1, _MAX_VARIANTS))
     start = time.monotonic()
     with _CATCHING, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")  # Other libraries warn programmers.
+        warnings.filterwarnings("always", category=UserWarning)
         try:
             file = _read(image)
             before = _shown(file.image)
@@ -595,7 +596,8 @@ def _find_opened(mask: str, invert: bool, shape: tuple[int, int]) -> np.ndarray:
     hole = _read_mask(mask, invert)
     if hole.shape != shape:
         warnings.warn(
-            "The mask had another size than the image, and was resized.", stacklevel=1
+            "The mask's size differed from the image's, so it was resized.",
+            stacklevel=1,
         )
     return resize_hole(hole, shape)
 

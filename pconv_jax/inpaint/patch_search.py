@@ -40,8 +40,8 @@ _CHUNK = 2048  # Patches that are searched at a time: they fit into a CPU's cach
 def find_length(shape: tuple[int, ...]) -> int:
     """Find the length P of the arrays for an image and its smaller scales.
 
-    It is one of a few, so that little is compiled: a power of two and an eighth, since
-    an image of a power of two has a border.
+    It is 1.125 times a power of two. So there are few lengths to compile for, and an
+    image whose sides are powers of two fits with its border.
     """
     height, width = (n + 2 * RADIUS for n in shape)
     needed = max(height * width, 16384)

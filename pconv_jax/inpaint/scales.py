@@ -6,7 +6,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
+NEIGHBORS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 """Rows and columns from a pixel to its neighbors."""
 
 
@@ -41,7 +41,11 @@ class Scale(NamedTuple):
 
 
 def halve(scale: Scale) -> Scale:
-    """Halve an image; a pixel of the hole keeps the larger one in the hole."""
+    """Halve an image.
+
+    A pixel is in the hole if any of the pixels that it covers is, and a source only if
+    all of them are.
+    """
     size = tuple(-(-n // 2) for n in scale.hole.shape[::-1])
     shrink = functools.partial(cv2.resize, dsize=size, interpolation=cv2.INTER_AREA)
     return Scale(

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import linalg
 
-from pconv_jax.inpaint.scales import SIDES, Scale
+from pconv_jax.inpaint.scales import NEIGHBORS, Scale
 
 _EDGE = 24.0  # A jump in color across a seam by which its weight is halved.
 _ANCHOR = 1e-3  # Weight of a piece's own colors, beside that of its gradients.
@@ -57,7 +57,7 @@ def join_pieces(scale: Scale, shifts: np.ndarray) -> np.ndarray:
     diagonal = np.full(count, _ANCHOR)
     right = _ANCHOR * copied[hole]
     entries = []
-    for side in SIDES:
+    for side in NEIGHBORS:
         others = scale.clip(places + side)
         own, other = copied[hole], copied[others]
         difference = _difference(scale, shifts, places, side)

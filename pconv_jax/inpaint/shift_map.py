@@ -23,7 +23,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from pconv_jax.inpaint.progress import Progress, ignore, share
-from pconv_jax.inpaint.scales import SIDES, Scale, blur, depth_in, halve
+from pconv_jax.inpaint.scales import NEIGHBORS, Scale, blur, depth_in, halve
 from pconv_jax.inpaint.seams import copy_pieces, join_pieces
 
 # Pixels of a hole at the coarsest scale, and at the finest at which offsets are refined
@@ -41,8 +41,8 @@ _BATCH = 50  # Number of patches that are matched at a time.
 _LEAST_DISTANCE = 0.12  # Between matches, in extents of the hole.
 _OFFSETS = 120  # Largest number of offsets, the most frequent ones.
 
-# Weight of the guide beside that of a seam. It falls by e each so many pixels of depth
-# in the hole, to the smallest weight.
+# Weight of the guide beside that of a seam. It falls by a factor of e over each so many
+# pixels of depth in the hole, to the smallest weight.
 _GUIDE_WEIGHT, _TRUSTED, _LEAST_WEIGHT = 0.5, 16.0, 0.1
 # Standard deviation of the low-pass of the guide: in pixels of the image, and the least
 # in pixels of the scale at hand.
@@ -276,13 +276,13 @@ class _Costs:
         """Compute what some pixels, by their numbers, cost with offsets, ``[N]``."""
         scale, own = self.scale, self.places[pixels]
         copied = own + offsets
-        cost = self._guide_weight[pixels] * _difference(
+        cost = self._guide_weight[pixels] * _distance(
             self._low[scale.clip(copied)], self._low[scale.clip(own)]
         )
-        for side in SIDES:
+        for side in NEIGHBORS:
             rim = np.flatnonzero(scale.is_source(own + side))
             beside = copied[rim] + side
-            difference = _difference(
+            difference = _distance(
                 scale.image[scale.clip(beside)],
                 scale.image[scale.clip(own[rim] + side)],
             )
@@ -382,8 +382,8 @@ class _Labeling:
 
     def _compute_seams(self, pairs: np.ndarray) -> np.ndarray:
         first, second = self._first[pairs], self._second[pairs]
-        seams = _difference(self._color[first], self._first_by_second[pairs])
-        return seams + _difference(self._second_by_first[pairs], self._color[second])
+        seams = _distance(self._color[first], self._first_by_second[pairs])
+        return seams + _distance(self._second_by_first[pairs], self._color[second])
 
     def _compute_new_seams(
         self, pairs: np.ndarray, offset: np.ndarray
@@ -391,14 +391,14 @@ class _Labeling:
         """Compute seams if none, the first, or the second of a pair takes an offset."""
         first, second = self._first[pairs], self._second[pairs]
         new_first, new_second = self._copy(first, offset), self._copy(second, offset)
-        only_first = _difference(new_first, self._first_by_second[pairs])
-        only_first += _difference(new_second, self._color[second])
-        only_second = _difference(self._color[first], new_first)
-        only_second += _difference(self._second_by_first[pairs], new_second)
+        only_first = _distance(new_first, self._first_by_second[pairs])
+        only_first += _distance(new_second, self._color[second])
+        only_second = _distance(self._color[first], new_first)
+        only_second += _distance(self._second_by_first[pairs], new_second)
         return self._compute_seams(pairs), only_first, only_second
 
 
-def _difference(colors: np.ndarray, others: np.ndarray) -> np.ndarray:
+def _distance(colors: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Compute the Euclidean distances of colors ``[..., C]``."""
     differences = colors - others
     return np.sqrt(np.einsum("...c,...c->...", differences, differences))
@@ -435,11 +435,13 @@ def _minimize(
         first, second, capacity = first[keep], second[keep], capacity[keep]
     if is_open.any():
         number = np.cumsum(is_open) - 1
-        chosen[is_open] = _cut(change[is_open], number[first], number[second], capacity)
+        chosen[is_open] = _minimum_cut(
+            change[is_open], number[first], number[second], capacity
+        )
     return chosen
 
 
-def _cut(
+def _minimum_cut(
     change: np.ndarray, first: np.ndarray, second: np.ndarray, capacity: np.ndarray
 ) -> np.ndarray:
     """Find the cheapest set of nodes by a minimum cut; see `_minimize`."""

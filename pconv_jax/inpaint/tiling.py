@@ -102,7 +102,7 @@ def _cut(hole: np.ndarray, box: Box, *, force: bool) -> tuple[Box, ...]:
     Args:
       hole: Bool ``[H, W]``.
       box: The box.
-      force: Whether to cut a box without a gap in the middle.
+      force: Whether to cut a box that has no gap, in its middle.
 
     Returns:
       The two boxes; none where there is no gap.

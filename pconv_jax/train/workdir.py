@@ -29,7 +29,7 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
     readers = "'pconv eval --workdir ... --out ...' and 'pconv convert'"
     advice = f"A run is only read by {readers}."
     with lock_folder(workdir, name="workdir", advice=advice):
-        _files.remove_partials(workdir)
+        _files.remove_partials(workdir, below=True)
         yield
 
 

@@ -99,8 +99,9 @@ def find_published(*files: Published) -> list[Path]:
                 for url, name, variable in missing[i:]
             )
             raise UserError(
-                f"There is no {file.name}, and it cannot be downloaded ({error}). On a "
-                f"machine with a network, fetch {todo}."
+                f"There is no {file.name}, and it cannot be downloaded "
+                f"({str(error).rstrip('.')}). On a machine with a network, fetch "
+                f"{todo}."
             ) from error
     return paths
 
@@ -228,8 +229,7 @@ def remember_arrays(
         "revision": revision,
         "sha256": _hash_arrays(arrays),
     }
-    text = json.dumps(remembered, indent=1) + "\n"
-    _files.write_bytes(cache_path(_REMEMBERED), text.encode())
+    _files.write_json(cache_path(_REMEMBERED), remembered)
 
 
 def _read_remembered() -> dict[str, Any]:
@@ -265,7 +265,8 @@ def _import_hub() -> ModuleType:
 def _hub_errors(hub: ModuleType) -> tuple[type[Exception], ...]:
     # Versions of the library differ in their HTTP client. The bases of this error are
     # the client's, which are not always OSErrors.
-    return (OSError, *hub.errors.HfHubHTTPError.__bases__)
+    client_errors = hub.errors.HfHubHTTPError.__bases__
+    return (OSError, hub.errors.HFValidationError, *client_errors)
 
 
 class _RangeReader:

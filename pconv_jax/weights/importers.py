@@ -87,8 +87,8 @@ class Project(NamedTuple):
         default) if they are RGB in [-1, 1].
       bgr: Whether these are BGR. The default is False.
       epsilon: Epsilon of batch normalization. By default Flax's, 1e-5.
-      normalization: What the original subtracts from and divides images in [-1, 1] by.
-        The default is None.
+      normalization: The mean that the original subtracts from images in [-1, 1], and
+        the deviation that it divides them by. The default is None.
       sigmoid_head: See `PConvUNet`. The default is False.
       notes: Remarks for people. By default there are none.
     """
@@ -493,8 +493,8 @@ PROJECTS = (
         normalization=Normalization(mean=(-1.0,), std=(2.0,)),
         sigmoid_head=True,
         notes=(
-            "Where a hole is too wide to be closed, the output is 0; the original's is "
-            "the image of a bias.",
+            "Where a hole is too wide to be closed, the output is 0; that of the "
+            "original is the color of its biases.",
             "Weights of the first training phase use the running statistics of batch "
             "normalization here; the original uses the batch's even in inference.",
         ),

@@ -63,7 +63,7 @@ def model_from_config(config: Any, source: str | Path) -> PConvUNet:
         return unet_from_stages(encoder, decoder, **fields)
     except FileContentError as error:
         raise UserError(
-            f"{source} has the configuration of no network that is known here: {error}."
+            f"{source} does not describe a network that pconv_jax knows: {error}."
         ) from error
 
 

@@ -6,6 +6,7 @@ and its metrics. The file contains only numbers and text, and no code.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,7 +111,7 @@ def save_pretrained(
     try:
         metadata = {_KEY: json.dumps(header)}
     except TypeError as error:
-        raise UserError(f"info must be JSON-able, but: {error}.") from error
+        raise UserError(f"info must be writable as JSON, but: {error}.") from error
     write_arrays(path, arrays, metadata)
 
 
@@ -152,16 +153,16 @@ def is_weights_file(path: str | Path) -> bool:
 
 def _find(name_or_path: str | Path) -> Path:
     name, path = str(name_or_path), _files.as_path(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):
         return _check_suffix(path)
     if name in BUNDLED:
         return BUNDLED[name]
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(
             f"weights: {name} is a folder. If it is the workdir of a run, 'pconv "
             f"convert {name} OUT.safetensors' makes a weights file."
         )
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or path.exists():
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or os.path.exists(path):
         raise UserError(
             f"weights: there is no file {name}, nor a bundled file of that name "
             f"({', '.join(BUNDLED)}). Give the path of a .safetensors file, or a "
@@ -195,7 +196,8 @@ def _read_header(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="np") as file:
             header = json.loads((file.metadata() or {})[_KEY])
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        reason = _files.describe_error(error)
+        raise UserError(f"{path} cannot be read: {reason}.") from error
     except (KeyError, RecursionError, ValueError) as error:
         raise UserError(
             f"{path} is not a weights file of pconv_jax: its metadata lacks {_KEY!r}, "

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pconv_jax import cli
 from pconv_jax._errors import UserError
 from pconv_jax.inpaint import files
-from pconv_jax.inpaint.files import repair_file
+from pconv_jax.inpaint.files import Journal, repair_file
 from pconv_jax.inpaint.hole import resize_hole
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.weights import pretrained
@@ -239,6 +239,55 @@ def test_what_cannot_be_repaired(network, folder):
     assert not out.exists()
 
 
+def test_names_that_are_too_long_are_no_files(network, folder):
+    name, image = "a" * 300, folder / "photos" / "a.png"
+    for arguments, problem in [
+        (("--image", name, "--output", "b.png"), "--image: there is no file or folder"),
+        (
+            ("--image", image, "--mask-color", "red", "--tolerance", 255)
+            + ("--invert-mask", "--output", f"{name}.png"),
+            "File name too long",
+        ),
+        (("--image", image, "--mask", name, "--output", "b.png"), "cannot read aaa"),
+    ]:
+        with pytest.raises(SystemExit, match=f"pconv: .*{problem}"):
+            inpaint(network, *arguments)
+    with pytest.raises(SystemExit, match="weights: there is no file aaa"):
+        run("inpaint", f"--image={image}", "--output=b.png", f"--weights={name}")
+    with pytest.raises(SystemExit, match="SOURCE: there is no file or folder aaa"):
+        run("convert", name, "b.safetensors")
+
+
+def test_warnings_name_their_file(network, folder, capsys):
+    image, mask = folder / "photos" / "a.png", folder / "mask.gif"
+    hole = Image.open(folder / "masks" / "a.png").convert("L")
+    hole.save(mask, save_all=True, append_images=[hole.point(lambda x: 255 - x)])
+    inpaint(network, "--image", image, "--mask", mask, "--output", folder / "b.png")
+    assert "a.png: mask.gif has 2 frames; only the first" in capsys.readouterr().err
+
+
+def test_the_color_of_all_pixels_inverted(network, tmp_path):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    with pytest.raises(SystemExit, match="all pixels have the color red"):
+        inpaint(
+            network,
+            *("--image", tmp_path / "a.png", "--output", tmp_path / "b.png"),
+            *("--mask-color", "red", "--invert-mask"),
+        )
+
+
+def test_the_same_run_is_not_started_twice(network, folder):
+    out = folder / "out"
+    with Journal(out, "run"):
+        with pytest.raises(UserError, match="another process is writing the same res"):
+            Journal(out, "run")
+        with Journal(out, "another run") as other:
+            other.finish()
+    with Journal(out, "run") as journal:  # It was not finished, but has ended.
+        journal.finish()
+    assert not os.listdir(out)
+
+
 @pytest.mark.parametrize("command", ["inpaint", "masks", "demo"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as error:
@@ -401,7 +450,7 @@ def test_a_folder_that_was_interrupted_is_finished(
     with pytest.raises(SystemExit, match="2 of 3 images were not repaired"):
         inpaint(network, *arguments, "--dilate", "1")
     (out / "c.tif").unlink()
-    (out / ".0123.partial").touch()
+    (out / f".{'0123' * 8}.partial").touch()
     inpaint(network, *arguments)
     assert "Kept 2 files of the same run" in capsys.readouterr().out
     after = {name: (out / name).stat().st_mtime_ns for name in before}

@@ -92,11 +92,24 @@ def test_without_a_patch_to_copy_the_guide_stays():
     np.testing.assert_array_equal(add_detail(image, hole, guide), guide)
 
 
+def test_holes_of_other_types_are_those_of_bools():
+    image = stripes(40, 50).astype(np.uint8)
+    hole, exclude = np.zeros((2, 40, 50), bool)
+    hole[10:20, 10:30] = exclude[:, 40:] = True
+    guide = np.where(hole[..., None], np.uint8(90), image)
+    expected = add_detail(image, hole, guide, exclude=exclude)
+    assert (expected[hole] != image[hole]).any()
+    result = add_detail(image, hole.astype(int), guide, exclude=exclude.astype(int))
+    np.testing.assert_array_equal(result, expected)
+    expected = refine_guide(guide, hole)
+    np.testing.assert_array_equal(refine_guide(guide, hole.astype(int)), expected)
+
+
 def test_nothing_to_fill():
     image = stripes(30, 40).astype(np.float32)
     hole = np.zeros((30, 40), bool)
     np.testing.assert_array_equal(add_detail(image, hole, image), image)
-    np.testing.assert_array_equal(refine_guide(image, hole, image), image)
+    np.testing.assert_array_equal(refine_guide(image, hole), image)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -192,7 +205,7 @@ def test_a_guide_that_is_smooth_stays():
     image = 100 + 20 * np.stack([x**3 - y, x * y**2 + 1, 0 * x], axis=-1)
     hole = np.zeros((60, 70), bool)
     hole[10:40, 20:50] = True
-    np.testing.assert_allclose(refine_guide(image, hole, image), image, atol=1e-3)
+    np.testing.assert_allclose(refine_guide(image, hole), image, atol=1e-3)
 
 
 def test_a_narrow_hole_is_filled_almost_as_by_biharmonic_inpainting():
@@ -202,7 +215,7 @@ def test_a_narrow_hole_is_filled_almost_as_by_biharmonic_inpainting():
     hole = np.zeros((80, 80), bool)
     hole[10:12, 5:75] = hole[20:70, 40:42] = True
     network = np.where(hole[..., None], image + 20, image)
-    guide = refine_guide(image, hole, network)
+    guide = refine_guide(network, hole)
     np.testing.assert_array_equal(guide[~hole], image[~hole])
     exact = inpaint.inpaint_biharmonic(image, hole, channel_axis=-1)
     assert np.abs(guide - exact)[hole].mean() < 1 < np.abs(network - exact)[hole].mean()
@@ -213,7 +226,7 @@ def test_the_middle_of_a_wide_hole_follows_the_network():
     hole = np.zeros((80, 80), bool)
     hole[10:70, 10:70] = True
     network = np.where(hole[..., None], 200.0, image)
-    guide = refine_guide(image, hole, network)
+    guide = refine_guide(network, hole)
     np.testing.assert_allclose(guide[35:45, 35:45], 200, atol=1)
     assert np.abs(np.diff(guide[40, 5:20, 0])).max() < 75  # The step was 150.
 
@@ -222,9 +235,9 @@ def test_refined_guides_keep_their_dtype_and_channels():
     image = stripes(40, 50)[..., :1].astype(np.uint8)
     hole = np.zeros((40, 50), bool)
     hole[0, 0] = hole[30:, 45:] = True
-    guide = refine_guide(image, hole, image)
+    guide = refine_guide(image, hole)
     assert guide.dtype == np.uint8 and guide.shape == image.shape
-    floats = refine_guide(image.astype(np.float32), hole, image.astype(np.float32))
+    floats = refine_guide(image.astype(np.float32), hole)
     np.testing.assert_allclose(guide, floats, atol=0.51)
 
 

@@ -173,7 +173,7 @@ def test_a_brush_that_is_half_transparent():
 def test_labels_of_one_object_and_its_border(values):
     mask = np.full((12, 10), values[0], np.uint8)
     mask[HOLE], mask[0, :8] = values[1:]
-    with pytest.raises(UserError, match="looks like one of labels"):
+    with pytest.raises(UserError, match="looks like a mask of labels"):
         hole_from_mask(mask)
 
 
@@ -207,6 +207,20 @@ def test_labels_are_refused_and_chosen(dtype, border):
     three[0, 0, 0] = 7
     with pytest.raises(UserError, match="one channel to have labels"):
         hole_from_label(three, 2)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_an_opaque_alpha_says_nothing_of_a_mask(channels):
+    def with_alpha(mask):
+        gray = np.stack([mask] * channels, axis=-1)
+        gray[..., -1] = 255
+        return gray
+
+    with pytest.raises(UserError, match="the values 0, 1, 2, 3"):
+        hole_from_mask(with_alpha(labels()))
+    np.testing.assert_array_equal(hole_from_label(with_alpha(labels()), 2), HOLE)
+    ones = with_alpha(HOLE.astype(np.uint8))
+    np.testing.assert_array_equal(hole_from_mask(ones), HOLE)
 
 
 def test_labels_in_a_palette():

@@ -437,3 +437,58 @@ def test_bugs_are_not_reported_as_damaged_files(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr("pconv_jax.inpaint.encoding._drop_unwritable", fail)
     with pytest.raises(TypeError, match="a bug"):
         image_io.write(path, ImageFile(Image.new("L", (4, 4)), {}))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "RGBA"])
+def test_gif_files_have_few_colors(mode, tmp_path):
+    image = Image.fromarray(noise(40, 60, 3)).convert(mode)
+    with pytest.warns(UserWarning, match="colors are reduced to 256, the most that"):
+        image_io.write(tmp_path / "a.gif", ImageFile(image, {}))
+    read = image_io.read(tmp_path / "a.gif").image
+    assert read.size == image.size and len(read.convert("RGB").getcolors()) <= 256
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA"])
+def test_gif_files_keep_gray_and_palettes(mode, tmp_path):
+    image = Image.fromarray(smooth()).convert("P" if mode == "P" else "L").convert(mode)
+    image_io.write(tmp_path / "a.gif", ImageFile(image, {}))
+    read = image_io.read(tmp_path / "a.gif").image
+    np.testing.assert_array_equal(read.convert("RGB"), image.convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "PA"])
+def test_gif_files_hold_no_alpha(mode, tmp_path):
+    image = (
+        Image.fromarray(smooth()).quantize(8)
+        if mode == "PA"
+        else Image.new(mode, (6, 5))
+    )
+    image = image.convert(mode)
+    image.putalpha(Image.new("L", image.size, 128))
+    with pytest.raises(UserError, match=".gif files cannot hold the image's transp"):
+        image_io.write(tmp_path / "a.gif", ImageFile(image, {}))
+
+
+def test_a_palette_with_alpha_becomes_color(tmp_path):
+    image = Image.fromarray(smooth()).quantize(8).convert("PA")
+    image.putalpha(Image.new("L", image.size, 128))
+    for name in ("a.png", "a.tif", "a.webp"):
+        image_io.write(tmp_path / name, ImageFile(image, {}))
+        read = image_io.read(tmp_path / name).image
+        np.testing.assert_array_equal(read, image.convert("RGBA"))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_gray_with_alpha_of_16_bits_becomes_8(suffix, tmp_path):
+    array = noise(5, 6, 2, dtype=np.uint16)
+    with pytest.warns(UserWarning, match="to 8, since 16-bit gray with alpha cannot"):
+        image_io.write(tmp_path / f"a{suffix}", ImageFile(array, {}))
+    read = np.asarray(image_io.read(tmp_path / f"a{suffix}").image)
+    np.testing.assert_array_equal(read, np.rint(array / 257))
+
+
+def test_several_arrays_are_no_image(tmp_path):
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.savez(file, a=np.zeros((4, 4)))
+    with pytest.raises(UserError, match="a.npy: it is a .npz file"):
+        image_io.read(tmp_path / "a.npy")

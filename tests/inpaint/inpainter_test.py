@@ -11,7 +11,7 @@ from PIL import Image
 
 import pconv_jax
 from pconv_jax import UserError
-from pconv_jax.inpaint import fill
+from pconv_jax.inpaint import detail, fill
 from pconv_jax.inpaint.inpainter import Inpainter
 from pconv_jax.unet import Normalization, PConvUNet, Stage, fill_depth
 from pconv_jax.weights import pretrained, project_names
@@ -328,6 +328,8 @@ def test_what_a_masked_array_masks_is_filled(inpainter, dtype):
     np.testing.assert_array_equal(inpainter(masked, part), expected)
     mask = np.ma.MaskedArray(np.ones((40, 40), bool), ~hole)
     np.testing.assert_array_equal(inpainter(image, mask), expected)
+    mask = np.ma.MaskedArray(np.zeros((40, 40), np.uint8), ~hole)
+    np.testing.assert_array_equal(inpainter(image, mask, invert_mask=True), expected)
 
 
 @pytest.mark.parametrize("missing", [1e19, 1e20, -9.96921e36, 3e38])
@@ -541,7 +543,7 @@ def test_what_cannot_be_repaired(image, mask, problem, inpainter):
 
 def test_options_of_a_mask_need_one(inpainter):
     for option in ("invert_mask", "resize_mask"):
-        with pytest.raises(ValueError, match="mask is needed for invert_mask"):
+        with pytest.raises(ValueError, match=f"mask is needed for {option}"):
             inpainter(photo(channels=4), **{option: True})
 
 
@@ -601,3 +603,61 @@ def test_progress_of_a_batch_rises_to_one(detail):
     assert fractions == sorted(fractions) and fractions[-1] == 1
     assert min(fractions) > 0 and 0.5 in fractions  # One of two images is done.
     assert len(fractions) > (20 if detail else 4)
+
+
+def test_exclude_is_white_where_not_to_copy_whatever_the_mask_is():
+    """An inverted or smaller mask, a batch, and a hole that is transparent."""
+    inpainter = Inpainter(*averaging_network())
+    image, hole = photo(64, 96), hole_of((64, 96), 20, 20, 30)
+    exclude = np.zeros((64, 96), bool)
+    exclude[:, 60:] = True
+    expected = inpainter(image, hole, exclude=exclude)
+    assert (expected != inpainter(image, hole)).any()
+
+    def check(result):
+        np.testing.assert_array_equal(result, expected)
+
+    check(inpainter(image, ~hole, exclude=exclude, invert_mask=True))
+    check(inpainter(image[None], hole[None], exclude=exclude[None])[0])
+    check(inpainter(image, hole, exclude=exclude[::2, ::2], resize_mask=True))
+    rgba = np.dstack([image, np.where(hole, 0, 255).astype(np.uint8)])
+    result = inpainter(rgba, exclude=exclude[::2, ::2], resize_mask=True)
+    check(result[..., :3])
+    with pytest.raises(UserError, match="exclude must be one, or one for each of 2"):
+        inpainter([image] * 2, hole, exclude=[exclude] * 3)
+
+
+def test_pieces_need_surroundings_of_which_little_is_missing(monkeypatch):
+    """All holes count, and what is excluded."""
+    monkeypatch.setattr(detail, "_SHARP_DEPTH", 4)
+    inpainter = Inpainter(*averaging_network())
+    image, one = photo(128, 128), hole_of((128, 128), 50, 50, 40)
+    others = hole_of((128, 128), 0, 0, 34) | hole_of((128, 128), 0, 94, 34)
+    others |= hole_of((128, 128), 94, 0, 34) | hole_of((128, 128), 94, 94, 34)
+    calls = []
+
+    def note(scale, rng, *, progress):
+        calls.append(np.count_nonzero(scale.hole))
+
+    monkeypatch.setattr("pconv_jax.inpaint.shift_map.fill_with_pieces", note)
+    inpainter(image, one, sharp=True)
+    assert calls == [1600]
+    inpainter(image, one | others, sharp=True)
+    inpainter(image, one, sharp=True, exclude=others)
+    assert calls == [1600]
+
+
+def test_nothing_to_fill_in_an_image_without_a_valid_pixel(inpainter):
+    image = np.zeros((40, 40, 4), np.uint8)  # Transparent everywhere.
+    with pytest.warns(UserWarning, match="There is nothing to fill"):
+        result = inpainter(image, np.zeros((40, 40), bool))
+    np.testing.assert_array_equal(result, image)
+
+
+def test_mistakes_in_numbers(inpainter):
+    image, hole = photo(40, 40), hole_of((40, 40))
+    with pytest.raises(UserError, match="seed must not be negative, got -1"):
+        inpainter(image, hole, seed=-1)
+    for value_range in ((0, np.inf), (np.nan, 1), (1, 1)):
+        with pytest.raises(UserError, match="value_range must be .low, high., both f"):
+            Inpainter(*averaging_network(), value_range=value_range)

@@ -204,7 +204,7 @@ def test_errors_show_no_folder(inpainter, tmp_path):
     labels = np.eye(60, 80, dtype=np.uint8) * 3 + np.eye(60, 80, 1, dtype=np.uint8)
     Image.fromarray(labels).save(tmp_path / "labels.png")
     Image.fromarray(photo()).save(path)
-    with pytest.raises(gr.Error, match="looks like one of labels"):
+    with pytest.raises(gr.Error, match="looks like a mask of labels"):
         page.show(str(path), mask=str(tmp_path / "labels.png"))
 
 
@@ -225,6 +225,15 @@ def test_an_error_of_the_package_is_no_crash(tmp_path):
     error = "input(); raise RuntimeError"
     decoder = Decoder([sys.executable, "-c", error])
     assert decoder.survives(str(tmp_path / "a.png"), max_pixels=1)
+
+
+def test_a_decoder_that_was_killed_while_idle_is_started_again(tmp_path):
+    decoder = Decoder()
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    for _ in range(2):
+        assert decoder.survives(str(tmp_path / "a.png"), max_pixels=16)
+        decoder._process.kill()
+        decoder._process.wait()
 
 
 def test_large_images_are_refused(tmp_path, monkeypatch):

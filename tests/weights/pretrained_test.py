@@ -208,7 +208,7 @@ def test_what_cannot_be_saved(tmp_path):
         ValueError, match="must be float32, but .*pconv1/kernel is float"
     ):
         pretrained.save_pretrained(path, model, half)
-    with pytest.raises(ValueError, match="info must be JSON-able"):
+    with pytest.raises(ValueError, match="info must be writable as JSON"):
         pretrained.save_pretrained(path, model, variables, info={"a": np.ones(3)})
     with pytest.raises(
         ValueError, match="a weights file is a .safetensors file, got .*m.pth"
@@ -229,10 +229,10 @@ def write(path, metadata, arrays=None):
         ({"pconv_jax": "[" * 100_000}, "is not a weights file of pconv_jax"),
         ({"pconv_jax": "[]"}, "weights file of another version"),
         ({"pconv_jax": '{"format": 3}'}, "weights file of another version"),
-        ({"pconv_jax": '{"format": 1}'}, "the configuration of no network"),
+        ({"pconv_jax": '{"format": 1}'}, "does not describe a network"),
         (
             {"pconv_jax": '{"format": 1, "model": {}}'},
-            "the configuration of no network",
+            "does not describe a network",
         ),
     ],
 )

@@ -42,7 +42,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         (``.h5``; h5py must be installed).
 
     Returns:
-      Arrays by name. In files with folders, these are joined by ``/``.
+      Arrays by name. The names of nested groups are joined by ``/``.
 
     Raises:
       UserError: If the file is missing, damaged or of another kind, or if its hash is
@@ -164,21 +164,22 @@ def check_hash(path: Path, *, written_to: Path | None = None) -> None:
     Raises:
       UserError: If the file has another hash.
     """
-    kind, expected = "md5", _KERAS_MD5.get(path.name)
+    kind, expected = "MD5", _KERAS_MD5.get(path.name)
     if match := re.search(r"-([0-9a-f]{8})\.pth$", path.name):
-        kind, expected = "sha256", match[1]
+        kind, expected = "SHA-256", match[1]
     if not expected:
         return
     try:
         with open(written_to or path, "rb") as file:
-            actual = hashlib.file_digest(file, kind).hexdigest()
+            digest = hashlib.file_digest(file, kind.replace("-", "").lower())
+            actual = digest.hexdigest()
     except OSError as error:
-        reason = error.strerror or error
+        reason = _files.describe_error(error)
         raise UserError(f"weights: {path} cannot be read: {reason}.") from error
     if not actual.startswith(expected):
         raise UserError(
             f"weights: {path} is not the file of that name, or is damaged: its "
-            f"{kind.upper()} begins with {actual[:8]}, not with {expected[:8]}."
+            f"{kind} begins with {actual[:8]}, not with {expected[:8]}."
         )
 
 

@@ -47,7 +47,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
             with content_errors(*_LIBRARY_ERRORS):
                 size, is_stored = dataset.nbytes, _is_stored(dataset)
             if not is_stored:
-                raise FileContentError(f"{name} is not stored in the file")
+                raise FileContentError(
+                    f"{name} is compressed, or not stored in the file"
+                )
             room -= size
             if room < 0:
                 raise FileContentError("its arrays overlap, or are too many")
