@@ -43,12 +43,12 @@ _LEAST_CHANNELS = 32
 class Upsampled:
     """An operand that stands for ``upsample(x)`` and is cheaper to convolve.
 
-    A convolution of an upsampled map multiplies each pixel by each tap of the kernel
-    four times, once for each copy of the pixel. Multiplying once, then moving and
-    summing the products for each copy, takes a quarter of the multiplications: for a
-    3x3 kernel, 9 instead of 36 for four outputs. With kernels of more than 27 taps,
-    strides, groups, or any padding other than zeros to the same size, the map is
-    repeated in memory instead.
+    In 2-D, a convolution of an upsampled map multiplies each pixel by each tap of the
+    kernel four times, once for each copy of the pixel. Multiplying once, and then
+    moving and adding the products, takes a quarter of the multiplications. With kernels
+    of more than 27 taps, strides, dilated inputs, groups, spatial axes that are divided
+    among devices, or any padding other than zeros to the same size, the map is repeated
+    in memory instead.
 
     Attributes:
       x: Features or their mask, ``[N, *spatial, C]``.
@@ -122,7 +122,9 @@ def convolve(
     split = split or not all(map(is_int, sizes)) or sum(sizes) > kernel.size
     if groups == 1 and split:
         ends = np.cumsum([shape(x)[-1] for x in operands])
-        kernels = jnp.split(kernel, ends[:-1], axis=-2)
+        kernels = [kernel]
+        if len(operands) > 1:
+            kernels = jnp.split(kernel, ends[:-1], axis=-2)
     else:
         operands, kernels = [jnp.concatenate(arrays, axis=-1)], [kernel]
     results = (
@@ -176,7 +178,11 @@ def window_sum(counts: jax.Array, window: Window) -> jax.Array:
 
 
 def window_total(
-    spatial: Sequence[int], lengths: Sequence[int], window: Window, *, zeros: bool
+    spatial: Sequence[int],
+    lengths: Sequence[int],
+    window: Window,
+    *,
+    count_zeros: bool,
 ) -> jax.Array:
     """Count the inputs of one channel that each window has if all are valid.
 
@@ -184,28 +190,30 @@ def window_total(
       spatial: Lengths of the spatial axes of the inputs.
       lengths: Lengths of the spatial axes of the outputs.
       window: Geometry, from `make_window` or `make_transposed_window`.
-      zeros: Whether inputs are counted in the zeros around the map too. Zeros between
-        dilated inputs are never counted.
+      count_zeros: Whether the zeros around the map count as inputs. Zeros between
+        dilated inputs never do.
 
     Returns:
       float32 ``[1, *lengths, 1]``, with lengths of 1 if all windows have the same.
     """
     one = jnp.ones((1,) * (len(lengths) + 2), jnp.float32)
-    if zeros and all(step == 1 for step in window.input_dilation):
+    if count_zeros and all(step == 1 for step in window.input_dilation):
         return one * math.prod(window.size)
     total = one
     for axis, (n, length, geometry) in enumerate(
         zip(spatial, lengths, zip(*window)), 1
     ):
         size, stride, dilation, (low, _), (before, after, _), step = geometry
-        start = jnp.arange(length) * stride - low
+        # With NumPy, the program has a constant for each axis instead of operations.
+        xp = np if is_int(n) and is_int(length) else jnp
+        start = xp.arange(length) * stride - low
         last = (n + before + after - 1) * step
-        count = jnp.zeros(length, jnp.float32)
+        count = xp.zeros(length, np.float32)
         for position in (start + t * dilation for t in range(size)):
             counted = position % step == 0
-            if not zeros:
+            if not count_zeros:
                 counted &= (position >= 0) & (position <= last)
-            count += counted.astype(jnp.float32)
+            count += counted.astype(np.float32)
         total *= count.reshape([-1 if i == axis else 1 for i in range(total.ndim)])
     return total
 
@@ -327,14 +335,16 @@ def _conv_by_method_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
     y = _conv_by_method(x, kernel, method, window, precision)
-    dy = jnp.zeros_like(y)
+    parts = []
     if not isinstance(dx, SymbolicZero):
         tangent = method.tangent_of_x, method.elsewhere, window, precision
-        dy += jax.checkpoint(_by_platform(*tangent), prevent_cse=False)(dx, kernel)
+        apply = jax.checkpoint(_by_platform(*tangent), prevent_cse=False)
+        parts.append(apply(dx, kernel))
     if not isinstance(dkernel, SymbolicZero):
         tangent = method.tangent_of_kernel, method.elsewhere, window, precision
-        dy += jax.checkpoint(_by_platform(*tangent), prevent_cse=False)(x, dkernel)
-    return y, dy
+        apply = jax.checkpoint(_by_platform(*tangent), prevent_cse=False)
+        parts.append(apply(x, dkernel))
+    return y, functools.reduce(operator.add, parts) if parts else jnp.zeros_like(y)
 
 
 @functools.cache
@@ -450,7 +460,7 @@ def _conv_strips(
     """
     rows, *others = _output_lengths(x, window)
     (size, *_), (stride, *_), (dilation, *_), ((low, _), *pads), *_ = window
-    row = max(1, x.shape[0] * math.prod(others) * kernel[..., 0].size)
+    row = max(1, x.shape[0] * math.prod(others) * math.prod(kernel.shape[:-1]))
     count = -(-rows // max(1, _MOST_COPIED // row))
     strip = -(-rows // count)
     taken = (strip - 1) * stride + (size - 1) * dilation + 1
@@ -468,7 +478,7 @@ def _conv_strips(
         return _conv_patches(x, kernel, window, precision)
 
     y = lax.map(lambda i: conv(i, x, kernel), jnp.arange(count))
-    y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, *y.shape[3:])
+    y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], count * strip, *y.shape[3:])
     return y[:, :rows]
 
 

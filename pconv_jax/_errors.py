@@ -1,8 +1,8 @@
 """The two errors that commands report as one sentence, without a traceback.
 
-The core (``ops``, ``layers``, ``unet``, ``vgg``, ``losses``, ``masks``) raises plain
-`ValueError`, as JAX and Flax do: there, a wrong shape is a mistake in a program, and
-its traceback is what helps.
+The core (the modules at the top level) and ``metrics`` raise plain `ValueError`, as JAX
+and Flax do: there, a wrong shape is a mistake in a program, and its traceback is what
+helps.
 """
 
 

@@ -60,9 +60,16 @@ def apply(
 
     Returns:
       The results of the operation, with the batch axes of the inputs.
+
+    Raises:
+      ValueError: If there is no input, or masks have other batch axes.
     """
     arrays, structure = jax.tree.flatten(inputs)
+    if not arrays:
+        raise ValueError("inputs must be an array or a non-empty sequence of arrays.")
     batch = jnp.shape(arrays[0])[: 1 - kernel.ndim]
+    if len(batch) != 1:  # Else, the operation's own errors name the shapes as given.
+        _check_masks(mask, batch, jnp.ndim(arrays[0]))
     *arrays, kernel, bias = promote_dtype(*arrays, kernel, bias, dtype=dtype)
     merge = functools.partial(_merge_batch, batch=batch)
     results = operation(
@@ -77,8 +84,18 @@ def apply(
     return tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
 
 
+def _check_masks(mask: ops.MaskOrSequence, batch: tuple[int, ...], ndim: int) -> None:
+    """Check the batch axes of masks before they are merged."""
+    for shape in map(jnp.shape, jax.tree.leaves(mask)):
+        if len(shape) != ndim or shape[: len(batch)] != batch:
+            raise ValueError(
+                f"mask must have the batch axes of inputs, {batch}, and {ndim} axes in "
+                f"all, got the shape {shape}."
+            )
+
+
 def _merge_batch(x: ArrayLike, batch: tuple[int, ...]) -> jax.Array:
-    """Merge the batch axes into one; an array with others is left, to be refused."""
+    """Merge the batch axes into one; an input with others is left, to be refused."""
     x = jnp.asarray(x)
     if len(batch) == 1 or x.shape[: len(batch)] != batch:
         return x

@@ -26,7 +26,7 @@ class Window(NamedTuple):
     size: tuple[int, ...]
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
-    zeros: tuple[_Pair, ...]  # (low, high); these count as holes.
+    zeros: tuple[_Pair, ...]  # (low, high).
     continued: tuple[tuple[int, int, str | None], ...]  # (low, high, mode of jnp.pad)
     input_dilation: tuple[int, ...]
 
@@ -149,6 +149,8 @@ def _check_ndim(spatial: Sequence[int], size: Sequence[int]) -> int:
             "inputs must have as many spatial axes as the kernel, one to three, got "
             f"{spatial} for a kernel of size {size}."
         )
+    if not all(n > 0 for n in size):
+        raise ValueError(f"kernel_size must be positive, got {tuple(size)}.")
     return len(size)
 
 

@@ -2,14 +2,15 @@
 
 Contract of this module: images are ``[N, H, W, C]`` in [-1, 1], masks ``[N, H, W, 1]``
 with 1 = valid and 0 = hole. Every loss returns one number per example, ``[N]`` in
-float32. The pixel losses are divided by N_I = C H W, the number of *all* values of the
-image, as in version 2 of the paper. So the mean over a batch does not depend on the
-number of devices that share it.
+float32 (float64 for images in float64). The pixel losses are divided by N_I = C H W,
+the number of *all* values of the image, as in version 2 of the paper. So the mean over
+a batch does not depend on the number of devices that share it.
 
 Reference: Liu et al. 2018, section 3.3, equations 3 to 7. `log_mse` is not in the
 paper.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -62,12 +63,18 @@ def inpainting_loss(
       weights: Weights of the terms in the total. The defaults are the paper's.
 
     Returns:
-      ``total`` and one entry for each field of `LossWeights`, each ``[N]``. There is
-      ``log_mse`` only if its weight is not 0.
+      ``total`` and each term that is computed, by its name in `LossWeights`, each
+      ``[N]``: without ``features_fn`` there are no perceptual and style terms, and with
+      a weight of 0 there is no ``log_mse``.
 
     Raises:
-      ValueError: If shapes do not fit.
+      ValueError: If shapes do not fit, or ``weights`` are no `LossWeights`.
     """
+    if not isinstance(weights, LossWeights):
+        raise ValueError(
+            f"weights must be LossWeights({', '.join(LossWeights._fields)}), got "
+            f"{weights!r}."
+        )
     output, target, mask = _check(output, target, mask)
     comp = ops.composite(output, target, mask)
     terms = {
@@ -75,32 +82,51 @@ def inpainting_loss(
         "hole": hole(output, target, mask),
         "total_variation": total_variation(comp, mask),
     }
-    if weights.log_mse:
+    # Under jit, a weight may be an array whose value is not known yet.
+    if isinstance(weights.log_mse, jax.Array) or weights.log_mse:
         terms["log_mse"] = log_mse(comp, target)
     if features_fn is not None:
-        out_features, comp_features = features_fn(output), features_fn(comp)
-        gt_features = lax.stop_gradient(features_fn(lax.stop_gradient(target)))
-        terms["perceptual"] = perceptual(out_features, gt_features) + perceptual(
-            comp_features, gt_features
-        )
-        terms["style_out"] = style(out_features, gt_features)
-        terms["style_comp"] = style(comp_features, gt_features)
+        terms |= feature_terms(output, comp, target, features_fn=features_fn)
     total = jnp.asarray(
         sum(getattr(weights, name) * term for name, term in terms.items())
     )
     return {"total": total, **terms}
 
 
+def feature_terms(
+    output: jax.Array, comp: jax.Array, target: jax.Array, *, features_fn: FeaturesFn
+) -> dict[str, jax.Array]:
+    """Compute the terms of `inpainting_loss` that compare features.
+
+    Args:
+      output: I_out, ``[N, H, W, C]`` in [-1, 1].
+      comp: I_comp, of the same shape.
+      target: I_gt, of the same shape.
+      features_fn: As in `inpainting_loss`.
+
+    Returns:
+      ``perceptual``, ``style_out`` and ``style_comp``, each ``[N]``.
+    """
+    out_features, comp_features = features_fn(output), features_fn(comp)
+    gt_features = lax.stop_gradient(features_fn(lax.stop_gradient(target)))
+    return {
+        "perceptual": perceptual(out_features, gt_features)
+        + perceptual(comp_features, gt_features),
+        "style_out": style(out_features, gt_features),
+        "style_comp": style(comp_features, gt_features),
+    }
+
+
 def hole(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
     """Compute L_hole, ``|(1 - M) (I_out - I_gt)|_1 / N_I`` (equation 3), ``[N]``."""
     output, target, mask = _check(output, target, mask)
-    return _mean(jnp.where(mask, 0, jnp.abs(output - target)))
+    return _mean(jnp.where(mask, 0, jnp.abs(_wide(output) - _wide(target))))
 
 
 def valid(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
     """Compute L_valid, ``|M (I_out - I_gt)|_1 / N_I`` (equation 3), ``[N]``."""
     output, target, mask = _check(output, target, mask)
-    return _mean(jnp.where(mask, jnp.abs(output - target), 0))
+    return _mean(jnp.where(mask, jnp.abs(_wide(output) - _wide(target)), 0))
 
 
 def perceptual(
@@ -196,9 +222,8 @@ def total_variation(comp: ArrayLike, mask: ArrayLike) -> jax.Array:
     # Updating the inverted mask dilates the hole: a pixel is in the region if the hole
     # reaches into the window around it.
     region = ops.update_mask(~mask, (3, 3))
-    size = comp[0].size
-    wide = ops.wide_dtype(comp.dtype)
-    total = jnp.zeros((), wide)
+    comp, size = _wide(comp), math.prod(comp.shape[1:])
+    total = jnp.zeros((), comp.dtype)
     for axis in (1, 2):
         length = comp.shape[axis]
         a, b = (lax.slice_in_dim(comp, i, length - 1 + i, axis=axis) for i in (0, 1))
@@ -206,7 +231,7 @@ def total_variation(comp: ArrayLike, mask: ArrayLike) -> jax.Array:
             lax.slice_in_dim(region, 1, length, axis=axis)
         )
         difference = jnp.where(both, jnp.abs(a - b), 0)
-        total += difference.sum(axis=(1, 2, 3), dtype=wide) / size
+        total += difference.sum(axis=(1, 2, 3)) / size
     return total
 
 

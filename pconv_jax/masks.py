@@ -20,7 +20,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from pconv_jax import _mask_fields
+from pconv_jax import _mask_fields, ops
 
 HOLE_BINS: tuple[tuple[float, float], ...] = (
     (0.01, 0.1),
@@ -57,8 +57,11 @@ def hole_ratio(mask: ArrayLike) -> jax.Array:
 
     Returns:
       Float32 ``[...]`` in [0, 1].
+
+    Raises:
+      ValueError: If the mask has another shape.
     """
-    return 1 - jnp.mean(jnp.asarray(mask, jnp.float32), axis=(-3, -2, -1))
+    return 1 - jnp.mean((~_hole(mask)).astype(jnp.float32), axis=(-2, -1))
 
 
 def hole_bin(ratio: ArrayLike) -> jax.Array:
@@ -90,8 +93,11 @@ def touches_border(mask: ArrayLike) -> jax.Array:
 
     Returns:
       Bool ``[...]``.
+
+    Raises:
+      ValueError: If the mask has another shape.
     """
-    hole = jnp.asarray(mask)[..., 0] == 0
+    hole = _hole(mask)
     rim = jnp.broadcast_to(_rim(hole.shape[-2:], 1, 1), hole.shape)
     return jnp.any(hole & rim, axis=(-2, -1))
 
@@ -107,10 +113,21 @@ def near_border(mask: ArrayLike) -> jax.Array:
 
     Returns:
       Bool ``[...]``.
+
+    Raises:
+      ValueError: If the mask has another shape.
     """
-    hole = jnp.asarray(mask)[..., 0] == 0
+    hole = _hole(mask)
     rim = jnp.broadcast_to(_quiet_rim(hole.shape[-2:]), hole.shape)
     return jnp.any(hole & rim, axis=(-2, -1))
+
+
+def _hole(mask: ArrayLike) -> jax.Array:
+    """Find the hole of a mask, bool ``[..., H, W]``."""
+    mask = jnp.asarray(mask)
+    if mask.ndim < 3 or mask.shape[-1] != 1:
+        raise ValueError(f"mask must be [..., H, W, 1], got {mask.shape}.")
+    return ~ops.is_valid(mask)[..., 0]
 
 
 def inner_pixels(shape: Sequence[int]) -> int:
@@ -119,7 +136,7 @@ def inner_pixels(shape: Sequence[int]) -> int:
     Args:
       shape: ``(H, W)``.
     """
-    return int((~_quiet_rim(tuple(shape))).sum())
+    return math.prod(max(0, n - 2 * _quiet_width(n)) for n in shape)
 
 
 def random_mask(
@@ -175,13 +192,16 @@ def random_mask(
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}.")
     if border not in (True, False, None):
         raise ValueError(f"border must be True, False or None, got {border!r}.")
+    border = None if border is None else bool(border)
     bounds = hole_ratio if isinstance(hole_ratio, tuple | list) else (hole_ratio,) * 2
-    if not any(isinstance(bound, Tracer) for bound in bounds):
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < 1:
-            raise ValueError(
-                "hole_ratio must be a number in (0, 1), or a range (low, high) with "
-                f"0 < low <= high < 1, got {hole_ratio}."
-            )
+    is_range = len(bounds) == 2 and not any(map(np.ndim, bounds))
+    is_traced = any(isinstance(bound, Tracer) for bound in bounds)
+    if not is_range or not (is_traced or 0 < bounds[0] <= bounds[1] < 1):
+        raise ValueError(
+            "hole_ratio must be a number in (0, 1), or a range (low, high) with "
+            f"0 < low <= high < 1, got {hole_ratio}."
+        )
+    if not is_traced:
         pixels, room = math.prod(shape), inner_pixels(shape)
         if border is False and _whole_pixels(bounds[1], pixels) > room:
             raise ValueError(
@@ -226,7 +246,8 @@ def _random_mask(
     count = last - jnp.floor(area * (last - first).astype(jnp.float32)).astype(
         jnp.int32
     )
-    count = jnp.clip(count, 1, room if border is False else rim.size)
+    pixels = math.prod(shape)
+    count = jnp.clip(count, 1, room if border is False else pixels)
     if border is None:
         quiet = (coin < 0.5) & (count <= room)
     else:
@@ -245,7 +266,7 @@ def _random_mask(
     else:
         field = draw(field_key, kind)
     # Thin and wide holes keep their shapes: they gain a pixel at most.
-    reach = rim.size**-0.5 if kind in ("wide", *_mask_fields.THIN) else 0.1
+    reach = pixels**-0.5 if kind in ("wide", *_mask_fields.THIN) else 0.1
     field = jnp.where(quiet, field, _pull_to_border(field, y, x, reach))
     return 1 - _smallest(field, count).astype(jnp.float32)[..., None]
 
@@ -312,13 +333,19 @@ def _smallest(field: jax.Array, k: jax.Array) -> jax.Array:
     return below | (tied & (place <= k - _count(below)))
 
 
-def _rim(shape: tuple[int, ...], rows: int, columns: int) -> np.ndarray:
+def _rim(shape: Sequence[int], rows: int, columns: int) -> jax.Array:
     """Mark the outermost rows and columns of an image."""
-    rim = np.ones(shape, bool)
-    rim[rows:-rows, columns:-columns] = False
-    return rim
+    y, x = (lax.broadcasted_iota(jnp.int32, tuple(shape), axis) for axis in (0, 1))
+    height, width = shape
+    rim_rows = (y < rows) | (y >= height - rows)
+    return rim_rows | (x < columns) | (x >= width - columns)
 
 
-def _quiet_rim(shape: tuple[int, ...]) -> np.ndarray:
-    """Mark the rim, 50 of 512 pixels, that half of the published masks leave valid."""
-    return _rim(shape, *(max(1, n * 50 // 512) for n in shape))
+def _quiet_rim(shape: Sequence[int]) -> jax.Array:
+    """Mark the rim that half of the published masks leave valid."""
+    return _rim(shape, *map(_quiet_width, shape))
+
+
+def _quiet_width(length: int) -> int:
+    """Return the width of this rim along an axis: 50 of 512 pixels, at least one."""
+    return max(1, length * 50 // 512)

@@ -40,7 +40,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from pconv_jax import _conv, _window
 from pconv_jax._conv import Operand, Upsampled, upsample, wide_dtype
-from pconv_jax._window import IntOrSequence, PaddingLike
+from pconv_jax._window import IntOrSequence, PaddingLike, is_int
 
 __all__ = [
     "ArrayOrSequence",
@@ -106,8 +106,9 @@ def partial_conv(
       padding: ``'SAME'`` (the default), ``'VALID'``, ``'CIRCULAR'``, ``'REFLECT'`` or a
         number; or, for each spatial axis, a number, a ``(low, high)`` pair,
         ``'CIRCULAR'``, ``'REFLECT'`` or ``'CAUSAL'``. Circular and reflecting padding
-        extend inputs and masks, so they add no hole. Causal padding is zeros before the
-        inputs, so that no output sees later ones; for one axis, it needs no tuple.
+        extend inputs and masks, so they add no hole. ``'CAUSAL'`` puts zeros before the
+        inputs, so that no output sees later ones; with one spatial axis, the word alone
+        is enough.
       input_dilation: Step between inputs after zeros are put between them: one number,
         or one for each spatial axis. The default is 1.
       kernel_dilation: Step between inputs within a window: one number, or one for each
@@ -145,7 +146,7 @@ def partial_conv(
         kernel_dilation,
         input_dilation=input_dilation,
     )
-    outputs, new_mask, coverage = _convolve_valid(
+    outputs, new_mask, *coverage = _convolve_valid(
         operands,
         masks,
         kernel,
@@ -154,9 +155,9 @@ def partial_conv(
         groups=feature_group_count,
         zeros_are_holes=True,
         precision=precision,
+        return_coverage=return_coverage,
     )
-    new_mask = new_mask.astype(mask_dtype)
-    return (outputs, new_mask, coverage) if return_coverage else (outputs, new_mask)
+    return outputs, new_mask.astype(mask_dtype), *coverage
 
 
 def partial_conv_transpose(
@@ -226,7 +227,7 @@ def partial_conv_transpose(
         kernel_dilation,
         transpose_kernel=transpose_kernel,
     )
-    outputs, new_mask, coverage = _convolve_valid(
+    outputs, new_mask, *coverage = _convolve_valid(
         operands,
         masks,
         kernel,
@@ -235,9 +236,9 @@ def partial_conv_transpose(
         groups=1,
         zeros_are_holes=False,
         precision=precision,
+        return_coverage=return_coverage,
     )
-    new_mask = new_mask.astype(mask_dtype)
-    return (outputs, new_mask, coverage) if return_coverage else (outputs, new_mask)
+    return outputs, new_mask.astype(mask_dtype), *coverage
 
 
 def _convolve_valid(
@@ -250,8 +251,9 @@ def _convolve_valid(
     groups: int,
     zeros_are_holes: bool,
     precision: lax.PrecisionLike,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute the outputs, the new mask as bool, and the coverage."""
+    return_coverage: bool,
+) -> tuple[jax.Array, ...]:
+    """Compute the outputs, the new mask as bool and, if asked to, the coverage."""
     dtype = functools.reduce(
         jnp.promote_types, (x.dtype for x in jax.tree.leaves(operands)), kernel.dtype
     )
@@ -276,15 +278,12 @@ def _convolve_valid(
     )
     valid = _conv.window_sum(counts, window)
     total = _conv.window_total(
-        shapes[0][1:-1], valid.shape[1:-1], window, zeros=zeros_are_holes
+        shapes[0][1:-1], valid.shape[1:-1], window, count_zeros=zeros_are_holes
     )
     total *= sum(shape[-1] for shape in shapes) // groups
-    coverage = valid / jnp.maximum(total, 1)
     if valid.shape[-1] > 1:  # One mask for each group, repeated over its features.
-        repeats = kernel.shape[-1] // valid.shape[-1]
-        valid, coverage = (jnp.repeat(a, repeats, axis=-1) for a in (valid, coverage))
+        valid = jnp.repeat(valid, kernel.shape[-1] // valid.shape[-1], axis=-1)
     new_mask = jnp.broadcast_to(valid > 0, outputs.shape[:-1] + valid.shape[-1:])
-    coverage = jnp.broadcast_to(coverage, new_mask.shape)
     scale = total.astype(wide) / jnp.maximum(valid.astype(wide), 1)
     outputs = outputs.astype(wide) * scale
     if bias is not None:
@@ -292,7 +291,11 @@ def _convolve_valid(
             jnp.asarray(bias).astype(wide).reshape((1,) * (outputs.ndim - 1) + (-1,))
         )
     # Selected after the bias is added: outputs in a hole are 0, not b.
-    return jnp.where(new_mask, outputs, 0).astype(dtype), new_mask, coverage
+    outputs = jnp.where(new_mask, outputs, 0).astype(dtype)
+    if not return_coverage:
+        return outputs, new_mask
+    coverage = valid / jnp.maximum(total, 1)
+    return outputs, new_mask, jnp.broadcast_to(coverage, new_mask.shape)
 
 
 def update_mask(
@@ -322,15 +325,10 @@ def update_mask(
     Raises:
       ValueError: As in `partial_conv`.
     """
-    coverage = mask_coverage(
-        mask,
-        kernel_size,
-        strides=strides,
-        padding=padding,
-        input_dilation=input_dilation,
-        kernel_dilation=kernel_dilation,
+    valid, _ = _count_windows(
+        mask, kernel_size, strides, padding, input_dilation, kernel_dilation
     )
-    return (coverage > 0).astype(jnp.asarray(mask).dtype)
+    return (valid > 0).astype(jnp.asarray(mask).dtype)
 
 
 def mask_coverage(
@@ -362,20 +360,36 @@ def mask_coverage(
     Raises:
       ValueError: As in `partial_conv`.
     """
+    valid, total = _count_windows(
+        mask, kernel_size, strides, padding, input_dilation, kernel_dilation
+    )
+    return valid / jnp.maximum(total, 1)
+
+
+def _count_windows(
+    mask: ArrayLike,
+    kernel_size: Sequence[int],
+    strides: IntOrSequence,
+    padding: PaddingLike,
+    input_dilation: IntOrSequence,
+    kernel_dilation: IntOrSequence,
+) -> tuple[jax.Array, jax.Array]:
+    """Count the valid inputs of each window, and all of its inputs."""
     mask = jnp.asarray(mask)
     check_mask(mask, mask)
+    spatial, channels = mask.shape[1:-1], mask.shape[-1]
     window = _window.make_window(
-        mask.shape[1:-1],
+        spatial,
         kernel_size,
         strides,
         padding,
         kernel_dilation,
         input_dilation=input_dilation,
     )
-    channels = mask.shape[-1]
     valid = _conv.window_sum(_count_valid(is_valid(mask), channels, 1), window)
-    total = _conv.window_total(mask.shape[1:-1], valid.shape[1:-1], window, zeros=True)
-    return valid / jnp.maximum(total * channels, 1)
+    lengths = valid.shape[1:-1]
+    total = _conv.window_total(spatial, lengths, window, count_zeros=True)
+    return valid, total * channels
 
 
 def composite(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Array:
@@ -500,7 +514,8 @@ def _check_kernel(
 ) -> None:
     channels = [_conv.shape(x)[-1] for x in operands]
     per_group, features = (0, 0, *kernel.shape)[-2:]
-    if per_group * groups != sum(channels) or features % groups:
+    fits = is_int(groups) and per_group * groups == sum(channels)
+    if not fits or features % groups:
         raise ValueError(
             "kernel must be [*kernel_size, C_in // feature_group_count, features] with "
             f"C_in = {sum(channels)} and feature_group_count = {groups} dividing C_in "

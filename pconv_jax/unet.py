@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from pconv_jax import layers, ops
 from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
+from pconv_jax._window import is_int
 
 BATCH_NORM_EPSILON = 1e-5
 """Added to the variance in batch normalization; Flax's default."""
@@ -43,13 +44,18 @@ class Stage(NamedTuple):
     negative_slope: float | None = 0.0
     padding: ops.PaddingLike | None = None
 
+    @property
+    def pads(self) -> ops.PaddingLike:
+        """The padding, also where it is None."""
+        return self.kernel_size // 2 if self.padding is None else self.padding
+
 
 class Normalization(NamedTuple):
     """Normalization of the images that a network sees: ``(images - mean) / std``.
 
     Attributes:
-      mean: Mean of each channel, or one number for all channels.
-      std: Standard deviation of each channel, or one number for all channels.
+      mean: Mean of each channel, or ``(mean,)`` for all channels.
+      std: Standard deviation of each channel, or ``(std,)`` for all channels.
     """
 
     mean: tuple[float, ...]
@@ -80,10 +86,12 @@ def paper_stages(
       The encoder's and the decoder's stages.
 
     Raises:
-      ValueError: If the depth or the width is not positive.
+      ValueError: If the depth or the width is no positive integer.
     """
-    if depth < 1 or width < 1:
-        raise ValueError(f"depth and width must be positive, got {depth} and {width}.")
+    if not all(is_int(n) and n > 0 for n in (depth, width)):
+        raise ValueError(
+            f"depth and width must be positive integers, got {depth} and {width}."
+        )
     features = [width * 2 ** min(level, 3) for level in range(depth)]
     kernels = [7, 5, 5] + [3] * depth
     encoder = [
@@ -135,9 +143,10 @@ class PConvUNet(nn.Module):
       sigmoid_head: Whether a 1x1 convolution, ``head``, and a sigmoid follow, as in
         MathiasGruber/PConv-Keras. The default is False.
       dtype: Dtype of the computation, e.g. bfloat16. None (the default) infers it. Mask
-        counts, the statistics of batch normalization and the output are always float32.
+        counts, the statistics of batch normalization, the head and the output are
+        always float32.
       param_dtype: Dtype of the parameters. The default is float32.
-      precision: Precision of the convolutions.
+      precision: Precision of the convolutions, except the head's.
       axis_name: Name of the mapped axis over which batch statistics are averaged. None
         (the default) does not average.
     """
@@ -212,6 +221,10 @@ class PConvUNet(nn.Module):
         Raises:
           ValueError: If shapes do not fit the depth, or the stages do not fit together.
         """
+        if mask is None:
+            raise ValueError(
+                "mask must be [N, H, W, 1], 1 = valid and 0 = hole, got None."
+            )
         images, mask = jnp.asarray(images), jnp.asarray(mask)
         self._check_fields()
         self._check_inputs(images, mask, train and not freeze_encoder_norm)
@@ -259,6 +272,15 @@ class PConvUNet(nn.Module):
 
     def _stages(self) -> tuple[Sequence[Stage], Sequence[Stage]]:
         if self.stages is not None:
+            is_pair = isinstance(self.stages, tuple) and len(self.stages) == 2
+            if not is_pair or not all(
+                isinstance(side, tuple) and all(isinstance(x, Stage) for x in side)
+                for side in self.stages
+            ):
+                raise ValueError(
+                    "stages must be two sequences of Stage, the encoder's and the "
+                    f"decoder's, got {self.stages}."
+                )
             return self.stages
         return paper_stages(
             depth=self.depth, width=self.width, out_features=self.out_features
@@ -272,14 +294,13 @@ class PConvUNet(nn.Module):
         mask: ops.ArrayOrSequence,
         strides: int = 1,
     ) -> tuple[jax.Array, jax.Array]:
-        pad = stage.kernel_size // 2 if stage.padding is None else stage.padding
         layer = layers.PartialConv if self.conv == "partial" else nn.Conv
         conv = layer(
             features=stage.features,
             kernel_size=(stage.kernel_size,) * 2,
             strides=strides,
             # nn.Conv knows fewer paddings, and refuses the others itself.
-            padding=cast(flax_typing.PaddingLike, pad),
+            padding=cast(flax_typing.PaddingLike, stage.pads),
             use_bias=not stage.batch_norm,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -353,15 +374,9 @@ class PConvUNet(nn.Module):
                 f"a channel, got {mask.shape}; mask.min(-1, keepdims=True) is valid "
                 "where all channels are."
             )
+        _check_size(self, images.shape)
         height, width = images.shape[1:3]
         step = self.size_multiple
-        if height % step or width % step or not height * width:
-            raise ValueError(
-                f"images of {height} x {width} cannot be halved {len(self.encoder)} "
-                f"times: height and width must be multiples of {step}, e.g. a height "
-                f"of {suggest_sizes(height, step)} and a width of "
-                f"{suggest_sizes(width, step)}; or set a smaller depth."
-            )
         values = images.shape[0] * (height // step) * (width // step)
         normalized = batch_statistics and self.encoder[-1].batch_norm
         if normalized and values == 1 and not self.axis_name:
@@ -371,6 +386,19 @@ class PConvUNet(nn.Module):
                 f"{width} images at depth {len(self.encoder)}: use a larger batch or "
                 "image, or a smaller depth."
             )
+
+
+def _check_size(model: PConvUNet, shape: Sequence[int]) -> None:
+    """Check that images or masks ``[N, H, W, C]`` can be halved by the encoder."""
+    _, height, width, _ = shape
+    step = model.size_multiple
+    if height % step or width % step or not height * width:
+        raise ValueError(
+            f"images of {height} x {width} cannot be halved {len(model.encoder)} "
+            f"times: height and width must be multiples of {step}, e.g. a height of "
+            f"{suggest_sizes(height, step)} and a width of "
+            f"{suggest_sizes(width, step)}; or set a smaller depth."
+        )
 
 
 def _to_tuples(value: Any) -> Any:
@@ -410,15 +438,20 @@ def fill_depth(model: PConvUNet, mask: ArrayLike) -> jax.Array:
     Returns:
       uint8 ``[N, H, W]``: 0 for valid pixels, the number of the stage for pixels of the
       hole, and the number of stages plus 1 if no stage makes the pixel valid.
+
+    Raises:
+      ValueError: If the mask has another shape.
     """
     mask = jnp.asarray(mask)
+    if mask.ndim != 4 or mask.shape[-1] != 1:
+        raise ValueError(f"mask must be [N, H, W, 1], got {mask.shape}.")
+    _check_size(model, mask.shape)
     ops.check_mask(mask, mask)
     mask = ops.is_valid(mask)
     depth = jnp.where(mask, 0, len(model.encoder) + 1)
     for level, stage in enumerate(model.encoder, 1):
         k = stage.kernel_size
-        padding = k // 2 if stage.padding is None else stage.padding
-        mask = ops.update_mask(mask, (k, k), strides=2, padding=padding)
+        mask = ops.update_mask(mask, (k, k), strides=2, padding=stage.pads)
         valid = mask
         for axis in (1, 2):
             valid = jnp.repeat(valid, 2**level, axis=axis)

@@ -162,7 +162,7 @@ def vgg19_features(
     return cast(tuple[jax.Array, ...], pools)  # apply has no precise type.
 
 
-def feature_fn_for(params: Params, *, dtype: Dtype | None = None) -> ApplyFeatures:
+def apply_features_for(params: Params, *, dtype: Dtype | None = None) -> ApplyFeatures:
     """Choose `vgg16_features` or `vgg19_features`, by the names of the parameters.
 
     Args:

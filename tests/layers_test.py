@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import chex
 import flax.linen as nn
@@ -353,7 +354,11 @@ X, M = make_inputs(2, 8, 8, 4)
         (dict(feature_group_count=3), (X, M), "feature_group_count = 3 must divide"),
         (dict(feature_group_count=0), (X, M), "feature_group_count"),
         ({}, (X[0, 0], M[0, 0]), "as many spatial axes as the kernel"),
-        (dict(kernel_size=3), (X, M[..., 0]), "mask must be of shape"),
+        (
+            dict(kernel_size=3),
+            (X, M[..., 0]),
+            "mask must have the batch axes of inputs",
+        ),
         ({}, (X, M[:1]), "mask must be of shape"),
         ({}, (X, M[..., 0]), "mask must be of shape"),
         ({}, (X, [M]), "mask must be a sequence .* and an array otherwise"),
@@ -363,7 +368,7 @@ X, M = make_inputs(2, 8, 8, 4)
         ({}, ([X, X[:1]], None), "differ in C only"),
         # These have the same number of examples but different batch axes.
         ({}, (X[:1], M[0]), "mask must be of shape"),
-        ({}, (X[None], M[:, None]), "mask must be of shape"),
+        ({}, (X[None], M[:, None]), "mask must have the batch axes of inputs"),
         ({}, ([X[None], X[:, None]], None), "differ in C only"),
     ],
 )
@@ -371,3 +376,14 @@ def test_errors(fields, arguments, message):
     layer = PartialConv(**(dict(features=2, kernel_size=(3, 3)) | fields))
     with pytest.raises(ValueError, match=message):
         layer.init(jax.random.key(0), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "mask"), [((8, 8, 3), (1, 8, 8, 1)), ((2, 3, 8, 8, 3), (3, 8, 8, 1))]
+)
+def test_masks_with_other_batch_axes_are_named_as_given(inputs, mask):
+    layer = PartialConv(features=4, kernel_size=(3, 3))
+    with pytest.raises(ValueError, match=re.escape(f"got the shape {mask}")):
+        layer.init(jax.random.key(0), jnp.ones(inputs), jnp.ones(mask))
+    with pytest.raises(ValueError, match="or a non-empty sequence of arrays"):
+        layer.init(jax.random.key(0), [], [])

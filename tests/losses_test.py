@@ -414,3 +414,35 @@ def test_a_gray_mask_is_that_of_its_values_above_one_half(value):
     error, _ = checkify.checkify(loss, errors=checkify.user_checks)(gray)
     with pytest.raises(checkify.JaxRuntimeError, match="mask must be binary"):
         error.throw()
+
+
+def test_integers_do_not_wrap_around():
+    target, output = (np.full((1, 8, 8, 1), n, np.uint8) for n in (20, 10))
+    mask, ramp = np.ones((1, 8, 8, 1), np.uint8), np.indices((1, 8, 8, 1), np.uint8)[2]
+    np.testing.assert_allclose(losses.valid(output, target, mask), 10)
+    np.testing.assert_allclose(losses.hole(output, target, 1 - mask), 10)
+    down = losses.total_variation(ramp[..., ::-1, :], 1 - mask)
+    np.testing.assert_allclose(down, losses.total_variation(ramp, 1 - mask))
+
+
+def test_an_empty_batch_has_no_losses():
+    images, mask = np.zeros((0, 8, 8, 3), np.float32), np.ones((0, 8, 8, 1))
+    terms = losses.inpainting_loss(images, images, mask, features_fn=None)
+    assert {term.shape for term in terms.values()} == {(0,)}
+
+
+def test_weights_may_be_traced():
+    images, mask = np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 8, 8, 1))
+    loss = functools.partial(
+        losses.inpainting_loss, images + 0.5, images, mask, features_fn=None
+    )
+
+    @jax.jit
+    def total(weights):
+        return loss(weights=weights)["total"]
+
+    for weights in (losses.LossWeights(), losses.LossWeights(hole=2, log_mse=0.5)):
+        expected = loss(weights=weights)["total"]
+        np.testing.assert_allclose(total(weights), expected, 1e-6)
+    with pytest.raises(ValueError, match="weights must be LossWeights.valid, h"):
+        loss(weights={"hole": 1})

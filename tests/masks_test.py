@@ -374,3 +374,30 @@ def test_random_mask_refuses(options, message):
 def test_quiet_border_has_room_for_the_largest_bin(size):
     room = (size - 2 * (size * 50 // 512)) ** 2 / size**2
     assert room > 0.6
+
+
+def test_what_is_above_one_half_is_valid_everywhere():
+    mask = np.zeros((2, 32, 32, 1), np.uint8)
+    mask[:, 8:-8, 8:-8] = 1
+    for same in (255 * mask, 0.3 * (1 - mask) + 0.9 * mask):
+        for function in (masks.hole_ratio, masks.touches_border, masks.near_border):
+            np.testing.assert_array_equal(function(same), function(mask))
+
+
+@pytest.mark.parametrize(
+    "function", [masks.hole_ratio, masks.touches_border, masks.near_border]
+)
+@pytest.mark.parametrize("shape", [(32, 32), (4, 32, 32)])
+def test_masks_have_a_last_axis_of_one(function, shape):
+    with pytest.raises(ValueError, match=r"mask must be \[..., H, W, 1\], got \("):
+        function(np.ones(shape))
+
+
+@pytest.mark.parametrize("border", [0, np.False_])
+def test_false_of_any_type_keeps_the_border_valid(border):
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="with border=False there is room for"):
+        masks.random_mask(key, (16, 16), hole_ratio=0.9, border=border)
+    for ratio in (np.array([0.1, 0.2]), (0.1, 0.2, 0.3), jnp.array([0.1, 0.2])):
+        with pytest.raises(ValueError, match="hole_ratio must be a number"):
+            masks.random_mask(key, (16, 16), hole_ratio=ratio)

@@ -978,3 +978,24 @@ def test_numbers_may_be_numpy_integers():
     expected = ops.partial_conv(X, M, K, **options)
     options = {name: np.int64(value) for name, value in options.items()}
     chex.assert_trees_all_equal(ops.partial_conv(X, M, K, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_empty_batch_has_gradients(dtype):
+    x, mask = jnp.zeros((0, 40, 40, 32), dtype), jnp.ones((0, 40, 40, 1), dtype)
+    kernel = jnp.ones((3, 3, 32, 4), dtype)
+
+    @jax.grad
+    def gradient(kernel):
+        return ops.partial_conv(x, mask, kernel)[0].sum()
+
+    chex.assert_trees_all_equal(gradient(kernel), jnp.zeros_like(kernel))
+
+
+def test_groups_and_sizes_of_kernels_are_checked():
+    x, mask, kernel, bias = make_case(channels=4, groups=2)
+    with pytest.raises(ValueError, match="feature_group_count = 2.0 dividing"):
+        ops.partial_conv(x, mask, kernel, bias, feature_group_count=2.0)
+    ops.partial_conv(x, mask, kernel, bias, feature_group_count=2)  # Still works.
+    with pytest.raises(ValueError, match=r"kernel_size must be positive, got \(0, 3\)"):
+        ops.partial_conv(x, mask, np.ones((0, 3, 4, 6)))

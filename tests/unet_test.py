@@ -677,3 +677,19 @@ def test_parts_of_kernels_are_not_all_in_memory_at_the_same_time(monkeypatch):
     least = temporary()
     monkeypatch.setattr(lax, "optimization_barrier", lambda x: x)
     assert least < 0.8 * temporary()
+
+
+def test_mistakes_of_the_first_day():
+    images, mask = jnp.zeros((1, 8, 8, 3)), jnp.ones((1, 8, 8, 1))
+    key, model = jax.random.key(0), PConvUNet(depth=2, width=4)
+    with pytest.raises(ValueError, match="mask must be .N, H, W, 1., .*, got None"):
+        model.init(key, images, None)
+    for stages in [((Stage(4, 3),),), [[[4, 3]], [[3, 3]]]]:
+        with pytest.raises(ValueError, match="stages must be two sequences of Stage"):
+            PConvUNet(stages=stages).init(key, images, mask)
+    with pytest.raises(ValueError, match="must be positive integers, got 2.0 and 64"):
+        PConvUNet(depth=2.0).init(key, images, mask)
+    with pytest.raises(ValueError, match="images of 9 x 9 cannot be halved 2 times"):
+        unet.fill_depth(model, jnp.ones((1, 9, 9, 1)))
+    with pytest.raises(ValueError, match=r"\[N, H, W, 1\], got \(1, 8, 8, 3\)"):
+        unet.fill_depth(model, jnp.ones((1, 8, 8, 3)))

@@ -204,7 +204,7 @@ def _measure(experiment: Experiment, settings: Settings) -> float:
     model = opening.get_model(settings.model)
     features = experiment.features
     if features:
-        apply = vgg.feature_fn_for(features.params, dtype=model.dtype)
+        apply = vgg.apply_features_for(features.params, dtype=model.dtype)
         features = features._replace(apply=apply)
     phases = [phase for phase in experiment.phases if phase.start < phase.stop]
     phases = [phase for phase in phases if phase.use_features] or phases
@@ -234,6 +234,8 @@ def recover(
       The settings of the next run, and the remedy, or None if there is none.
     """
     settings = _remaining(settings, workdir)
+    if not any(getattr(settings, name).steps for name in _PHASES):
+        return settings, None
     exact = dataclasses.replace(settings.model, dtype="float32")
     if isinstance(error, TrainingDivergedError):
         halves = {

@@ -314,7 +314,7 @@ def _glob(path: PathLike) -> list[str]:
     path = str(_files.as_path(path))
     paths = [path] if os.path.exists(path) else sorted(glob.glob(path))
     if not paths:
-        raise UserError(f"path must be of images; there is no file or folder {path!r}.")
+        raise UserError(f"path: there is no file or folder {path!r}.")
     return paths
 
 

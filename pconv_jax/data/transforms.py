@@ -112,6 +112,6 @@ def max_unreadable(source: ImageSource) -> int:
 def too_many_unreadable(source: ImageSource, names: Sequence[str]) -> UserError:
     """Make the error for a source with too many unreadable images."""
     return UserError(
-        f"{len(names)} of the {len(source)} images of source cannot be read, over "
+        f"{len(names)} of {len(source)} images cannot be read, and the limit is "
         f"{_MAX_UNREADABLE:.0%}; remove or repair them: {', '.join(names[:10])}."
     )

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pconv_jax import __version__
+from pconv_jax import __version__, _files
 from pconv_jax._errors import UserError
 from pconv_jax.evaluate import results
 from pconv_jax.evaluate.eval_set import EvalSet, MaskClass
@@ -59,7 +59,7 @@ def compare(
         raise UserError("directory must be None if there are several processes.")
     for method in methods:
         _check_size(method, eval_set.image_size)
-    store = Store(Path(directory) if directory else None)
+    store = Store(_files.as_path(directory) if directory else None)
     with store.locked():
         for method in methods:
             # Reading all images for a fingerprint takes long, and only files need it.

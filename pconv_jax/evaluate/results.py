@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pconv_jax._errors import UserError
 from pconv_jax.evaluate.bootstrap import Interval, cluster_bootstrap
 from pconv_jax.evaluate.eval_set import BIN_CLASSES, BINS, SHAPES
 from pconv_jax.evaluate.metric_definitions import ALL_METRICS
@@ -92,7 +93,11 @@ class Evaluation:
         of no value is NaN.
 
         Args:
-          **where: Fields of the examples, as for `select`. All hole bins by default.
+          **where: Fields of the examples, as for `select`. The default is the first
+            method in all hole bins.
+
+        Raises:
+          UserError: If examples have no such field, or there is no such method.
         """
         return {name: i.mean for name, i in self.intervals(**where).items()}
 
@@ -100,16 +105,35 @@ class Evaluation:
         """Compute mean metrics with 95 % intervals; see `INTERVALS`.
 
         Args:
-          **where: Fields of the examples, as for `select`. All hole bins by default.
+          **where: Fields of the examples, as for `mean`.
+
+        Raises:
+          UserError: As `mean`.
         """
+        self._check_fields(where)
+        if self.methods:
+            where = {"method": self.methods[0], **where}
         chosen = self.select(**where)
         intervals = {m: self._interval(*_values(chosen, m)) for m in self.metrics}
         if set(where) <= {"method", "hole", "border"} and self.sets:
-            method = where.get("method", self.methods[0])
-            scores = self.sets.get((method, where.get("hole"), where.get("border")))
+            key = where["method"], where.get("hole"), where.get("border")
+            scores = self.sets.get(key)
             for name, score in (scores or {}).items():
                 intervals[name] = Interval(score, math.nan, math.nan)
         return intervals
+
+    def _check_fields(self, where: Mapping[str, Any]) -> None:
+        known = {name for record in self.examples for name in record}
+        if known and (unknown := where.keys() - known):
+            raise UserError(
+                f"examples have no {sorted(unknown)[0]}; they have "
+                f"{', '.join(sorted(known))}."
+            )
+        method = where.get("method")
+        if method is not None and method not in self.methods:
+            raise UserError(
+                f"method must be one of {', '.join(self.methods)}, got {method!r}."
+            )
 
     def differences(
         self, method: str, reference: str, **where: Any

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from pconv_jax import _files
 from pconv_jax._errors import UserError
 from pconv_jax.data import sources
 from pconv_jax.data.base import ImageSource
@@ -175,7 +176,7 @@ def evaluate_run(
             vgg_weights=vgg,
             device_batch=device_batch,
         )
-    out = Path(out or default_out)
+    out = _files.as_path(out or default_out)
     try:
         evaluation = compare(
             chosen,
@@ -199,7 +200,8 @@ def _load(
 ) -> tuple[opening.Trained, Path]:
     """Load the network to evaluate; also return the default output directory."""
     if workdir is not None and weights is None:
-        return opening.load_run(workdir, step=step), Path(workdir) / "evaluation"
+        out = _files.as_path(workdir) / "evaluation"
+        return opening.load_run(workdir, step=step), out
     if weights is None or workdir is not None:
         raise UserError("give either workdir or weights: the network to evaluate.")
     if step is not None:

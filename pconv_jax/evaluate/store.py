@@ -93,7 +93,9 @@ class Store:
         if len(lines) - len(records) > 1:
             _logger.warning(
                 "%d of %d records in %s have no right checksum, and are made again.",
-                *(len(lines) - len(records), len(lines), path),
+                len(lines) - len(records),
+                len(lines),
+                path,
             )
         self._records[method] = {key_of(record): record for record in records}
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from pconv_jax import ops
+
 SSIM_WINDOW = 11
 """Side of the windows of `ssim`, in pixels."""
 
@@ -53,8 +55,9 @@ def l1_hole(a: ArrayLike, b: ArrayLike, mask: ArrayLike) -> jax.Array:
             f"mask must have shape {(*a.shape[:3], 1)} for images of shape {a.shape}, "
             f"got {mask.shape}."
         )
-    error = jnp.where(mask == 0, jnp.abs(a - b), 0).sum(axis=(1, 2, 3))
-    count = jnp.sum(mask == 0, axis=(1, 2, 3)) * a.shape[-1]
+    hole = ~ops.is_valid(mask)
+    error = jnp.where(hole, jnp.abs(a - b), 0).sum(axis=(1, 2, 3))
+    count = jnp.sum(hole, axis=(1, 2, 3)) * a.shape[-1]
     return error / jnp.maximum(count, 1)
 
 

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from pconv_jax._images import IMAGENET_MEAN, IMAGENET_STD
 from pconv_jax.metrics.image import check_pair
-from pconv_jax.vgg import feature_fn_for
+from pconv_jax.vgg import apply_features_for
 
 Params = Mapping[str, Any]
 
@@ -87,6 +87,9 @@ class LPIPS(nn.Module):
     @nn.compact
     def __call__(self, a: ArrayLike, b: ArrayLike) -> jax.Array:
         """Compute the distances ``[N]`` of images ``[N, H, W, 3]`` in [0, 1]."""
+        if self.net not in NETWORKS:
+            known = " or ".join(map(repr, NETWORKS))
+            raise ValueError(f"net must be {known}, got {self.net!r}.")
         network = NETWORKS[self.net]
         a, b = check_pair(a, b)
         if a.shape[-1] != 3 or min(a.shape[1:3]) < network.smallest:
@@ -157,7 +160,7 @@ def vgg_distance(params: Params, a: ArrayLike, b: ArrayLike) -> jax.Array:
     """
     a, b = check_pair(a, b)
     with jax.default_matmul_precision("highest"):  # Equal numbers on all devices.
-        pools = feature_fn_for(params)(params, 2 * jnp.concatenate([a, b]) - 1)
+        pools = apply_features_for(params)(params, 2 * jnp.concatenate([a, b]) - 1)
     pairs = [jnp.split(_to_unit_length(x), 2) for x in pools]
     return jnp.asarray(
         sum(jnp.square(x - y).sum(axis=-1).mean(axis=(1, 2)) for x, y in pairs)

@@ -39,9 +39,7 @@ PyTree = Any
 
 # What Orbax, TensorStore and JSON raise for missing, cut and changed files; and for
 # what says nothing about the checkpoint, which `_is_damage` tells apart.
-_READ_ERRORS = (
-    *(AttributeError, EOFError, LookupError, OSError, TypeError, ValueError),
-)
+_READ_ERRORS = (AttributeError, EOFError, LookupError, OSError, TypeError, ValueError)
 
 _MISSING_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _MISSING = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR)

@@ -5,6 +5,7 @@ fields and returns the config.
 """
 
 import importlib.util
+import inspect
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -47,17 +48,31 @@ def load_config(name: str) -> ConfigDict:
         ``get_config``: ``configs/pconv.py:quickstart``.
 
     Raises:
-      UserError: If there is no such file, or its ``get_config`` refuses the argument.
+      UserError: If there is no such file, it has no ``get_config``, or that refuses the
+        argument or returns no config.
     """
     place, _, argument = name.partition(":")
     path = _find_config(_files.as_path(place))
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config must be a .py file, got {path}.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config: {path} defines no get_config().")
-    return module.get_config(*([argument] if argument else []))
+    arguments = [argument] if argument else []
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError as error:
+        takes = "takes no argument" if argument else "needs an argument"
+        raise UserError(f"--config: get_config() of {path} {takes}.") from error
+    config = module.get_config(*arguments)
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config: get_config() of {path} must return a ConfigDict, got "
+            f"{type(config).__name__}."
+        )
+    return config
 
 
 def default_workdir(name: str) -> str:

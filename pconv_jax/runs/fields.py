@@ -149,7 +149,7 @@ class Field(NamedTuple):
 _TYPES: Mapping[Any, tuple[str, str]] = {
     int: ("integer", "an integer"),
     float: ("number", "a number"),
-    str: ("text", "a text"),
+    str: ("text", "text"),
     Paths: ("paths", "one or several paths"),
     tuple[float, float]: ("two numbers", "two numbers"),
 }

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pconv_jax import metrics, ops
+from pconv_jax import masks, metrics, ops
 from pconv_jax.unet import PConvUNet
 
 Batch = Mapping[str, jax.Array]
@@ -58,7 +58,7 @@ def score_step(batch: Batch) -> Metrics:
         "output_l1": metrics.l1(output, truth),
         "output_psnr": metrics.psnr(output, truth),
         "output_ssim": metrics.ssim(output, truth),
-        "hole_ratio": 1 - mask.astype(jnp.float32).mean(axis=(1, 2, 3)),
+        "hole_ratio": masks.hole_ratio(mask),
     }
 
 
@@ -67,9 +67,15 @@ def prepare_batch(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
     Args:
       batch: ``image``, uint8 ``[N, H, W, C]``, and ``mask``, ``[N, H, W, 1]``.
+
+    Raises:
+      ValueError: If the images are not uint8.
     """
-    images = batch["image"].astype(jnp.float32) / 127.5 - 1
-    return images, batch["mask"].astype(jnp.float32)
+    images = batch["image"]
+    if images.dtype != jnp.uint8:
+        raise ValueError(f"image must be uint8, got {images.dtype}.")
+    mask = ops.is_valid(batch["mask"])
+    return images.astype(jnp.float32) / 127.5 - 1, mask.astype(jnp.float32)
 
 
 def to_uint8(images: jax.Array) -> jax.Array:

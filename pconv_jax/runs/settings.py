@@ -47,17 +47,21 @@ class DataSettings:
         "bundled", "Where images come from; bundled means scikit-image's photos."
     )
     path: Paths | None = setting(
-        None, "The folder of images, or one or several tar files."
+        None, "The folder of images, or one or several tar files.", resumable=True
     )
     validation_path: Paths | None = setting(
-        None, "Like path, for validation. None holds out a fraction of path."
+        None,
+        "Like path, for validation. None holds out a fraction of path.",
+        resumable=True,
     )
     validation_fraction: float = setting(
         0.05, "Fraction of the images of path that is held out.", within="(0, 1)"
     )
     name: str | None = setting(None, "Name of the TFDS data set.")
     data_dir: str | None = setting(
-        None, "Folder of TFDS data sets. None is ~/tensorflow_datasets."
+        None,
+        "Folder of TFDS data sets. None is ~/tensorflow_datasets.",
+        resumable=True,
     )
     feature: str | None = setting(
         None, "Image feature of the TFDS data set. None finds it, if there is only one."

@@ -288,16 +288,17 @@ def _identify(source: ImageSource) -> dict[str, Any]:
 
 
 def _check_batch_norm(settings: Settings, model: PConvUNet) -> None:
-    """Check that the innermost stage has more than one value a channel to average."""
+    """Check that the innermost stage has more than one value per channel to average."""
     if parallel.device_count() > 1 or not model.encoder[-1].batch_norm:
         return
     images = settings.batch_size // settings.accumulate
     if images == 1 and settings.image_size == model.size_multiple:
         raise UserError(
             f"config: batch_size = {settings.batch_size} and accumulate = "
-            f"{settings.accumulate} leave the innermost batch normalization one value "
-            f"a channel, at image_size = {settings.image_size} and model.depth = "
-            f"{len(model.encoder)}: use a larger batch or image, or a smaller depth."
+            f"{settings.accumulate} leave only one value per channel for the innermost "
+            f"batch normalization, at image_size = {settings.image_size} and "
+            f"model.depth = {len(model.encoder)}: use a larger batch or image, or a "
+            "smaller depth."
         )
 
 
@@ -326,7 +327,7 @@ def _open_features(
         _logger.warning(warning)
         params = jax.jit(vgg.random_params)(jax.random.key(0))
         digest = "random"  # The last bits depend on the machine.
-    apply = vgg.feature_fn_for(params, dtype=model.dtype)
+    apply = vgg.apply_features_for(params, dtype=model.dtype)
     return Features(parallel.replicate(params), apply), digest
 
 

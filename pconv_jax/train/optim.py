@@ -32,9 +32,17 @@ def make_optimizer(
 
     Returns:
       The optimizer. The structure of its state does not depend on ``frozen``.
+
+    Raises:
+      ValueError: If ``frozen`` is one string; and from the optimizer, if parameters
+        have no submodule of a name.
     """
+    if isinstance(frozen, str):
+        raise ValueError(f"frozen must be a collection of names, got {frozen!r}.")
 
     def is_frozen(params: Any) -> Any:
+        if unknown := set(frozen) - set(params):
+            raise ValueError(f"frozen: there is no submodule {sorted(unknown)[0]}.")
         return jax.tree_util.tree_map_with_path(
             lambda path, _: path[0].key in frozen, params
         )

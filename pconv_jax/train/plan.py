@@ -141,9 +141,12 @@ def fit_phases(
       multiple: Number that the steps of a phase are a multiple of. The default is 1.
 
     Raises:
-      UserError: If there is no time for ``multiple`` steps of each phase.
+      UserError: If no phase has steps, or there is no time for ``multiple`` steps of
+        each phase that has.
     """
     wanted = sum(paces[p.name] * (p.stop - p.start) for p in phases if p.name in paces)
+    if not wanted:
+        raise UserError("minutes: no phase has steps.")
     least = sum(multiple * pace for pace in paces.values())
     if seconds < least:
         raise UserError(

@@ -145,11 +145,12 @@ def _check_images(
     changed = [split for split in ours if theirs.get(split) != ours[split]]
     if not changed:
         return
-    counts = "; ".join(
-        f"{split}: {theirs.get(split, {}).get('count')} images, now "
-        f"{ours[split]['count']}"
-        for split in changed
-    )
+    changes = []
+    for split in changed:
+        before, now = (x.get(split, {}).get("count") for x in (theirs, ours))
+        same = f"the same number, {now}, with other names"
+        changes.append(f"{split}: {same if before == now else f'{before}, now {now}'}")
+    counts = "; ".join(changes)
     message = f"workdir {workdir} was trained on other images ({counts}). "
     if not allow:
         raise UserError(

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from pconv_jax import losses, vgg
+from pconv_jax import losses, masks, ops, vgg
 from pconv_jax.runs.inference import Batch, Metrics, prepare_batch
 from pconv_jax.unet import PConvUNet
 
@@ -156,9 +156,9 @@ def train_step(
         to save memory. The gradients of the parts are averaged. Batch normalization
         sees one part at a time and updates its running statistics after each. The
         default is 1.
-      average_decay: Decay of `TrainState.average`, if the state has one. It is smaller
-        in the first steps, so that the average soon forgets the initial weights. The
-        default is 0.
+      average_decay: Decay of `TrainState.average`. It is smaller in the first steps, so
+        that the average soon forgets the initial weights. The default, 0, is for a
+        state without an average.
       axis_name: Name of the mapped axis that divides the batch. None (the default) if
         it is not divided.
 
@@ -167,9 +167,15 @@ def train_step(
       ``total``, ``gradient_norm`` and ``hole_ratio``.
 
     Raises:
-      ValueError: If ``accumulate`` does not divide the batch, if the batch has neither
-        masks nor seeds to draw them from, or if parameters are missing.
+      ValueError: If ``accumulate`` does not divide the batch, if the batch lacks what
+        is computed from, if parameters are missing, or if the state has an average and
+        no decay is given, or the reverse.
     """
+    if bool(state.average) != bool(average_decay):
+        raise ValueError(
+            "average_decay must be above 0 for a state with an average, and 0 for one "
+            f"without, got {average_decay}."
+        )
     features_fn = None
     if apply_features is not None:
         if feature_params is None:
@@ -189,6 +195,11 @@ def train_step(
     ) -> tuple[Tree, tuple[Tree, Metrics]]:
         images, mask = prepare_batch(add_masks(batch, draw_mask))
         if color_jitter:
+            if "seed" not in batch:
+                raise ValueError(
+                    "batch must have a seed for each example for color_jitter, got "
+                    f"{sorted(batch)}."
+                )
             keys = example_keys(batch["seed"], COLORS)
             images = jitter_colors(keys, images, amount=color_jitter)
         grads, (scalars, batch_stats) = jax.grad(loss_fn, has_aux=True)(
@@ -324,7 +335,7 @@ def _compute_loss(
         weights=weights,
         count=max(1, round(feature_fraction * len(images))),
     )
-    scalars = terms | {"hole_ratio": 1 - mask.mean()}
+    scalars = terms | {"hole_ratio": masks.hole_ratio(mask).mean()}
     return terms["total"], (scalars, dict(updates).get("batch_stats", {}))
 
 
@@ -344,12 +355,9 @@ def _mean_terms(
             jnp.mean, loss(output, images, mask, features_fn=features_fn)
         )
     terms = loss(output, images, mask, features_fn=None)
-    part = (x[:count] for x in (output, images, mask))
-    terms |= {
-        name: term
-        for name, term in loss(*part, features_fn=features_fn).items()
-        if name not in terms
-    }
+    comp = ops.composite(output, images, mask)
+    part = (x[:count] for x in (output, comp, images))
+    terms |= losses.feature_terms(*part, features_fn=features_fn)
     means = jax.tree.map(jnp.mean, terms)
     means["total"] = jnp.asarray(
         sum(getattr(weights, n) * x for n, x in means.items() if n != "total")
@@ -391,7 +399,7 @@ def _over_parts(
     if parts == 1:
         return function(carry, batch)
     size = jax.tree.leaves(batch)[0].shape[0]
-    if size % parts:
+    if parts < 1 or size % parts:
         raise ValueError(
             f"accumulate = {parts} must divide the batch of a device, {size}."
         )

@@ -51,9 +51,8 @@ def check_workdir(workdir: pathlib.Path, settings: Settings) -> None:
         old = Settings.from_json(values)
     except (_files.FileContentError, UserError) as error:
         raise UserError(
-            f"workdir {workdir} has a config.json that is damaged, or not a run's "
-            f"({error}). Use another workdir; or delete it, since checkpoints have the "
-            "settings, too."
+            f"workdir {workdir} has a config.json that cannot be read ({error}). Use "
+            "another workdir; or delete it, since checkpoints have the settings, too."
         ) from error
     # As long as no step was saved, the settings may be corrected.
     if any((workdir / "checkpoints").glob("*")):

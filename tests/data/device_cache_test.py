@@ -53,7 +53,7 @@ def test_unreadable_images_are_left_out_and_named(tmp_path):
     assert unreadable == [source.name(3), source.name(7)]
     np.testing.assert_array_equal(cache.images[3], noise(16, 16, 4))
     (tmp_path / "09.png").write_bytes(b"")
-    with pytest.raises(UserError, match="3 of the 41 images of source cannot be read"):
+    with pytest.raises(UserError, match="3 of 41 images cannot be read"):
         device_cache.read_cache(source, side=16)
 
 

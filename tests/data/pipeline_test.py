@@ -254,7 +254,7 @@ def test_next_readable_image_takes_the_place():
 
 @pytest.mark.parametrize("bad", [(0, 13, 26), (7, 8, 9), range(40)])
 def test_too_many_unreadable_images_are_an_error(bad):
-    message = r"3 of the 40 images of source cannot be read, over 5%.*flat-\d+, flat"
+    message = r"3 of 40 images cannot be read, and the limit is 5%.*flat-\d+, flat"
     with pytest.raises(UserError, match=message):
         take(Flat(40, bad=bad), 20)
 
@@ -342,7 +342,7 @@ def test_eval_takes_the_next_image_for_one_that_cannot_be_read(caplog):
     red = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
     np.testing.assert_array_equal(red[:50], [0, 1, 3, *range(3, 50)])
     assert "flat-2 cannot be read, and flat-3 takes its place" in caplog.text
-    with pytest.raises(UserError, match="2 of the 39 images .* flat-2, flat-3"):
+    with pytest.raises(UserError, match="2 of 39 images .* flat-2, flat-3"):
         evaluate(Flat(39, bad=(2, 3)))
 
 

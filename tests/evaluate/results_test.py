@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from pconv_jax import UserError
 from pconv_jax.evaluate import results
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -61,3 +62,16 @@ def test_differences_are_paired():
     both = results.Evaluation([*ours, *theirs])
     difference = both.differences("b", "a")["l1"]
     np.testing.assert_allclose(difference, 0.5)  # However much the images differ.
+
+
+def test_means_are_those_of_one_method():
+    one, other = (
+        make_evaluation([v], [0], method=m) for v, m in ((30, "a"), (10, "b"))
+    )
+    both = results.Evaluation(one.examples + other.examples)
+    assert both.mean() == both.mean(method="a") == {"l1": 30}
+    assert both.mean(method="b") == {"l1": 10}
+    with pytest.raises(UserError, match="examples have no methd; they have border"):
+        both.mean(methd="a")
+    with pytest.raises(UserError, match="method must be one of a, b, got 'c'"):
+        both.intervals(method="c")

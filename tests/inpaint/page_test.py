@@ -278,6 +278,12 @@ def test_who_is_let_in(options, expected, network, monkeypatch):
     assert launch.call_args.kwargs["auth"] == expected
 
 
+def test_without_a_terminal_the_password_must_be_given(network, monkeypatch):
+    monkeypatch.setattr(demo.getpass, "getpass", mock.Mock(side_effect=EOFError))
+    with pytest.raises(SystemExit, match="no terminal to ask .* give NAME:PASSWORD"):
+        cli.main(["demo", "--weights", str(network), "--auth", "ada"])
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org", "::"])
 def test_other_machines_need_a_password_or_a_decision(host):
     with pytest.raises(SystemExit, match=f"--host {host} lets .* --auth .* --no-auth"):

@@ -156,3 +156,11 @@ def test_ssim_refuses_small_images():
     a, b = images((1, 10, 40, 3))
     with pytest.raises(ValueError, match="at least 11 pixels.*10x40"):
         metrics.ssim(a, b)
+
+
+def test_a_mask_of_0_and_255_is_that_of_0_and_1():
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(size=(2, 3, 16, 16, 3)).astype(np.float32)
+    mask = (rng.uniform(size=(3, 16, 16, 1)) > 0.5).astype(np.uint8)
+    expected = metrics.l1_hole(a, b, mask)
+    np.testing.assert_array_equal(metrics.l1_hole(a, b, 255 * mask), expected)

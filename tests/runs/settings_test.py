@@ -6,7 +6,12 @@ import pytest
 
 from pconv_jax import UserError, masks
 from pconv_jax.runs import opening
-from pconv_jax.runs.config import default_config, default_workdir, read_settings
+from pconv_jax.runs.config import (
+    default_config,
+    default_workdir,
+    load_config,
+    read_settings,
+)
 from pconv_jax.runs.settings import FIELDS, Settings, differences
 from tests.helpers import ROOT
 from tests.helpers.images import encode, photo, write_tar
@@ -262,6 +267,9 @@ def test_every_field_is_described_and_its_default_allowed():
     resumable = {name for name, field in FIELDS.items() if field.resumable}
     assert resumable == {
         "checkpoint_every",
+        "data.data_dir",
+        "data.path",
+        "data.validation_path",
         "data.workers",
         "evaluation_examples",
         "export.folder",
@@ -317,3 +325,32 @@ def test_what_is_held_out_may_not_be_nothing(tmp_path):
     config.data.validation_fraction = 0.0
     with pytest.raises(ValueError, match=r"validation_fraction must be .*got 0.0"):
         read_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        (
+            "a.py:x",
+            "def get_config():\n    pass",
+            "get_config.. of .* takes no arg",
+        ),
+        ("a.py", "def get_config(kind):\n    pass", "get_config.. of .* needs an arg"),
+        ("a.py", "def get_config():\n    pass", "return a ConfigDict, got NoneType"),
+        ("a.py", "def get_config():\n    return {}", "return a ConfigDict, got dict"),
+        ("a.py", "", "a.py defines no get_config"),
+        ("a.yaml", "a: 1", "--config must be a .py file, got .*a.yaml"),
+        ("b.py", None, "b.py"),
+    ],
+)
+def test_config_files_that_are_none(name, content, problem, tmp_path):
+    if content is not None:
+        (tmp_path / name.partition(":")[0]).write_text(content)
+    with pytest.raises(UserError, match=problem):
+        load_config(str(tmp_path / name))
+
+
+def test_a_bug_in_a_config_file_keeps_its_traceback(tmp_path):
+    (tmp_path / "a.py").write_text("def get_config():\n    return 1 + None")
+    with pytest.raises(TypeError, match="unsupported operand"):
+        load_config(str(tmp_path / "a.py"))

@@ -118,6 +118,15 @@ def test_a_failure_without_a_remedy_is_raised(tmp_path, monkeypatch, start):
         run_release(make_settings(init_from=start, batch_size=4), tmp_path)
 
 
+def test_a_failure_after_the_last_phase_is_raised(tmp_path, monkeypatch, start):
+    runs = Runs((NO_ALGORITHM, 10))
+    monkeypatch.setattr(release, "train_and_evaluate", runs)
+    monkeypatch.setattr(release, "choose", lambda settings, *_, **__: settings)
+    settings = make_settings(init_from=start, **{"model.dtype": "bfloat16"})
+    with pytest.raises(Failure, match="No valid algorithm"):
+        run_release(settings, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("seconds", "best"),
     [

@@ -88,3 +88,12 @@ def test_the_learning_rate_rises_and_then_falls_along_a_cosine():
         assert factor(n) == pytest.approx(float(after(n - 4)), abs=1e-6)
     assert optim.schedule_factor(9, steps=10) == 1.0
     assert optim.schedule_factor(0, steps=10, warmup_steps=2) == 0.5
+
+
+def test_frozen_are_names_of_submodules():
+    with pytest.raises(ValueError, match="frozen must be a collection of names, got"):
+        optim.make_optimizer(1e-3, frozen="bn10")
+    optimizer = optim.make_optimizer(1e-3, frozen=("bn99",))
+    with pytest.raises(ValueError, match="frozen: there is no submodule bn99"):
+        state = optimizer.init({"bn1": {"scale": jnp.ones(2)}})
+        optimizer.update({"bn1": {"scale": jnp.ones(2)}}, state)

@@ -84,3 +84,9 @@ def test_a_run_of_minutes_resumes_with_the_steps_that_it_measured(
         loop.train_and_evaluate(tiny(**fields), broken)
     with pytest.raises(UserError, match=r"phase2.steps: 100, now 200"):
         loop.train_and_evaluate(tiny(**fields | {"phase2.steps": 200}), broken)
+
+
+def test_minutes_need_a_phase_with_steps():
+    phase = Phase("pixels", 0, 0, 1e-3)
+    with pytest.raises(UserError, match="minutes: no phase has steps"):
+        plan.fit_phases([phase], {}, seconds=10)

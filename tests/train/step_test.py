@@ -435,6 +435,23 @@ def test_parts_of_a_batch_are_normalized_one_after_the_other():
 def test_a_batch_that_cannot_be_divided_into_parts():
     with pytest.raises(ValueError, match="accumulate = 3 must divide .* a device, 4"):
         make_step(accumulate=3)(make_state(), make_batch(4), EXTRA)
+    with pytest.raises(ValueError, match="accumulate = 0 must divide .* a device, 4"):
+        make_step(accumulate=0)(make_state(), make_batch(4), EXTRA)
+
+
+def test_what_a_step_needs_must_be_there():
+    state, batch = make_state(), make_batch(4, with_mask=True)
+    with pytest.raises(ValueError, match="0 for one without, got 0.9"):
+        make_step(average_decay=0.9)(state, batch, EXTRA)
+    averaged = state.replace(average=state.variables)
+    with pytest.raises(ValueError, match="above 0 for a state with an average, .* 0.0"):
+        make_step()(averaged, batch, EXTRA)
+    without_seeds = {name: x for name, x in batch.items() if name != "seed"}
+    with pytest.raises(ValueError, match="a seed for each example for color_jitter"):
+        make_step(color_jitter=0.1)(state, without_seeds, EXTRA)
+    floats = batch | {"image": batch["image"] / np.float32(127.5) - 1}
+    with pytest.raises(ValueError, match="image must be uint8, got float32"):
+        make_step()(state, floats, EXTRA)
 
 
 BFLOAT16 = MODEL.clone(dtype=jnp.bfloat16)

@@ -59,3 +59,9 @@ def test_arrays_whose_description_does_not_fit_are_refused():
     for header in [["a"], 5, {"a": 5}]:
         with pytest.raises(FileContentError, match="is not a"):
             read(header)
+
+
+def test_a_name_that_the_hub_does_not_allow_cannot_be_downloaded():
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(hub.DownloadError, match="HFValidationError"):
+        hub.download_repository_file("my--weights/a.safetensors", "b.safetensors")

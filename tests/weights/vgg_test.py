@@ -112,7 +112,7 @@ def test_timm(kind, tmp_path):
     save_file(torch_arrays(kind), path)
     params = load_vgg_params(str(path))
     assert_same(params, kind)
-    features = vgg.feature_fn_for(params)
+    features = vgg.apply_features_for(params)
     pools = features(params, np.zeros((1, 8, 8, 3), np.float32))
     assert [pool.shape[-1] for pool in pools] == [64, 128, 256]
 
