@@ -20,8 +20,15 @@ def kernel_size_of(kernel_size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def count_channels(inputs: ops.ArrayOrSequence) -> int:
-    """Count the channels of inputs; of a sequence, their sum."""
-    return sum(jnp.shape(x)[-1] for x in jax.tree.leaves(inputs))
+    """Count the channels of inputs; of a sequence, their sum.
+
+    Raises:
+      ValueError: If there is no input.
+    """
+    arrays = jax.tree.leaves(inputs)
+    if not arrays:
+        raise ValueError("inputs must be an array or a non-empty sequence of arrays.")
+    return sum(jnp.shape(x)[-1] for x in arrays)
 
 
 def check_groups(groups: int, channels: int, features: int) -> None:
@@ -62,11 +69,9 @@ def apply(
       The results of the operation, with the batch axes of the inputs.
 
     Raises:
-      ValueError: If there is no input, or masks have other batch axes.
+      ValueError: If masks have other batch axes.
     """
     arrays, structure = jax.tree.flatten(inputs)
-    if not arrays:
-        raise ValueError("inputs must be an array or a non-empty sequence of arrays.")
     batch = jnp.shape(arrays[0])[: 1 - kernel.ndim]
     if len(batch) != 1:  # Else, the operation's own errors name the shapes as given.
         _check_masks(mask, batch, jnp.ndim(arrays[0]))

@@ -14,6 +14,8 @@ from pconv_jax import ops
 from pconv_jax.layers import PartialConv, PartialConvTranspose, PartialPadConv
 from tests.helpers.cases import mostly_slow
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 def make_inputs(*shape, planes=1, seed=0):
     """Make random inputs and a mask."""

@@ -12,6 +12,9 @@ import pytest
 from pconv_jax import _mask_fields, masks
 from tests.helpers.cases import mostly_slow
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
 KEY = jax.random.key(0)
 
 

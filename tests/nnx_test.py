@@ -13,6 +13,8 @@ from pconv_jax import layers, ops
 from pconv_jax.nnx import PartialConv, PartialConvTranspose, PartialPadConv
 from tests.helpers.cases import mostly_slow
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 def make_inputs(*shape, planes=1, seed=0):
     """Make random inputs and a mask."""

@@ -6,6 +6,9 @@ import pytest
 
 from pconv_jax import vgg
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
 VGG16_CHANNELS = {
     "conv1_1": (3, 64),
     "conv1_2": (64, 64),

@@ -7,6 +7,9 @@ import skimage.metrics
 
 from pconv_jax import metrics
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
 ALL = {
     "l1": metrics.l1,
     "l1_hole": lambda a, b: metrics.l1_hole(a, b, np.zeros((*a.shape[:3], 1))),

@@ -17,6 +17,9 @@ from pconv_jax.weights import vgg as vgg_weights
 from pconv_jax.weights.vgg import load_vgg_params, write_cache
 from tests.helpers import ROOT, file_server, torch_writer
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
 BLOCKS = {"VGG16": (2, 2, 3), "VGG19": (2, 2, 4)}
 
 REVISION = "3394518cba29aee1ea82a49d971be90d2dd1dab7"
