@@ -54,14 +54,12 @@ def measure(
       Seconds until the first call returns, seconds of a step after that, and the
       kernels of a call, the longest first.
     """
-    started = time.perf_counter()
     step = experiment.compile_step(phase)
-    first = time.perf_counter() - started
     state, count = experiment.create_state(), experiment.settings.steps_per_call
     with plan.open_calls(experiment, phase, state, step) as call:
         started = time.perf_counter()
         jax.block_until_ready(call())
-        first += time.perf_counter() - started
+        first = time.perf_counter() - started
         started = time.perf_counter()
         jax.block_until_ready([call() for _ in range(calls)])
         seconds = (time.perf_counter() - started) / (calls * count)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pconv_jax import _files
 from pconv_jax.data.decode import UnreadableImageError, decode_image
 
 
@@ -44,7 +45,7 @@ class ImageSource(abc.ABC):
         try:
             data = self.read(index)
         except OSError as error:
-            message = f"cannot read {self.name(index)}: {error.strerror or error}."
+            message = f"cannot read {self.name(index)}: {_files.describe_error(error)}."
             raise UnreadableImageError(message) from error
         return decode_image(data, self.name(index))
 

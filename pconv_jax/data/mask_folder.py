@@ -92,7 +92,7 @@ class MaskFolder:
         try:
             data = _files.read_regular(path)
         except OSError as error:
-            message = f"cannot read {path}: {error.strerror or error}."
+            message = f"cannot read {path}: {_files.describe_error(error)}."
             raise UnreadableImageError(message) from error
         gray = decode_gray(data, str(path), max_pixels=_MAX_PIXELS)
         white = gray > self.threshold * 255

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pconv_jax import _files
 from pconv_jax._errors import RunError
 from pconv_jax.runs.lock import lock_folder
 
@@ -216,4 +217,4 @@ def key_of(record: Record) -> Key:
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
-    return RunError(f"cannot write to {path}: {error.strerror or error}.")
+    return RunError(f"cannot write to {path}: {_files.describe_error(error)}.")

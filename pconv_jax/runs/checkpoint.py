@@ -284,7 +284,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:
             if isinstance(error, OSError):
-                reason = error.strerror or error
+                reason = _files.describe_error(error)
             elif code := _os_error(error):
                 reason = os.strerror(code)
             else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import filelock
 
+from pconv_jax import _files
 from pconv_jax._errors import RunError, UserError
 
 
@@ -33,7 +34,7 @@ def lock_folder(folder: Path, *, name: str, advice: str = "") -> Iterator[None]:
             f"or use another {name}."
         ) from error
     except OSError as error:
-        reason = f"cannot write to {name} {folder}: {error.strerror or error}."
+        reason = f"cannot write to {name} {folder}: {_files.describe_error(error)}."
         raise RunError(f"{reason} {advice}".rstrip()) from error
     with lock:
         yield

@@ -18,13 +18,11 @@ from tests.helpers.networks import small_mmagic
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
-DATA = TESTDATA
+UNETS = np.load(TESTDATA / "unets.npz")
 
-UNETS = np.load(DATA / "unets.npz")
+CRAI = np.load(TESTDATA / "crai" / "golden.npz")
 
-CRAI = np.load(DATA / "crai" / "golden.npz")
-
-NVIDIA = np.load(DATA / "nvidia_partialconv.npz")
+NVIDIA = np.load(TESTDATA / "nvidia_partialconv.npz")
 
 
 DUMPS = {"zip": torch_writer.dump_zip, "legacy": torch_writer.dump_legacy}
