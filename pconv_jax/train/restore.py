@@ -148,8 +148,8 @@ def _check_images(
     changes = []
     for split in changed:
         before, now = (x.get(split, {}).get("count") for x in (theirs, ours))
-        same = f"the same number, {now}, with other names"
-        changes.append(f"{split}: {same if before == now else f'{before}, now {now}'}")
+        other = f", now {now}" if before != now else ", now with other names"
+        changes.append(f"{split}: {before} images{other}")
     counts = "; ".join(changes)
     message = f"workdir {workdir} was trained on other images ({counts}). "
     if not allow:

@@ -805,7 +805,7 @@ def test_mistakes_on_the_command_line_end_in_a_sentence(
         ({"data.source": "folder", "data.path": "/no/such"}, "/no/such"),
         ({"image_size": 18}, "use 16 or 20, or a smaller depth"),
         ({"data.scale": 0.5}, "data.scale must be two numbers"),
-        ({"batch_size": 1, "model.depth": 4}, "one value a"),
+        ({"batch_size": 1, "model.depth": 4}, "one value per"),
     ],
 )
 def test_mistakes_end_in_a_sentence(tmp_path, fields, message):
