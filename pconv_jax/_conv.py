@@ -120,13 +120,12 @@ def convolve(
     split = len(operands) == 1 or len(arrays) < len(operands)
     sizes = [x.size for x in arrays]
     split = split or not all(map(is_int, sizes)) or sum(sizes) > kernel.size
-    if groups == 1 and split:
+    kernels = [kernel]
+    if groups > 1 or not split:
+        operands = [jnp.concatenate(arrays, axis=-1)]
+    elif len(operands) > 1:
         ends = np.cumsum([shape(x)[-1] for x in operands])
-        kernels = [kernel]
-        if len(operands) > 1:
-            kernels = jnp.split(kernel, ends[:-1], axis=-2)
-    else:
-        operands, kernels = [jnp.concatenate(arrays, axis=-1)], [kernel]
+        kernels = jnp.split(kernel, ends[:-1], axis=-2)
     results = (
         _conv_by_method(jnp.asarray(x.x), w, _UPSAMPLED, window, precision)
         if isinstance(x, Upsampled)
@@ -335,15 +334,16 @@ def _conv_by_method_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
     y = _conv_by_method(x, kernel, method, window, precision)
+
+    def tangent(on_cpu: _Convolution, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        convolve = _by_platform(on_cpu, method.elsewhere, window, precision)
+        return jax.checkpoint(convolve, prevent_cse=False)(x, kernel)
+
     parts = []
     if not isinstance(dx, SymbolicZero):
-        tangent = method.tangent_of_x, method.elsewhere, window, precision
-        apply = jax.checkpoint(_by_platform(*tangent), prevent_cse=False)
-        parts.append(apply(dx, kernel))
+        parts.append(tangent(method.tangent_of_x, dx, kernel))
     if not isinstance(dkernel, SymbolicZero):
-        tangent = method.tangent_of_kernel, method.elsewhere, window, precision
-        apply = jax.checkpoint(_by_platform(*tangent), prevent_cse=False)
-        parts.append(apply(x, dkernel))
+        parts.append(tangent(method.tangent_of_kernel, x, dkernel))
     return y, functools.reduce(operator.add, parts) if parts else jnp.zeros_like(y)
 
 

@@ -61,7 +61,7 @@ def hole_ratio(mask: ArrayLike) -> jax.Array:
     Raises:
       ValueError: If the mask has another shape.
     """
-    return 1 - jnp.mean((~_hole(mask)).astype(jnp.float32), axis=(-2, -1))
+    return 1 - jnp.mean(_valid(mask).astype(jnp.float32), axis=(-2, -1))
 
 
 def hole_bin(ratio: ArrayLike) -> jax.Array:
@@ -97,9 +97,9 @@ def touches_border(mask: ArrayLike) -> jax.Array:
     Raises:
       ValueError: If the mask has another shape.
     """
-    hole = _hole(mask)
-    rim = jnp.broadcast_to(_rim(hole.shape[-2:], 1, 1), hole.shape)
-    return jnp.any(hole & rim, axis=(-2, -1))
+    valid = _valid(mask)
+    rim = jnp.broadcast_to(_rim(valid.shape[-2:], 1, 1), valid.shape)
+    return jnp.any(~valid & rim, axis=(-2, -1))
 
 
 def near_border(mask: ArrayLike) -> jax.Array:
@@ -117,17 +117,17 @@ def near_border(mask: ArrayLike) -> jax.Array:
     Raises:
       ValueError: If the mask has another shape.
     """
-    hole = _hole(mask)
-    rim = jnp.broadcast_to(_quiet_rim(hole.shape[-2:]), hole.shape)
-    return jnp.any(hole & rim, axis=(-2, -1))
+    valid = _valid(mask)
+    rim = jnp.broadcast_to(_quiet_rim(valid.shape[-2:]), valid.shape)
+    return jnp.any(~valid & rim, axis=(-2, -1))
 
 
-def _hole(mask: ArrayLike) -> jax.Array:
-    """Find the hole of a mask, bool ``[..., H, W]``."""
+def _valid(mask: ArrayLike) -> jax.Array:
+    """Find where a mask is valid, bool ``[..., H, W]``."""
     mask = jnp.asarray(mask)
     if mask.ndim < 3 or mask.shape[-1] != 1:
         raise ValueError(f"mask must be [..., H, W, 1], got {mask.shape}.")
-    return ~ops.is_valid(mask)[..., 0]
+    return ops.is_valid(mask)[..., 0]
 
 
 def inner_pixels(shape: Sequence[int]) -> int:

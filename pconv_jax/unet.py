@@ -166,6 +166,7 @@ class PConvUNet(nn.Module):
     def __post_init__(self) -> None:
         # Tuples are hashable: jax.jit caches functions by the hash of the network.
         self.stages = _to_tuples(self.stages)
+        _check_stages(self.stages)
         self.normalization = _to_tuples(self.normalization)
         super().__post_init__()
 
@@ -272,15 +273,6 @@ class PConvUNet(nn.Module):
 
     def _stages(self) -> tuple[Sequence[Stage], Sequence[Stage]]:
         if self.stages is not None:
-            is_pair = isinstance(self.stages, tuple) and len(self.stages) == 2
-            if not is_pair or not all(
-                isinstance(side, tuple) and all(isinstance(x, Stage) for x in side)
-                for side in self.stages
-            ):
-                raise ValueError(
-                    "stages must be two sequences of Stage, the encoder's and the "
-                    f"decoder's, got {self.stages}."
-                )
             return self.stages
         return paper_stages(
             depth=self.depth, width=self.width, out_features=self.out_features
@@ -386,6 +378,21 @@ class PConvUNet(nn.Module):
                 f"{width} images at depth {len(self.encoder)}: use a larger batch or "
                 "image, or a smaller depth."
             )
+
+
+def _check_stages(stages: Any) -> None:
+    """Check that stages are None, or two tuples of `Stage`."""
+    if stages is None:
+        return
+    is_pair = isinstance(stages, tuple) and len(stages) == 2
+    if not is_pair or not all(
+        isinstance(side, tuple) and all(isinstance(stage, Stage) for stage in side)
+        for side in stages
+    ):
+        raise ValueError(
+            "stages must be two sequences of Stage, the encoder's and the decoder's, "
+            f"got {stages}."
+        )
 
 
 def _check_size(model: PConvUNet, shape: Sequence[int]) -> None:

@@ -129,12 +129,12 @@ class Inpainter:
                 "model must give as many channels as it takes, but it takes "
                 f"{channels} and gives {features}."
             )
-        if value_range is not None and not -np.inf < value_range[0] < value_range[1] < (
-            np.inf
-        ):
-            raise UserError(
-                f"value_range must be (low, high), both finite, got {value_range}."
-            )
+        if value_range is not None:
+            low, high = value_range
+            if not -np.inf < low < high < np.inf:
+                raise UserError(
+                    f"value_range must be (low, high), both finite, got {value_range}."
+                )
         self.model = model
         self.info = dict(info or {})
         self._channels = channels
