@@ -435,6 +435,67 @@ def unet_from_stages(
     )
 
 
+def variable_shapes(model: PConvUNet, channels: int) -> dict[str, Any]:
+    """Compute the shapes of a network's variables.
+
+    Args:
+      model: The network.
+      channels: Number of channels of the images that it takes.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct` like the variables that ``model.init`` makes.
+
+    Raises:
+      ValueError: If the parts of the network do not fit together.
+    """
+    model._check_fields()
+    stages = (*model.encoder, *model.decoder)
+    padded = all(s.padding is None and s.kernel_size % 2 for s in stages)
+    if padded and model.conv == "partial" and not model.normalization:
+        return _shapes_of_stages(model, channels)
+    # Other networks are traced, which shows whether their parts fit.
+    size = model.size_multiple
+    images, mask = (
+        jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (channels, 1)
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(model.init, key, images, mask)
+
+
+def _shapes_of_stages(model: PConvUNet, channels: int) -> dict[str, Any]:
+    """Compute the shapes of the variables of a partial network without tracing it.
+
+    When a process starts, tracing takes half a second.
+    """
+
+    stages = (*model.encoder, *model.decoder)
+    widths = [channels, *(stage.features for stage in stages)]
+    inputs = widths[:-1]
+    # A decoder stage also takes the input of the encoder stage of its size.
+    for i, skip in enumerate(reversed(inputs[: len(model.encoder)]), len(model.encoder)):
+        inputs[i] += skip
+
+    def parameter(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, model.param_dtype)
+
+    def convolution(size: int, inputs: int, features: int, *, bias: bool) -> Any:
+        kernel = parameter(size, size, inputs, features)
+        return {"kernel": kernel} | ({"bias": parameter(features)} if bias else {})
+
+    params, statistics = {}, {}
+    for i, (stage, n) in enumerate(zip(stages, inputs), 1):
+        features, norm = stage.features, stage.batch_norm
+        params[f"pconv{i}"] = convolution(stage.kernel_size, n, features, bias=not norm)
+        if norm:
+            params[f"bn{i}"] = {n: parameter(features) for n in ("scale", "bias")}
+            statistic = jax.ShapeDtypeStruct((features,), jnp.float32)
+            statistics[f"bn{i}"] = dict.fromkeys(("mean", "var"), statistic)
+    if model.sigmoid_head:
+        params["head"] = convolution(1, widths[-1], widths[-1], bias=True)
+    collections = {"params": params, "batch_stats": statistics}
+    return {name: tree for name, tree in collections.items() if tree}
+
+
 def fill_depth(model: PConvUNet, mask: ArrayLike) -> jax.Array:
     """Compute at which encoder stage of a network each pixel becomes valid.
 

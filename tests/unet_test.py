@@ -209,6 +209,45 @@ def test_shapes(size, fields):
     assert y.dtype == mask.dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(depth=7, width=32),
+        dict(depth=1, out_features=1),
+        dict(conv="standard"),
+        dict(sigmoid_head=True, param_dtype=jnp.bfloat16),
+        dict(normalization=unet.IMAGENET),
+        dict(stages=([Stage(4, 3, padding="SAME")], [Stage(3, 5)])),
+        dict(stages=([Stage(4, 3, False), Stage(5, 1)], [Stage(6, 1), Stage(7, 3)])),
+    ],
+    ids=str,
+)
+def test_shapes_of_variables_are_those_of_init(fields):
+    model = PConvUNet(**(dict(depth=3, width=4) | fields))
+    images, mask = make_inputs(1, 4 * model.size_multiple)
+    expected = jax.eval_shape(model.init, jax.random.key(0), images, mask)
+    assert unet.variable_shapes(model, 3) == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(stages=([Stage(4, 2)], [Stage(3, 3)])),
+        dict(
+            stages=([Stage(4, 3)] * 2, [Stage(4, 3, padding="VALID"), Stage(3, 3)])
+        ),
+        dict(stages=([Stage(4, 3)], [])),
+        dict(stages=([Stage(4, 3)], [Stage(0, 3)])),
+        dict(normalization=unet.Normalization((0, 0), (1, 1))),
+    ],
+    ids=str,
+)
+def test_there_are_no_shapes_of_variables_of_an_impossible_network(fields):
+    with pytest.raises(ValueError, match="must (halve|have)"):
+        unet.variable_shapes(PConvUNet(**fields), 3)
+
+
 def test_properties():
     model = PConvUNet()
     assert (model.encoder, model.decoder) == unet.paper_stages()

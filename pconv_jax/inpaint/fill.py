@@ -155,7 +155,7 @@ class HoleFiller:
             pads = [(0, side - n) for n in part.shape[:2]] + [(0, 0)] * (part.ndim - 2)
             return np.pad(part, pads)[None]
 
-        masks = (cut(m).astype(np.float32)[..., None] for m in (known, valid))
+        masks = (cut(m)[..., None] for m in (known, valid))
         output, depth = jax.device_get(
             _run(self._model, self._variables, cut(values), *masks)
         )

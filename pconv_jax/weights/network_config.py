@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from pconv_jax import unet
 from pconv_jax._errors import UserError
 from pconv_jax._files import FileContentError
 from pconv_jax.unet import Normalization, PConvUNet, Stage, unet_from_stages
@@ -172,12 +172,8 @@ def variable_shapes(
         channels = input_channels(model, first_kernel)
     if channels < 1:
         raise UserError(f"{source} describes a network that takes no image.")
-    size = model.size_multiple
-    images, mask = (
-        jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (channels, 1)
-    )
     try:
-        return jax.eval_shape(model.init, jax.random.key(0), images, mask)
+        return unet.variable_shapes(model, channels)
     except ValueError as error:  # What a network raises whose parts do not fit.
         raise UserError(f"{source} describes an impossible network: {error}") from error
 
