@@ -42,7 +42,7 @@ _CHANNELS = 3  # A constant, so that the loops over a patch are vectorized.
 class _Call(NamedTuple):
     """What `search_and_vote` is called with."""
 
-    key: jax.Array
+    seed: np.uint32
     image: np.ndarray
     match: np.ndarray
     problem: patch_search.Problem
@@ -98,7 +98,7 @@ def _compare(calls: list[_Call]) -> None:
     cpus: dict[str, list[float]] = {name: [] for name in forms}
     distances: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(_TURNS + 1):
-        calls = [c._replace(key=jax.random.fold_in(c.key, turn)) for c in calls]
+        calls = [c._replace(seed=c.seed + np.uint32(turn)) for c in calls]
         for name, form in forms.items():
             wall, cpu = time.perf_counter(), time.process_time()
             results = [form(call) for call in calls]

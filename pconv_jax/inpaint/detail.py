@@ -30,7 +30,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import cv2
-import jax
 import numpy as np
 
 from pconv_jax._errors import UserError
@@ -380,12 +379,12 @@ def _refine_scale(
     first = _first_matches(rows, columns, is_center, matches, rng)
     match, count = grid.fill_up(grid.number(*first)), len(rows)
     rounds = _ROUNDS if count <= _MANY_TARGETS else _ROUNDS // 2
-    key = jax.random.key(rng.integers(2**32))
+    seed = np.uint32(rng.integers(2**32))
     flat = grid.flatten(current)
     if vote_first:
         weight = np.where(np.arange(length) < count, problem.targets.rim_weight, 0)
         flat = np.asarray(vote(flat, match, weight, problem))
-    flat, match = search_and_vote(key, flat, match, problem, rounds, progress=progress)
+    flat, match = search_and_vote(seed, flat, match, problem, rounds, progress=progress)
     rows_of_match, columns_of_match = grid.place(match[:count])
     found = _Matches(*(np.full(hole.shape, -1, np.int32) for _ in range(2)))
     found.rows[rows, columns] = rows_of_match

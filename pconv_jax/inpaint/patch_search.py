@@ -178,7 +178,7 @@ def make_problem(
 
 
 def search_and_vote(
-    key: jax.Array,
+    seed: np.uint32,
     image: np.ndarray,
     match: np.ndarray,
     problem: Problem,
@@ -189,7 +189,7 @@ def search_and_vote(
     """Search matches and vote, in turn.
 
     Args:
-      key: PRNG key.
+      seed: Seed of the random numbers.
       image: Float32 ``[P, C]``, with the current estimate in the hole.
       match: For each target, the center of the patch that is copied, ``[P]``.
       problem: The rest.
@@ -201,16 +201,16 @@ def search_and_vote(
     """
     state, problem = jax.device_put(((image, match), problem))
     for number in range(rounds):
-        state = jax.block_until_ready(_take_turn(key, number, *state, problem))
+        state = jax.block_until_ready(_take_turn(seed, number, *state, problem))
         progress((number + 1) / rounds)
     return jax.device_get(state)
 
 
 @functools.partial(jax.jit, donate_argnames=("image", "match"))
 def _take_turn(
-    key: jax.Array, number: int, image: jax.Array, match: jax.Array, problem: Problem
+    seed: jax.Array, number: int, image: jax.Array, match: jax.Array, problem: Problem
 ) -> tuple[jax.Array, jax.Array]:
-    key_of_round = jax.random.fold_in(key, number)
+    key_of_round = jax.random.fold_in(jax.random.key(seed), number)
     chunks = -(-problem.total // _CHUNK)
     exists = jnp.arange(len(match)) < problem.total
 

@@ -99,7 +99,7 @@ def test_a_periodic_image_is_found(x64):
     done = []
     with jax.enable_x64(x64):
         found, match = search_and_vote(
-            jax.random.key(0), flat, match, problem, 8, progress=done.append
+            np.uint32(0), flat, match, problem, 8, progress=done.append
         )
     assert found.dtype == np.float32 and match.dtype == np.int32
     np.testing.assert_allclose(done, np.arange(1, 9) / 8)
