@@ -467,13 +467,12 @@ def _shapes_of_stages(model: PConvUNet, channels: int) -> dict[str, Any]:
 
     When a process starts, tracing takes half a second.
     """
-
-    stages = (*model.encoder, *model.decoder)
+    stages, depth = (*model.encoder, *model.decoder), len(model.encoder)
     widths = [channels, *(stage.features for stage in stages)]
     inputs = widths[:-1]
     # A decoder stage also takes the input of the encoder stage of its size.
-    for i, skip in enumerate(reversed(inputs[: len(model.encoder)]), len(model.encoder)):
-        inputs[i] += skip
+    for i, skip in enumerate(reversed(inputs[:depth])):
+        inputs[depth + i] += skip
 
     def parameter(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, model.param_dtype)

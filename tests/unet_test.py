@@ -234,9 +234,7 @@ def test_shapes_of_variables_are_those_of_init(fields):
     "fields",
     [
         dict(stages=([Stage(4, 2)], [Stage(3, 3)])),
-        dict(
-            stages=([Stage(4, 3)] * 2, [Stage(4, 3, padding="VALID"), Stage(3, 3)])
-        ),
+        dict(stages=([Stage(4, 3)] * 2, [Stage(4, 3, padding="VALID"), Stage(3, 3)])),
         dict(stages=([Stage(4, 3)], [])),
         dict(stages=([Stage(4, 3)], [Stage(0, 3)])),
         dict(normalization=unet.Normalization((0, 0), (1, 1))),
