@@ -313,10 +313,10 @@ def _numbers(length: int) -> jax.Array:
 def _normals(key: jax.Array, *shapes: tuple[int, ...]) -> list[jax.Array]:
     """Draw normal numbers of several shapes at once, since each draw is compiled."""
     sizes = [math.prod(shape) for shape in shapes]
-    numbers = jnp.split(
-        jax.random.normal(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1]
-    )
-    return [part.reshape(shape) for part, shape in zip(numbers, shapes, strict=True)]
+    numbers = jax.random.normal(key, (sum(sizes),), jnp.float32)
+    # Without the barrier, XLA compiles the draw once more for each use of the numbers.
+    parts = jnp.split(lax.optimization_barrier(numbers), np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _uniform(normal: jax.Array) -> jax.Array:
