@@ -370,7 +370,7 @@ def _repair(size: int, first: bool, sharp: bool) -> Program:
         home = f"{folder.name}/cache-{next(numbers) if first else 0}"
         subprocess.run(
             command,
-            env=environment | {"XDG_CACHE_HOME": home},
+            env=environment | {"PCONV_CACHE": home},
             check=True,
             capture_output=True,
         )

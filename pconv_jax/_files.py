@@ -9,8 +9,9 @@ import errno
 import json
 import os
 import stat
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,46 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).rstrip(".") or type(error).__name__
+
+
+def cache_folder() -> Path:
+    """Find the folder of downloaded weights and compiled programs.
+
+    It is ``PCONV_CACHE``, by default ``pconv_jax`` where programs of the user keep
+    their caches: in ``XDG_CACHE_HOME`` or ``~/.cache``, on macOS in
+    ``~/Library/Caches``, and on Windows in ``LOCALAPPDATA``.
+
+    Raises:
+      UserError: If ``PCONV_CACHE`` is not set, and the user has no home.
+    """
+    if folder := os.environ.get("PCONV_CACHE"):
+        return as_path(folder)
+    try:
+        return _cache_home(sys.platform, os.environ) / "pconv_jax"
+    except RuntimeError as error:
+        raise UserError(
+            "PCONV_CACHE must name a folder for caches, since the user has no home."
+        ) from error
+
+
+def _cache_home(system: str, environment: Mapping[str, str]) -> Path:
+    """Find the folder in which programs of the user keep caches.
+
+    Args:
+      system: As `sys.platform`.
+      environment: As `os.environ`.
+
+    Raises:
+      RuntimeError: If the user has no home.
+    """
+    if system == "win32":
+        local = environment.get("LOCALAPPDATA")
+        return Path(local) if local else Path.home() / "AppData" / "Local"
+    if system == "darwin":
+        return Path.home() / "Library" / "Caches"
+    folder = environment.get("XDG_CACHE_HOME", "")
+    # The specification ignores relative paths.
+    return Path(folder) if os.path.isabs(folder) else Path.home() / ".cache"
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:

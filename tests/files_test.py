@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 
-from pconv_jax import RunError, _files
+from pconv_jax import RunError, UserError, _files
 from pconv_jax._files import FileContentError
 
 
@@ -142,3 +142,29 @@ def test_errors_of_a_library_become_one_kind_and_say_what_is_wrong():
     with pytest.raises(TypeError, match="a bug"):
         with _files.content_errors(ValueError):
             raise TypeError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("system", "variables", "folder"),
+    [
+        ("linux", {}, "~/.cache"),
+        ("linux", {"XDG_CACHE_HOME": "/fast/cache"}, "/fast/cache"),
+        ("linux", {"XDG_CACHE_HOME": "relative"}, "~/.cache"),
+        ("darwin", {"XDG_CACHE_HOME": "/fast/cache"}, "~/Library/Caches"),
+        ("win32", {}, "~/AppData/Local"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local"),
+    ],
+)
+def test_where_each_system_has_caches(system, variables, folder):
+    assert _files._cache_home(system, variables) == Path(folder).expanduser()
+
+
+def test_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PCONV_CACHE", "")
+    monkeypatch.setattr(_files, "_cache_home", lambda *_: tmp_path)
+    assert _files.cache_folder() == tmp_path / "pconv_jax"
+    monkeypatch.setattr(_files, "_cache_home", mock.Mock(side_effect=RuntimeError))
+    with pytest.raises(UserError, match="PCONV_CACHE must name a folder"):
+        _files.cache_folder()
+    monkeypatch.setenv("PCONV_CACHE", str(tmp_path / "cache"))
+    assert _files.cache_folder() == tmp_path / "cache"

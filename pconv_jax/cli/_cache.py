@@ -7,11 +7,12 @@ that time. Only commands set it: programs that import the package choose for the
 import argparse
 import os
 import shutil
-import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
+
+from pconv_jax import _files
+from pconv_jax._errors import UserError
 
 _MAX_BYTES = 2**28  # A thousand programs of 0.1 to 0.5 MB.
 _MIN_SECONDS = 0.1  # What compiles faster is not kept.
@@ -57,33 +58,13 @@ def use_cache(arguments: argparse.Namespace) -> None:
 def _find_folder() -> Path | None:
     """Find the folder, and make it; None if it cannot be used."""
     try:
-        folder = cache_home(sys.platform, os.environ) / "pconv_jax" / "compiled"
+        folder = _files.cache_folder() / "compiled"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         # Programs of another user, such as one who called sudo, are not run.
         foreign = hasattr(os, "getuid") and folder.stat().st_uid != os.getuid()
         full = shutil.disk_usage(folder).free < 2 * _MAX_BYTES
-    except (OSError, RuntimeError):  # Path.home raises the latter.
+    except (OSError, UserError):
         return None
     return None if foreign or full else folder
-
-
-def cache_home(system: str, environment: Mapping[str, str]) -> Path:
-    """Return the folder in which programs of the user keep caches.
-
-    Args:
-      system: As `sys.platform`.
-      environment: As `os.environ`.
-
-    Raises:
-      RuntimeError: If the user has no home.
-    """
-    if system == "win32":
-        local = environment.get("LOCALAPPDATA")
-        return Path(local) if local else Path.home() / "AppData" / "Local"
-    if system == "darwin":
-        return Path.home() / "Library" / "Caches"
-    folder = environment.get("XDG_CACHE_HOME", "")
-    # The specification ignores relative paths.
-    return Path(folder) if os.path.isabs(folder) else Path.home() / ".cache"

@@ -51,12 +51,8 @@ class Published(NamedTuple):
 
 
 def cache_path(name: str) -> Path:
-    """Get the path of a file in the cache, whether it exists or not.
-
-    The cache is the folder ``PCONV_CACHE``, by default ``~/.cache/pconv_jax``.
-    """
-    folder = os.environ.get("PCONV_CACHE") or "~/.cache/pconv_jax"
-    return _files.as_path(folder) / name
+    """Get the path of a file in the cache, whether it exists or not."""
+    return _files.cache_folder() / name
 
 
 def named_path(variable: str) -> Path | None:

@@ -62,7 +62,7 @@ def load_vgg_params(source: str | Path = "imagenet") -> Params:
     Args:
       source: A file (see `read_vgg`), or ``'imagenet'`` (the default): a VGG16 that is
         looked for in the file that ``PCONV_VGG16`` names, then in the cache
-        (``PCONV_CACHE``, by default ``~/.cache/pconv_jax``), and is otherwise
+        (``PCONV_CACHE``, on Linux by default ``~/.cache/pconv_jax``), and is otherwise
         downloaded from the Hugging Face Hub (7 MB, once).
 
     Returns:

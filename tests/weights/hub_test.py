@@ -24,9 +24,9 @@ def test_without_huggingface_hub(tmp_path, monkeypatch):
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("PCONV_CACHE", str(tmp_path / "cache"))
     assert hub.cache_path("a.pth") == tmp_path / "cache" / "a.pth"
-    monkeypatch.setenv("PCONV_CACHE", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert hub.cache_path("a.pth") == tmp_path / ".cache" / "pconv_jax" / "a.pth"
+    monkeypatch.setenv("PCONV_CACHE", "~/cache")
+    assert hub.cache_path("a.pth") == tmp_path / "cache" / "a.pth"
     monkeypatch.setenv("PCONV_VGG16", "~/vgg.pth")
     assert hub.named_path("PCONV_VGG16") == tmp_path / "vgg.pth"
     monkeypatch.setenv("PCONV_VGG16", "")
