@@ -17,22 +17,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import jax
 import numpy as np
 from PIL import Image
 
 from pconv_jax import masks
 from pconv_jax._errors import RunError, UserError
-from pconv_jax.inpaint import guard, image_io
+from pconv_jax.inpaint import display, guard, image_io
 from pconv_jax.inpaint.decoder import Decoder
 from pconv_jax.inpaint.formats import SUFFIXES, variant_path
-from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask, resize_hole
+from pconv_jax.inpaint.hole import hole_from_mask, resize_hole
 from pconv_jax.inpaint.image_io import ImageFile
 from pconv_jax.inpaint.inpainter import Inpainter
-from pconv_jax.inpaint.modes import as_array
 from pconv_jax.inpaint.progress import Progress, ignore, share
-from pconv_jax.inpaint.values import to_uint8
 
 try:
     import gradio as gr
@@ -44,9 +41,6 @@ except ModuleNotFoundError as error:
         f"the demo needs {error.name}: pip install 'pconv-jax[demo]'."
     ) from error
 
-_SIDE = 1024  # Longest side in pixels of a shown image.
-_PAINT = (255, 45, 149)  # Where to fill.
-_KEEP_OUT = (0, 140, 255)  # Where not to copy from.
 # Pixels. Objects that were pasted into photos, with soft rims, and painted over by a
 # wobbling hand were removed best with 2 or 3, by PSNR, with and without a shadow.
 _MARGIN = 3
@@ -241,11 +235,11 @@ def _build_inputs() -> _Inputs:
         layers=False,
         brush=gr.Brush(
             default_size=32,
-            colors=[f"rgb{_PAINT}", f"rgb{_KEEP_OUT}"],
+            colors=[f"rgb{display.PAINT}", f"rgb{display.KEEP_OUT}"],
             color_mode="fixed",
         ),
         height=600,
-        canvas_size=(_SIDE, _SIDE * 3 // 4),
+        canvas_size=(display.SIDE, display.SIDE * 3 // 4),
         elem_id="editor",
     )
     margin = gr.Slider(
@@ -337,11 +331,11 @@ def show(
     """
     if image is None:
         return None
-    shown = _shown(_read(image).image)
+    shown = display.shrink(_read(image).image)
     if mask is not None:
         hole = resize_hole(_read_mask(mask, invert), shown.size[::-1])
         opacity = Image.fromarray(np.where(hole, 180, 0).astype(np.uint8))
-        shown.paste(Image.new("RGB", shown.size, _PAINT), mask=opacity)
+        shown.paste(Image.new("RGB", shown.size, display.PAINT), mask=opacity)
     return shown
 
 
@@ -351,7 +345,7 @@ def open_example(index: int) -> tuple[str, str, Image.Image | None]:
     mask = masks.random_mask(
         jax.random.key(index), (512, 512), hole_ratio=0.12, border=False
     )
-    shape = _shape_of(_read(path).image)
+    shape = display.shape_of(_read(path).image)
     hole = resize_hole(np.asarray(mask)[..., 0] == 0, shape)
     mask_path = str(_new_file("mask.png"))
     image_io.write(mask_path, ImageFile(Image.fromarray(hole), {}))
@@ -399,14 +393,16 @@ def repair(
         warnings.filterwarnings("always", category=UserWarning)
         try:
             file = _read(image)
-            before = _shown(file.image)
-            shape = _shape_of(file.image)
-            hole = _painted(drawing, _PAINT, shape, margin=int(margin))
+            before = display.shrink(file.image)
+            shape = display.shape_of(file.image)
+            hole = display.painted_area(
+                drawing, display.PAINT, shape, margin=int(margin)
+            )
             if mask is not None:
                 hole |= _find_opened(mask, invert, shape)
             if not hole.any():
                 raise UserError("Nothing is painted over yet.")
-            exclude = _painted(drawing, _KEEP_OUT, shape)
+            exclude = display.painted_area(drawing, display.KEEP_OUT, shape)
             path = _new_file(f"{Path(image).stem}-repaired{_suffix(image)}")
             results, depth = _write_variants(
                 inpainter, file, hole, exclude, path, variants, sharp, progress
@@ -420,8 +416,8 @@ def repair(
     shown = Shown(
         repaired=results[0],
         slider=(before, results[0]),
-        overlay=_overlay(results[0], depth),
-        legend=_legend(depth),
+        overlay=display.draw_depth(results[0], depth),
+        legend=display.depth_legend(depth),
         gallery=gr.update(value=results, visible=variants > 1, selected_index=0),
         report=f"{width} x {height} pixels, {np.mean(depth > 0):.1%} filled, in "
         f"{time.monotonic() - start:.1f} s.",
@@ -457,7 +453,7 @@ def _write_variants(
             progress=task,
             return_depth=True,
         )
-        shown.append(_shown(result))
+        shown.append(display.shrink(result))
         image_io.write(variant_path(path, seed), ImageFile(result, file.info))
     return shown, depth
 
@@ -488,8 +484,8 @@ def choose(
       before, and of the download.
     """
     path = str(variant_path(Path(result), event.index))
-    after = _shown(_read(path).image)
-    before = _shown(_read(image).image)
+    after = display.shrink(_read(path).image)
+    before = display.shrink(_read(image).image)
     return after, (before, after), gr.DownloadButton(value=path, interactive=True)
 
 
@@ -600,82 +596,6 @@ def _find_opened(mask: str, invert: bool, shape: tuple[int, int]) -> np.ndarray:
             stacklevel=1,
         )
     return resize_hole(hole, shape)
-
-
-def _painted(
-    drawing: dict[str, Any] | None,
-    color: tuple[int, int, int],
-    shape: tuple[int, int],
-    *,
-    margin: int = 0,
-) -> np.ndarray:
-    """Find where one of the two colors is painted, at the image's size.
-
-    Args:
-      drawing: What was painted, as Gradio's editor gives it.
-      color: The color, `_PAINT` or `_KEEP_OUT`. The browser mixes the two where strokes
-        meet, and what is mixed counts as the nearer one.
-      shape: Height and width of the image.
-      margin: Number of pixels of the page by which the area grows. The default is 0.
-    """
-    other = _KEEP_OUT if color == _PAINT else _PAINT
-    found = np.zeros(shape, bool)
-    for layer in (drawing or {}).get("layers") or ():
-        pixels = np.asarray(layer.convert("RGBA")).astype(int)
-        near, far = (np.abs(pixels[..., :3] - c).sum(-1) for c in (color, other))
-        area = (pixels[..., 3] > 0) & (near < far)
-        found |= resize_hole(dilate_hole(area, margin), shape)
-    return found
-
-
-def _shape_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    height, width = image.shape[:2]
-    return height, width
-
-
-def _shown(image: Image.Image | np.ndarray) -> Image.Image:
-    """Convert an image to 8-bit RGB at the page's size, on a white background."""
-    if isinstance(image, Image.Image) and image.mode in ("L", "LA", "RGB", "RGBA"):
-        scale = _SIDE / max(image.size)
-        if scale < 1:  # First, since copies of a large image take memory.
-            width, height = (max(round(n * scale), 1) for n in image.size)
-            image = image.resize((width, height), reducing_gap=2.0)
-    shown = Image.fromarray(to_uint8(as_array(image)))
-    if shown.mode in ("LA", "RGBA"):
-        white = Image.new("RGBA", shown.size, "white")
-        shown = Image.alpha_composite(white, shown.convert("RGBA"))
-    shown = shown.convert("RGB")
-    shown.thumbnail((_SIDE, _SIDE))
-    return shown
-
-
-def _colors(levels: int) -> np.ndarray:
-    """Choose a color for each fill depth from 1 on, uint8 ``[levels, 3]``."""
-    ramp = np.linspace(255, 40, levels).astype(np.uint8)[:, None]
-    return cv2.applyColorMap(ramp, cv2.COLORMAP_PLASMA)[:, 0, ::-1]
-
-
-def _overlay(image: Image.Image, depth: np.ndarray) -> Image.Image:
-    """Draw an image in gray, and its hole in the colors of the fill depth."""
-    depth = cv2.resize(depth, image.size, interpolation=cv2.INTER_NEAREST)
-    colors = _colors(int(depth.max(initial=1)))
-    gray = np.asarray(image.convert("L").convert("RGB"))
-    hole = (depth > 0)[..., None]
-    mixed = 0.3 * gray + 0.7 * colors[np.maximum(depth, 1) - 1]
-    return Image.fromarray(np.where(hole, mixed, gray).astype(np.uint8))
-
-
-def _legend(depth: np.ndarray) -> str:
-    colors = _colors(int(depth.max(initial=1)))
-    chips = "".join(
-        f"<span style='background: rgb({r}, {g}, {b})'>{level}</span>"
-        for level, (r, g, b) in enumerate(colors, 1)
-        if np.any(depth == level)
-    )
-    text = "encoder stage at which a pixel becomes valid"
-    return f"<div class='legend'>{chips} {text}</div>"
 
 
 def _new_file(name: str) -> Path:

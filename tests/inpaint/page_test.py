@@ -23,7 +23,7 @@ from PIL import Image
 import pconv_jax
 from pconv_jax import cli
 from pconv_jax.cli import demo
-from pconv_jax.inpaint import guard, image_io, page
+from pconv_jax.inpaint import display, guard, image_io, page
 from pconv_jax.inpaint.decoder import Decoder
 from pconv_jax.inpaint.hole import dilate_hole, hole_from_mask
 from pconv_jax.inpaint.inpainter import Inpainter
@@ -136,7 +136,7 @@ def test_what_is_painted_in_blue_is_not_copied(inpainter, tmp_path):
     kept_out[10:50, 50:75] = True
     painted = drawing(hole)
     layer = np.array(painted["layers"][0])
-    layer[kept_out] = (*page._KEEP_OUT, 255)
+    layer[kept_out] = (*display.KEEP_OUT, 255)
     layer[20:40, 50] = (90, 110, 215, 200)  # Where strokes meet, colors are mixed.
     painted["layers"] = [Image.fromarray(layer)]
     shown, _ = page.repair(inpainter, str(path), None, painted, 0, False, None, 1, True)
