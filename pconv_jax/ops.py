@@ -8,12 +8,7 @@ Contract of this module:
   ``[N, *spatial, 1]`` (one plane for all channels) or ``[N, *spatial, C]`` (one plane
   for each channel). Values in a hole, even NaN, affect neither outputs nor gradients.
 * If a mask is not binary, values above 0.5 are valid and all others are holes, with and
-  without ``jax.jit``. To detect such a mask, use `jax.experimental.checkify`::
-
-      error, result = checkify.checkify(function, errors=checkify.user_checks)(...)
-      error.throw()
-
-  Without ``checkify``, compiled programs contain no check. A bool mask needs none.
+  without ``jax.jit``. `check_binary` detects such a mask.
 * Inputs and masks may be sequences of equal length. They are treated as concatenated
   along the channels, but copied only where that is cheap. Each item may be `Upsampled`,
   which is treated as if its pixels were repeated.
@@ -48,6 +43,7 @@ __all__ = [
     "MaskOrSequence",
     "PaddingLike",
     "Upsampled",
+    "check_binary",
     "check_mask",
     "composite",
     "is_valid",
@@ -417,16 +413,14 @@ def composite(output: ArrayLike, target: ArrayLike, mask: ArrayLike) -> jax.Arra
 
 
 def check_mask(mask: ArrayLike, inputs: ArrayLike) -> None:
-    """Check that a mask fits its inputs and, under ``checkify``, that it is binary.
+    """Check that the shape of a mask fits its inputs.
 
     Args:
       mask: ``[N, *spatial, 1]`` or ``[N, *spatial, C]``.
       inputs: ``[N, *spatial, C]``.
 
     Raises:
-      ValueError: If the shape does not fit.
-      jax.experimental.checkify.JaxRuntimeError: From the error that a function returns
-        after `jax.experimental.checkify.checkify`, if a value is neither 0 nor 1.
+      ValueError: If it does not.
     """
     shape = jnp.shape(inputs)
     if jnp.shape(mask) not in (shape, (*shape[:-1], 1)):
@@ -434,18 +428,43 @@ def check_mask(mask: ArrayLike, inputs: ArrayLike) -> None:
             f"mask must be of shape {(*shape[:-1], 1)} (one plane for all channels) or "
             f"{shape} (a plane for each), got {jnp.shape(mask)}."
         )
+
+
+def check_binary(mask: ArrayLike) -> None:
+    """Check that all values of a mask are 0 or 1.
+
+    No function of this package calls it: a check makes calls of compiled functions
+    slower, and keeps exported functions from being serialized. Values that JAX traces
+    are checked under `jax.experimental.checkify`, and not at all without it::
+
+      def apply(variables, images, mask):
+          ops.check_binary(mask)
+          return model.apply(variables, images, mask)
+
+      checked = jax.jit(checkify.checkify(apply, errors=checkify.user_checks))
+      error, (outputs, new_mask) = checked(variables, images, mask)
+      error.throw()
+
+    Args:
+      mask: A mask of any shape and dtype.
+
+    Raises:
+      ValueError: If a value is neither 0 nor 1.
+      jax.experimental.checkify.JaxRuntimeError: From ``error.throw()``, if a traced
+        value is neither.
+    """
     mask = jnp.asarray(mask)
-    if mask.dtype != bool:
-        checkify.debug_check(
-            _is_binary(mask),
-            "mask must be binary, 1 = valid and 0 = hole; binarize it first, e.g. "
-            "mask > 0.5.",
-        )
-
-
-@jax.jit  # One call for each layer where nothing else is compiled.
-def _is_binary(mask: jax.Array) -> jax.Array:
-    return jnp.all((mask == 0) | (mask == 1))
+    if mask.dtype == bool:
+        return
+    binary = jnp.all((mask == 0) | (mask == 1))
+    message = (
+        "mask must be binary, 1 = valid and 0 = hole; binarize it first, e.g. "
+        "mask > 0.5."
+    )
+    if isinstance(binary, jax.core.Tracer):
+        checkify.debug_check(binary, message)
+    elif not binary:
+        raise ValueError(message)
 
 
 def is_valid(mask: ArrayLike) -> jax.Array:
