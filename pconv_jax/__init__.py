@@ -1,14 +1,14 @@
 """Image inpainting with partial convolutions in JAX and Flax.
 
-Every public name can be reached from here, e.g. ``pconv_jax.PartialConv``. A name is
-imported when it is first used, so ``import pconv_jax`` is fast. The layers for Flax's
-NNX are in ``pconv_jax.nnx``.
+Every public name can be reached from here, e.g. ``pconv_jax.PartialConv``, and so can
+the modules, e.g. ``pconv_jax.masks``. Each is imported when it is first used, so
+``import pconv_jax`` is fast. The layers for Flax's NNX are in ``pconv_jax.nnx``.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 if TYPE_CHECKING:
     from pconv_jax import nnx as nnx
@@ -121,18 +121,37 @@ _MODULES = {
     "train_and_evaluate": "train.loop",
 }
 
-__all__ = ["__version__", "nnx", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+_SUBMODULES = (
+    *("data", "evaluate", "inpaint", "layers", "losses", "masks", "metrics", "nnx"),
+    *("ops", "runs", "train", "unet", "vgg", "weights"),
+)
+
+# What ``from pconv_jax import *`` imports: no modules, whose names may be those of
+# others, such as Flax's nnx, and nothing that needs more than the base installation.
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "__version__",
+    *(n for n, m in _MODULES.items() if not m.startswith(("evaluate.", "train."))),
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nnx":
-        return importlib.import_module(f"{__name__}.nnx")
-    if name not in _MODULES:
+    module = name if name in _SUBMODULES else _MODULES.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        value = importlib.import_module(f"{__name__}.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__name__):
+            raise
+        raise ModuleNotFoundError(
+            f"{__name__}.{name} needs {error.name}: pip install 'pconv-jax[train]'.",
+            name=error.name,
+        ) from error
+    if name in _MODULES:
+        value = getattr(value, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES, *_SUBMODULES})

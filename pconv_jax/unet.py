@@ -136,8 +136,8 @@ class PConvUNet(nn.Module):
       conv: ``'partial'`` (the default), or ``'standard'`` for the same network of
         standard convolutions, the paper's baseline. It takes the mask as a further
         input channel, and its whole output counts as valid.
-      stages: The encoder's and the decoder's stages. None (the default) uses
-        `paper_stages`.
+      stages: The encoder's and the decoder's stages, which then also set depth, width
+        and out_features. None (the default) uses `paper_stages`.
       normalization: Normalization of the images inside the network, undone in the
         output; for networks trained on images of another range. None by default.
       sigmoid_head: Whether a 1x1 convolution, ``head``, and a sigmoid follow, as in
@@ -167,6 +167,10 @@ class PConvUNet(nn.Module):
         # Tuples are hashable: jax.jit caches functions by the hash of the network.
         self.stages = _to_tuples(self.stages)
         _check_stages(self.stages)
+        if self.stages is not None and all(self.stages):
+            encoder, decoder = self.stages
+            self.depth, self.width = len(encoder), encoder[0].features
+            self.out_features = decoder[-1].features
         self.normalization = _to_tuples(self.normalization)
         super().__post_init__()
 
@@ -414,25 +418,6 @@ def _to_tuples(value: Any) -> Any:
         return value
     items = map(_to_tuples, value)
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-
-
-def unet_from_stages(
-    encoder: Sequence[Stage], decoder: Sequence[Stage], **fields: Any
-) -> PConvUNet:
-    """Make a network of given stages, with the depth and width that they have.
-
-    Args:
-      encoder: Stages of the encoder.
-      decoder: Stages of the decoder.
-      **fields: Other fields of `PConvUNet`.
-    """
-    return PConvUNet(
-        depth=len(encoder),
-        width=encoder[0].features,
-        out_features=decoder[-1].features,
-        stages=(encoder, decoder),
-        **fields,
-    )
 
 
 def variable_shapes(model: PConvUNet, channels: int) -> dict[str, Any]:

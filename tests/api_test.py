@@ -145,11 +145,43 @@ def test_public_names_are_lazy_and_typed(name):
     assert f"{module}.{name}" in imports(MODULES["__init__"])
 
 
+@pytest.mark.parametrize("name", pconv_jax._SUBMODULES)
+def test_modules_are_attributes(name, monkeypatch):
+    monkeypatch.delattr(pconv_jax, name, raising=False)
+    assert getattr(pconv_jax, name) is importlib.import_module(f"pconv_jax.{name}")
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.delattr(pconv_jax, "evaluate_run", raising=False)
+    monkeypatch.delitem(sys.modules, "pconv_jax.evaluate.runner", raising=False)
+    monkeypatch.setitem(sys.modules, "ml_collections", None)
+    for module in [n for n in sys.modules if n.startswith("pconv_jax.runs")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(
+        ModuleNotFoundError,
+        match=r"evaluate_run needs ml_collections: pip install 'pconv-jax\[train\]'",
+    ):
+        _ = pconv_jax.evaluate_run
+
+
+def test_a_star_import_brings_only_names_of_the_base_installation():
+    code = """
+import sys
+for name in ("grain", "ml_collections", "skimage", "jinja2", "tensorboardX"):
+    sys.modules[name] = None
+from flax import nnx
+from pconv_jax import *
+nnx.Rngs(0), PartialConv, Inpainter
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_the_namespace():
-    assert set(pconv_jax.__all__) <= set(dir(pconv_jax))
+    assert {*pconv_jax.__all__, *pconv_jax._MODULES} <= set(dir(pconv_jax))
     typed = {n for n in imports(MODULES["__init__"]) if n.startswith("pconv_jax.")}
     assert len(typed) == len(pconv_jax._MODULES) + 1
     assert "pconv_jax.nnx" in typed
-    assert pconv_jax.nnx is importlib.import_module("pconv_jax.nnx")
+    public = {n.partition(".")[0] for n in MODULES if not n.startswith("_")}
+    assert set(pconv_jax._SUBMODULES) == public - {"cli"}
     with pytest.raises(AttributeError, match="no attribute 'PartialConv3'"):
         _ = pconv_jax.PartialConv3

@@ -527,6 +527,7 @@ def test_custom_stages():
         model.init_with_output, jax.random.key(0), images, mask
     )
     chex.assert_shape(y, (*images.shape[:-1], 2))
+    assert (model.depth, model.width, model.out_features) == (2, 4, 2)
     assert model.size_multiple == 4
     assert model.encoder_norms == ("bn1", "bn2")
     assert hash(model) == hash(PConvUNet(stages=tuple(map(tuple, stages))))

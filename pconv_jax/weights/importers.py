@@ -22,7 +22,6 @@ from pconv_jax.unet import (
     Normalization,
     PConvUNet,
     Stage,
-    unet_from_stages,
 )
 from pconv_jax.weights import project_names
 from pconv_jax.weights.formats.arrays import flatten, from_torch, read_arrays, to_tree
@@ -213,9 +212,8 @@ def _convert(
         if path.endswith("/kernel") and kernel.ndim == 4 and project.layout == "OIHW":
             found[path] = from_torch(kernel)
     stages = [_stage(project, names.depth, i, found) for i in _numbers(names.depth)]
-    model = unet_from_stages(
-        tuple(stages[: names.depth]),
-        tuple(stages[names.depth :]),
+    model = PConvUNet(
+        stages=(stages[: names.depth], stages[names.depth :]),
         normalization=project.normalization,
         sigmoid_head=project.sigmoid_head,
     )

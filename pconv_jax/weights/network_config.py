@@ -15,7 +15,7 @@ import numpy as np
 from pconv_jax import unet
 from pconv_jax._errors import UserError
 from pconv_jax._files import FileContentError
-from pconv_jax.unet import Normalization, PConvUNet, Stage, unet_from_stages
+from pconv_jax.unet import Normalization, PConvUNet, Stage
 
 _FIELDS = ("conv", "stages", "normalization", "sigmoid_head")
 _MAX_STAGES = 16  # Of the encoder, and of the decoder: each halves the image.
@@ -60,7 +60,7 @@ def model_from_config(config: Any, source: str | Path) -> PConvUNet:
             names = Normalization._fields
             values = _check_fields(fields["normalization"], names, needed=names)
             fields["normalization"] = Normalization(**values)
-        return unet_from_stages(encoder, decoder, **fields)
+        return PConvUNet(stages=(encoder, decoder), **fields)
     except FileContentError as error:
         raise UserError(
             f"{source} does not describe a network that pconv_jax knows: {error}."

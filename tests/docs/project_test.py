@@ -13,11 +13,16 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_one_version():
-    version = pconv_jax.__version__
-    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-    assert f"version = {{{version}}}" in (ROOT / "docs" / "citing.md").read_text()
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert headings[:2] == ["Unreleased", version] or headings[0] == version
+    changed = headings[0] == "Unreleased"
+    released = headings[1 if changed else 0]
+    assert f"\nversion: {released}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"version = {{{released}}}" in (ROOT / "docs" / "citing.md").read_text()
+    # Between two releases, the version is that of the next one, in development.
+    version, *development = pconv_jax.__version__.partition(".dev")
+    assert "".join(development) == (".dev0" if changed else "")
+    numbers, before = (tuple(map(int, v.split("."))) for v in (version, released))
+    assert numbers > before if changed else numbers == before
 
 
 def test_links_of_the_readme_are_absolute_and_lead_to_files():
