@@ -42,9 +42,12 @@ _RUNS = {
 }
 
 
-def get_config(variant: str) -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     if variant not in _RUNS:
-        raise UserError(f"the variants are {', '.join(_RUNS)}, got {variant!r}")
+        raise UserError(
+            f"name one of the variants {', '.join(_RUNS)}, as in release.py:coarse, "
+            f"got {variant!r}"
+        )
     before, scale, first, second = _RUNS[variant]
     config = default_config()
     config.image_size = 128

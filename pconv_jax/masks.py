@@ -159,10 +159,10 @@ def random_mask(
       hole_ratio: Either the fraction of the pixels that are in the hole, in (0, 1); the
         hole has exactly this area, rounded down to a whole pixel, but at least one. Or
         a range ``(low, high]``, such as one of `HOLE_BINS`, from which the number of
-        pixels is drawn uniformly; if the range contains no whole number, as does
-        (0.01, 0.012) of 8 x 8 pixels, its upper end is used as a single fraction. The
-        default is (0.01, 0.6). A traced value is float32, whose rounding can add a
-        pixel in a million.
+        pixels is drawn uniformly; if the range contains no whole number of pixels
+        (0.01 to 0.012 of 8 x 8 pixels are 0.64 to 0.77), its upper end is used as a
+        single fraction. The default is (0.01, 0.6). A traced value is float32, whose
+        rounding can add a pixel in a million.
       kind: ``'strokes'`` (lines of several pens), ``'blobs'`` (smooth noise),
         ``'rectangles'``, ``'mixed'`` (the default: all three, each with a random share
         of the area), ``'ragged'`` (the same with frayed rims and single valid pixels,
@@ -176,7 +176,8 @@ def random_mask(
         at random where the hole area allows both.
 
     Returns:
-      Float32 ``[H, W, 1]``, 1 = valid, 0 = hole.
+      Float32 ``[H, W, 1]``, 1 = valid, 0 = hole. `Inpainter` takes the opposite, which
+      is ``mask == 0``.
 
     Raises:
       ValueError: If an argument is out of its range.

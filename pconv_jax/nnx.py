@@ -201,7 +201,7 @@ class PartialConv(_PartialConvBase):
 
 
 class PartialPadConv(_PartialConvBase):
-    """A drop-in replacement for `flax.nnx.Conv`, with partial convolution padding.
+    """A convolution like `flax.nnx.Conv`, with partial convolution padding.
 
     Zero padding counts as a hole, so outputs at the border are scaled to the inputs
     that exist (Liu et al., "Partial Convolution based Padding", 2018,

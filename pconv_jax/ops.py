@@ -30,6 +30,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.experimental import checkify
 from jax.typing import ArrayLike, DTypeLike
 
@@ -424,9 +425,11 @@ def check_mask(mask: ArrayLike, inputs: ArrayLike) -> None:
     """
     shape = jnp.shape(inputs)
     if jnp.shape(mask) not in (shape, (*shape[:-1], 1)):
+        swapped = shape[-1:] == (1,) and jnp.shape(mask)[:-1] == shape[:-1]
+        hint = "; are inputs and mask swapped?" if swapped else "."
         raise ValueError(
             f"mask must be of shape {(*shape[:-1], 1)} (one plane for all channels) or "
-            f"{shape} (a plane for each), got {jnp.shape(mask)}."
+            f"{shape} (a plane for each), got {jnp.shape(mask)}{hint}"
         )
 
 
@@ -461,7 +464,7 @@ def check_binary(mask: ArrayLike) -> None:
         "mask must be binary, 1 = valid and 0 = hole; binarize it first, e.g. "
         "mask > 0.5."
     )
-    if isinstance(binary, jax.core.Tracer):
+    if isinstance(binary, Tracer):
         checkify.debug_check(binary, message)
     elif not binary:
         raise ValueError(message)

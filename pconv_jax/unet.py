@@ -224,7 +224,8 @@ class PConvUNet(nn.Module):
           be closed, both are 0.
 
         Raises:
-          ValueError: If shapes do not fit the depth, or the stages do not fit together.
+          ValueError: If shapes do not fit the depth, images are not floats, or the
+            stages do not fit together.
         """
         if mask is None:
             raise ValueError(
@@ -356,6 +357,10 @@ class PConvUNet(nn.Module):
     ) -> None:
         if images.ndim != 4:
             raise ValueError(f"images must be [N, H, W, C], got {images.shape}.")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images must be floats, usually in [-1, 1], got {images.dtype}."
+            )
         channels = {images.shape[-1], self.decoder[-1].features}
         for values in self.normalization or ():
             if len(values) != 1 and channels != {len(values)}:

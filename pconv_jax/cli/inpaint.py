@@ -161,7 +161,8 @@ def _add_detail(command: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="fill wide holes with whole pieces of the image, which look more real; "
-        "--no-sharp is more accurate, but soft (default: --sharp)",
+        "--no-sharp is more accurate, but soft (default: --sharp, which has no effect "
+        "with --no-detail)",
     )
     detail.add_argument(
         "--exclude",
@@ -259,6 +260,7 @@ def _repair_all(
                 failed += 1
                 messages = [str(error)]
             for message in dict.fromkeys(messages):
+                message = message.removeprefix(f"{image.name} ")
                 tqdm.write(f"pconv: {image.name}: {message}", file=sys.stderr)
             report(1)
         if journal:
@@ -291,6 +293,8 @@ def _repair(
             image,
             path,
             seed=arguments.seed + number,
+            # A folder of results is complete; a single image was to be repaired.
+            write_unfilled=arguments.image.is_dir(),
             progress=share(progress, number, number + 1, total=arguments.variants),
             **_repair_options(arguments),
         )

@@ -190,6 +190,11 @@ def _convert(
     if image.mode == "PA":  # No file holds it.
         image = image.convert("RGBA")
     if image.mode == "CMYK" and suffix in _NO_CMYK:
+        warnings.warn(
+            "its CMYK colors are converted to RGB, without the color profile: name a "
+            ".tif or .jpg file to keep them.",
+            stacklevel=4,
+        )
         info.pop("icc_profile", None)  # It describes CMYK.
         image = image.convert("RGB")
     if suffix in (".avif", ".jp2") and image.mode not in ("L", "LA", "RGB", "RGBA"):

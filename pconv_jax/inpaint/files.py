@@ -49,6 +49,7 @@ def repair_file(
     sharp: bool = False,
     max_pixels: int = MAX_PIXELS,
     force: bool = False,
+    write_unfilled: bool = True,
     progress: Progress = ignore,
 ) -> Repaired:
     """Fill the hole of an image file, and write the result with the file's metadata.
@@ -74,6 +75,7 @@ def repair_file(
       sharp: See `Inpainter`. The default is False.
       max_pixels: Larger images are refused. The default is 100,000,000.
       force: Whether to replace an existing file. The default is False.
+      write_unfilled: Whether to write an image that has no hole. The default is True.
       progress: See `Inpainter`. By default nothing is reported.
 
     Raises:
@@ -105,11 +107,13 @@ def repair_file(
             return_depth=True,
         )
         del opened, hole  # Writing a large image takes memory, too.
-        # Meanwhile, another process may have written it.
-        _files.check_free(output, force=force)
-        image_io.write(output, image_io.ImageFile(repaired, info))
+        filled = bool(depth.any())
+        if filled or write_unfilled:
+            # Meanwhile, another process may have written it.
+            _files.check_free(output, force=force)
+            image_io.write(output, image_io.ImageFile(repaired, info))
     messages = list(dict.fromkeys(str(warning.message) for warning in caught))
-    return Repaired(bool(depth.any()), messages)
+    return Repaired(filled, messages)
 
 
 class Journal:

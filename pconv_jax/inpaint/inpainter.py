@@ -108,8 +108,8 @@ class Inpainter:
           max_pixels: Largest number of pixels of an image file. The default is
             100,000,000.
           detail: Whether to add detail of the image to the network's output. The
-            default is True. Data that are not images (see ``value_range``) never get
-            it.
+            default is True. Without it, ``seed``, ``exclude`` and ``sharp`` have no
+            effect. Data that are not images (see ``value_range``) never get it.
 
         Raises:
           UserError: If the channels of the network differ, the range is empty, or the
@@ -250,9 +250,11 @@ class Inpainter:
             alpha. A color network takes gray images, too. Floats that are not finite
             and the masked values of a masked array are part of the hole.
           mask: Mask, **white, 255, 1 or True where to fill**, of any kind that
-            ``image`` can be (see `hole_from_mask`); for batches also ``[N, H, W]``. One
-            mask for all images, or one for each. None (the default) fills where the
-            image is transparent, which becomes opaque, or not finite.
+            ``image`` can be (see `hole_from_mask`); for several images also
+            ``[N, H, W]``. Masks of networks, losses and `random_mask` are the opposite:
+            pass ``mask == 0`` of those. One mask for all images, or one for each. None
+            (the default) fills where the image is transparent, which becomes opaque, or
+            not finite.
           invert_mask: Whether to fill where the mask is black, 0 or False instead. The
             default is False.
           resize_mask: Whether to resize a mask to the image's size, by nearest
@@ -290,7 +292,7 @@ class Inpainter:
         options = Options(
             invert_mask, resize_mask, dilate, seed, exclude, sharp, progress
         )
-        if isinstance(image, Sequence) and not isinstance(image, str):
+        if isinstance(image, Sequence) and not isinstance(image, str | bytes):
             result, depth = self._repair_sequence(image, mask, options)
         elif getattr(image, "ndim", 0) == 4:
             batch = cast(np.ndarray | jax.Array, image)
@@ -433,7 +435,10 @@ def _split_masks(
     mask: MaskLike, count: int, *, name: str
 ) -> Sequence[ImageLike | None]:
     """Split masks for several images, or repeat one mask for all."""
-    if isinstance(mask, list | tuple) or len(getattr(mask, "shape", ())) == 4:
+    shape = getattr(mask, "shape", ())
+    # The last axis of [H, W, C] has at most 4 channels, and that of [N, H, W] more.
+    is_batch = len(shape) == 4 or (len(shape) == 3 and shape[-1] > 4)
+    if isinstance(mask, list | tuple) or is_batch:
         masks = list(cast(Sequence[ImageLike], mask))
         if count and len(masks) != count:
             raise UserError(

@@ -109,6 +109,11 @@ class InputReader:
         if isinstance(image, str | os.PathLike):
             image = image_io.read(image, max_pixels=self._max_pixels).image
         image, masked = _split_masked(image)
+        if not isinstance(image, Image.Image) and not hasattr(image, "dtype"):
+            raise UserError(
+                "image must be a path, a Pillow image or an array, got an object of "
+                f"type {type(image).__name__}."
+            )
         array = _to_numpy(image)
         # In an array, a last axis of 2 may as well be another measurement.
         has_alpha = self._channels > 1 or isinstance(image, Image.Image)

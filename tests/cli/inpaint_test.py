@@ -244,8 +244,8 @@ def test_names_that_are_too_long_are_no_files(network, folder):
     for arguments, problem in [
         (("--image", name, "--output", "b.png"), "--image: there is no file or folder"),
         (
-            ("--image", image, "--mask-color", "red", "--tolerance", 255)
-            + ("--invert-mask", "--output", f"{name}.png"),
+            ("--image", image, "--mask", folder / "masks" / "a.png")
+            + ("--output", f"{name}.png"),
             "File name too long",
         ),
         (("--image", image, "--mask", name, "--output", "b.png"), "cannot read aaa"),
@@ -412,6 +412,10 @@ def test_a_run_that_fills_nothing_fails(network, folder):
     with pytest.raises(SystemExit, match="no pixel has the color #123456; .*tolerance"):
         inpaint(network, *arguments, "--mask-color", "#123456")
     assert len(os.listdir(out)) == 3
+    single = ("--image", photos / "a.png", "--output", folder / "a.png")
+    with pytest.raises(SystemExit, match="filled: no mask has a white pixel"):
+        inpaint(network, *single, "--mask", black)
+    assert not (folder / "a.png").exists()
 
 
 def test_a_label_is_the_hole(network, folder):

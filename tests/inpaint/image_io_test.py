@@ -271,7 +271,8 @@ def test_kinds_of_file_that_cannot_hold_the_image(tmp_path):
         image_io.write(tmp_path / "b.jpg", ImageFile(opaque, {}))
     cmyk = Image.fromarray(noise(8, 8, 3)).convert("CMYK")
     assert round_trip(tmp_path / "c.jpg", ImageFile(cmyk, {})).image.mode == "CMYK"
-    read = round_trip(tmp_path / "c.png", ImageFile(cmyk, {"icc_profile": SRGB}))
+    with pytest.warns(UserWarning, match="CMYK colors are converted to RGB, without"):
+        read = round_trip(tmp_path / "c.png", ImageFile(cmyk, {"icc_profile": SRGB}))
     assert read.image.mode == "RGB" and "icc_profile" not in read.info
     with pytest.raises(ValueError, match="is not an image: name a .npy file"):
         image_io.write(tmp_path / "d.png", ImageFile(np.zeros((4, 4)), {}))
@@ -442,8 +443,11 @@ def test_bugs_are_not_reported_as_damaged_files(suffix, tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "RGBA"])
 def test_gif_files_have_few_colors(mode, tmp_path):
     image = Image.fromarray(noise(40, 60, 3)).convert(mode)
-    with pytest.warns(UserWarning, match="colors are reduced to 256, the most that"):
+    with pytest.warns(UserWarning) as caught:
         image_io.write(tmp_path / "a.gif", ImageFile(image, {}))
+    messages = [str(warning.message) for warning in caught]
+    assert "colors are reduced to 256, the most that" in messages[-1]
+    assert len(messages) == 1 + (mode == "CMYK")
     read = image_io.read(tmp_path / "a.gif").image
     assert read.size == image.size and len(read.convert("RGB").getcolors()) <= 256
 

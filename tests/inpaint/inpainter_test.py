@@ -131,8 +131,11 @@ def test_jax_arrays_and_batches(inpainter):
     results, depths = inpainter(images, holes[0], return_depth=True)
     np.testing.assert_array_equal(results[1], inpainter(images[1], holes[0]))
     assert depths.shape == (3, 90, 70)
-    with pytest.raises(ValueError, match="one for each of 3 images, got 2"):
-        inpainter(list(images), list(holes[:2]))
+    np.testing.assert_array_equal(np.stack(inpainter(list(images), holes)), each)
+    for two in (list(holes[:2]), holes[:2]):
+        for several in (list(images), images):
+            with pytest.raises(ValueError, match="one for each of 3 images, got 2"):
+                inpainter(several, two)
 
 
 def test_files(inpainter, tmp_path):
@@ -527,6 +530,12 @@ def test_nothing_to_fill_and_nothing_to_go_by(inpainter):
     ("image", "mask", "problem"),
     [
         (np.zeros((8, 8, 5), np.uint8), np.eye(8), r"image must have .*\[H, W, 3\]"),
+        (
+            None,
+            np.eye(8),
+            "a path, a Pillow image or an array, got .* NoneType",
+        ),
+        (b"image", np.eye(8), "must be a path, .*, got an object of type bytes"),
         (np.zeros((8, 0, 3), np.uint8), np.eye(8), "image must have the shape"),
         (np.zeros((8, 8, 3), np.int64), np.eye(8), "got int64"),
         (np.zeros((8, 8, 3), np.uint8), np.zeros(8), "mask must have the shape"),
