@@ -4,7 +4,7 @@
 
 A twentieth of the images is held out for validation, unless
 --config.data.validation_path names another folder. Crops are 256 x 256 and the network
-has 7 levels, which suits images of common sizes. For 512 x 512 as in the paper, set
+has 7 stages, which suits images of common sizes. For 512 x 512 as in the paper, set
 --config.image_size=512 --config.model.depth=8.
 """
 

@@ -1,7 +1,7 @@
 """The paper's recipe on Places2 (Zhou et al. 2017), as TFDS's places365_small.
 
 Its 1.8 million images have 256 x 256 pixels, so crops have that size and the network
-has 7 levels; the paper uses 512 x 512. Download and prepare the data once, with
+has 7 stages; the paper uses 512 x 512. Download and prepare the data once, with
 TensorFlow (29 GiB, according to the TFDS catalog):
 
     pip install tensorflow-cpu importlib-resources

@@ -19,9 +19,10 @@ from pconv_jax import nnx as pconv_nnx
 # %% [markdown]
 # ## What the layer does
 #
-# `PartialConv` has the fields of `flax.linen.Conv`. Values in the hole never affect the
-# outputs; here they are NaN. After one layer with a 5 x 5 kernel, the hole is 2 pixels
-# narrower on each side.
+# `PartialConv` takes the keyword arguments of `flax.linen.Conv`, with
+# [few exceptions](../layer.md#compared-with-other-layers). Values in the hole never
+# affect the outputs; here they are NaN. After one layer with a 5 x 5 kernel, the hole
+# is 2 pixels narrower on each side.
 
 # %%
 images = jnp.ones((1, 16, 16, 3)).at[:, 5:12, 5:12].set(jnp.nan)

@@ -90,8 +90,9 @@ for record in records:
 # %% [markdown]
 # ## The trained network
 #
-# A weights file contains the network and its description. `Inpainter`, `pconv inpaint`
-# and `pconv eval` read it. `pconv convert run out.safetensors` writes the same file.
+# A weights file contains the network and its weights. `Inpainter`, `pconv inpaint` and
+# `pconv eval` read it. `pconv convert run out.safetensors` writes such a file, with a
+# description of the run.
 
 # %%
 run = load_run(workdir)

@@ -1,9 +1,10 @@
 """Flax (NNX) layers of the partial convolution.
 
-The arguments, parameters and defaults are those of `flax.nnx.Conv`. With the same
+The parameters, defaults and names of arguments are those of `flax.nnx.Conv`, but there
+are no arguments ``mask``, ``promote_dtype`` and ``conv_general_dilated``. With the same
 arrays, a layer computes the same numbers as the Linen layer of the same name in
-`pconv_jax.layers`. In Flax an *argument* of the constructor called ``mask`` masks
-weights; here the mask, 1 = valid and 0 = hole, is the second argument of the call.
+`pconv_jax.layers`. In Flax the argument ``mask`` of the constructor masks weights; here
+the mask, 1 = valid and 0 = hole, is the second argument of the call.
 """
 
 from collections.abc import Mapping, Sequence
