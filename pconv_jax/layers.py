@@ -1,9 +1,10 @@
 """Flax (Linen) layers of the partial convolution.
 
-The parameters, ``kernel`` and ``bias``, are those of `flax.linen.Conv`: either layer can
-use those of the other. So are the names of the fields, but there are no ``mask``,
-``promote_dtype`` and ``conv_general_dilated``. In Flax the field ``mask`` masks weights;
-here the mask, 1 = valid and 0 = hole, is the second argument of the call.
+The parameters, ``kernel`` and ``bias``, are those of `flax.linen.Conv`: either layer
+can use those of the other. The names of the fields are Flax's, too, but there are no
+fields ``mask``, ``promote_dtype`` and ``conv_general_dilated``. In Flax the field
+``mask`` masks weights; here the mask, 1 = valid and 0 = hole, is the second argument of
+the call.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,11 @@
 """Flax (NNX) layers of the partial convolution.
 
 The parameters, defaults and names of arguments are those of `flax.nnx.Conv`, but there
-are no arguments ``mask``, ``promote_dtype`` and ``conv_general_dilated``. With the same
-arrays, a layer computes the same numbers as the Linen layer of the same name in
-`pconv_jax.layers`. In Flax the argument ``mask`` of the constructor masks weights; here
-the mask, 1 = valid and 0 = hole, is the second argument of the call.
+are no arguments ``mask``, ``promote_dtype``, ``preferred_element_type`` and
+``conv_general_dilated``. With the same arrays, a layer computes the same numbers as the
+Linen layer of the same name in `pconv_jax.layers`. In Flax the argument ``mask`` of the
+constructor masks weights; here the mask, 1 = valid and 0 = hole, is the second argument
+of the call.
 """
 
 from collections.abc import Mapping, Sequence
