@@ -86,7 +86,7 @@ def _layer(
     dtype: str,
 ) -> Program:
     x = jnp.asarray(inputs.normal(batch, size, size, channels), dtype)
-    mask = jnp.asarray(inputs.mask(batch, size))
+    mask = _draw_mask(batch, size)
     standard = nn.Conv(features, (3, 3), padding=1, dtype=jnp.dtype(dtype))
     partial = layers.PartialConv(features, (3, 3), padding=1, dtype=jnp.dtype(dtype))
 
@@ -102,7 +102,7 @@ def _layer(
         "dense": _dense_partial_conv,
     }[conv]
     if conv == "dense":
-        mask = jnp.repeat(mask, channels, -1)
+        mask = jnp.repeat(mask, channels, -1).astype(jnp.float32)
     params = standard.init(jax.random.key(0), x)["params"]
     if not backward:
         return _compiled(forward, params, x, mask)
@@ -143,7 +143,7 @@ def _inference(
 ) -> Program:
     model = unet.PConvUNet(depth=depth, width=width, dtype=jnp.dtype(dtype))
     images = jnp.asarray(inputs.images(batch, size))
-    mask = jnp.asarray(inputs.mask(batch, size, hole_ratio))
+    mask = _draw_mask(batch, size, hole_ratio)
     variables = jax.jit(model.init)(jax.random.key(0), images, mask)
     return _compiled(
         lambda *args: model.apply(*args)[0],
@@ -166,12 +166,12 @@ def _stage(stage: int, size: int, batch: int, depth: int, width: int) -> Program
         padding=kernel_size // 2,
         use_bias=stage == 0 or last,
     )
-    mask = jnp.asarray(inputs.mask(batch, side))
+    mask = _draw_mask(batch, side)
     if stage < depth:
         x = jnp.asarray(inputs.normal(batch, 2 * side, 2 * side, channels))
         args = x, ops.upsample(mask)
     else:
-        small = channels - features if not last else width
+        small = channels - features
         x = jnp.asarray(inputs.normal(batch, side // 2, side // 2, small))
         skip = jnp.asarray(inputs.normal(batch, side, side, channels - small))
         args = (ops.Upsampled(x), skip), (ops.Upsampled(mask[:, ::2, ::2]), mask)
@@ -376,6 +376,13 @@ def _repair(size: int, first: bool, sharp: bool) -> Program:
         )
 
     return Program(call)
+
+
+def _draw_mask(
+    batch: int, size: int, hole_ratio: float = inputs.HOLE_RATIO
+) -> jax.Array:
+    """Draw masks as bool, which layers take as they are."""
+    return jnp.asarray(inputs.mask(batch, size, hole_ratio), bool)
 
 
 def _compiled(function: Callable, *args) -> Program:

@@ -43,8 +43,8 @@ def measure(call: Callable[[], None], seconds: float) -> dict[str, Any]:
     Returns:
       ``wall_s`` and ``cpu_s``, the seconds of each call; and ``others``, the share of
       all cores that other processes used meanwhile, or None if it is unknown. If there
-      are several calls, the first is left out: its caches and threads are cold, and
-      data may have been prefetched since the last turn.
+      are three calls or more, the first is left out: its caches and threads are cold,
+      and data may have been prefetched since the last turn.
     """
     walls, cpus = [], []
     end = _now() + seconds

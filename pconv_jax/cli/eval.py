@@ -1,4 +1,4 @@
-"""``pconv eval``: evaluates networks and baselines by hole bin."""
+"""``pconv eval``: evaluates networks and baselines by class of masks."""
 
 import argparse
 
@@ -7,13 +7,15 @@ from pconv_jax.cli._cache import add_cache, use_cache
 from pconv_jax.cli._options import Subparsers, expand
 
 _DESCRIPTION = """\
-Evaluates a trained network by hole bin, and on thin and wide holes, and compares it
-with methods that need no network.
+Evaluates a trained network on classes of masks: six ranges of hole ratio, with and
+without holes at the border, and thin and wide holes. Compares it with methods that need
+no network.
 
 All methods get the same images and masks. The results go to evaluation/ in the workdir,
-or to --out: report.html, a page with tables, plots and images; results.json, results.md
-and examples.csv; timing.json; pictures.png and worst.png. If it is interrupted, the
-same command resumes it.
+those of --weights NAME.safetensors to runs/NAME-evaluation/, or to --out: report.html,
+a page with tables, plots and images; results.json, results.md and examples.csv;
+timing.json; pictures.png and worst.png. If it is interrupted, the same command resumes
+it.
 """
 
 _EXAMPLES = """\
@@ -39,7 +41,11 @@ def add(commands: Subparsers) -> None:
     _add_examples(command)
     _add_metrics(command)
     command.add_argument(
-        "--out", metavar="DIR", type=expand, help="folder of the results"
+        "--out",
+        metavar="DIR",
+        type=expand,
+        help="folder of the results (default: evaluation/ in the workdir; for weights, "
+        "runs/NAME-evaluation/)",
     )
     add_cache(command)
     config_options.add_config_options(command, required=False)
@@ -134,8 +140,9 @@ def _add_metrics(command: argparse.ArgumentParser) -> None:
         "--learned",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compute LPIPS, FID, Inception Score and a distance by VGG16, if their "
-        "weights can be found",
+        help="compute LPIPS, FID, Inception Score and a distance by VGG16, whose "
+        "weights are downloaded once, about 340 MB (default: compute those whose "
+        "weights are there or can be downloaded)",
     )
     command.add_argument(
         "--nolearned", dest="learned", action="store_false", help=argparse.SUPPRESS

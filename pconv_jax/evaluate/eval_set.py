@@ -7,6 +7,7 @@ and wide ones. Example i of every class shows the same image. The pairs depend o
 the images, the masks and the seed, not on the methods or the devices.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -22,8 +23,9 @@ import numpy as np
 from pconv_jax import masks
 from pconv_jax._errors import UserError
 from pconv_jax._images import central_square
-from pconv_jax.data import pipeline
+from pconv_jax.data import pipeline, transforms
 from pconv_jax.data.base import ImageSource
+from pconv_jax.data.decode import UnreadableImageError
 from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.metrics.image import SSIM_WINDOW
 
@@ -120,6 +122,7 @@ class EvalSet:
         self.seed = seed
         self.classes = tuple(classes)
         self.left_out: list[str] = []
+        self._images = _TrackedSource(source)
         self._folder = mask_folder
         self._files: dict[MaskClass, list[int]] = {}
         self._mask_digest: str | None = None
@@ -138,7 +141,7 @@ class EvalSet:
           Example numbers ``[N]`` and images, uint8 ``[N, S, S, 3]``.
         """
         for batch in pipeline.eval_batches(
-            self.source,
+            self._images,
             batch_size=size,
             image_size=self.image_size,
             num_examples=self.examples,
@@ -165,13 +168,26 @@ class EvalSet:
         )
 
     def image_index(self, index: int) -> int:
-        """Get the index in ``source`` of the image that an example shows."""
-        return int(index) % len(self.source)
+        """Get the index in ``source`` of the image that an example shows.
+
+        It is that of the next readable image, if the example's own cannot be read.
+
+        Raises:
+          UserError: If too many images cannot be read.
+        """
+        wanted = int(index) % len(self.source)
+        skipped = []
+        while len(skipped) <= transforms.max_unreadable(self.source):
+            used = (wanted + len(skipped)) % len(self.source)
+            if self._images.is_readable(used):
+                return used
+            skipped.append(self.source.name(used))
+        raise transforms.too_many_unreadable(self.source, skipped)
 
     def describe(self) -> dict[str, Any]:
         """Describe the pairs, as a JSON-able dict."""
-        used = min(len(self.source), self.examples)
-        names = [self.source.name(i).rpartition("/")[2] for i in range(used)]
+        used = sorted({self.image_index(i) for i in self._first_round})
+        names = [self.source.name(i).rpartition("/")[2] for i in used]
         if self._folder is None:
             kind = {
                 "kind": "drawn by pconv_jax.masks.random_mask",
@@ -180,12 +196,12 @@ class EvalSet:
         else:
             kind = {
                 "kind": "mask images, reused cyclically, resized by nearest neighbor",
-                "hole": self._folder.hole_color,
+                "hole_color": self._folder.hole_color,
                 "files": {str(c): len(f) for c, f in self._files.items()},
             }
         return {
             "pictures": {
-                "count": used,
+                "count": len(used),
                 "crop": "central square, then further squares of the same image",
                 "image_size": self.image_size,
                 "names": names,
@@ -200,18 +216,21 @@ class EvalSet:
     def fingerprint(self) -> str:
         """A digest of images, masks, sizes and seed, which determine the pairs."""
         digest = hashlib.blake2b(digest_size=16)
+        used = list(pipeline.read_ahead(self.image_index, self._first_round))
         about = [self.image_size, self.examples, self.seed, self._mask_digest]
-        about += [self.classes]
+        about += [self.classes, used]
         digest.update(json.dumps(about).encode())
         if self._folder is None:  # The code that draws them may change.
             for mask_class in self.classes:
                 digest.update(self.masks(np.array([0]), *mask_class).tobytes())
-        for number in range(min(len(self.source), self.examples)):
-            try:
-                digest.update(hashlib.blake2b(self.source.read(number)).digest())
-            except OSError:  # The image is skipped with a warning when it is used.
-                digest.update(b"unreadable")
+        for number in used:
+            digest.update(hashlib.blake2b(self.source.read(number)).digest())
         return digest.hexdigest()
+
+    @property
+    def _first_round(self) -> range:
+        """The examples before images are shown again, in other squares."""
+        return range(min(len(self.source), self.examples))
 
     def _read_mask(self, folder: MaskFolder, number: int) -> np.ndarray:
         mask = central_square(folder[number])
@@ -232,6 +251,39 @@ class EvalSet:
                 f"{len(empty)} of 12 classes of masks are left out, because the folder "
                 f"has no mask of theirs: {'; '.join(empty)}"
             )
+
+
+class _TrackedSource(ImageSource):
+    """The images of a source, with a memory of which can be read."""
+
+    def __init__(self, source: ImageSource):
+        self._source = source
+        self._known: dict[int, bool] = {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> bytes:
+        return self._source.read(index)
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        try:
+            image = self._source[index]
+        except UnreadableImageError:
+            self._known[index] = False
+            raise
+        self._known[index] = True
+        return image
+
+    def is_readable(self, index: int) -> bool:
+        """Return whether an image can be read; try it, if that is unknown."""
+        if index not in self._known:
+            with contextlib.suppress(UnreadableImageError):
+                self[index]
+        return self._known[index]
 
 
 def draw_masks(

@@ -20,7 +20,8 @@ from pconv_jax.runs.pictures import write_png
 _TIMING = (
     "Wall time from images to images in host memory. Networks: without compilation, "
     "one image at a time on each device; the time of a few images divided by their "
-    "number. Baselines: one image at a time, on one CPU core."
+    "number. repair and sharp: without compilation, one image at a time. Baselines: "
+    "one image at a time, on one CPU core."
 )
 
 

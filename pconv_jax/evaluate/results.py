@@ -216,7 +216,7 @@ class Evaluation:
             name: {
                 "median_seconds": float(np.median(values)),
                 "mean_seconds": float(np.mean(values)),
-                "pictures": len(values),
+                "examples": len(values),
             }
             for name, values in self.seconds.items()
             if values

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -139,12 +140,13 @@ def evaluate_run(
         learned metrics. With 1, the default, results are the same on any number of
         devices. Accelerators are faster with more.
       out: Output directory. By default ``evaluation`` in the workdir, or for weights
-        ``runs/NAME-evaluation``.
+        ``runs/NAME-evaluation``, where NAME is the file's name without its suffix.
       progress: Whether to show a progress bar (the default).
 
     Raises:
       UserError: If the run, the checkpoint or the weights do not exist, an argument is
-        invalid, or as `compare`.
+        invalid, the default output directory has results of other weights, or as
+        `compare`.
       RunError: If a file cannot be written.
     """
     if device_batch < 1:
@@ -167,6 +169,9 @@ def evaluate_run(
         info=trained.info,
         device_batch=device_batch,
     )
+    digest = network.digest
+    if weights is not None and not out:
+        _check_same_weights(default_out, digest, weights)
     chosen = methods_lib.get_methods(methods, network, time_budget=time_budget)
     networks = None
     if learned or vgg:
@@ -185,8 +190,8 @@ def evaluate_run(
             directory=out / "records",
             progress=progress,
         )
-        about = {"step": trained.step, "config": settings.to_dict()}
-        about |= {"warnings": trained.warnings}
+        about = {"step": trained.step, "weights_digest": digest}
+        about |= {"config": settings.to_dict(), "warnings": trained.warnings}
         about |= {"vgg": Path(vgg).name} if vgg else {}
         output.write_results(out, evaluation, eval_set, chosen, about=about)
     finally:
@@ -208,6 +213,19 @@ def _load(
         raise UserError("step selects a checkpoint of workdir, but weights have none.")
     out = Path("runs") / f"{Path(weights).stem}-evaluation"
     return opening.load_weights(weights), out
+
+
+def _check_same_weights(folder: Path, digest: str, weights: str) -> None:
+    """Check that a folder has no results of other weights, which would be replaced."""
+    try:
+        found = json.loads((folder / "results.json").read_bytes()).get("weights_digest")
+    except (OSError, ValueError, AttributeError):
+        return  # There are no results that anybody could read.
+    if found is not None and found != digest:  # Older results do not tell.
+        raise UserError(
+            f"out: {folder} has the results of other weights than {weights}; give "
+            "another folder (--out)."
+        )
 
 
 def _open_eval_set(settings: Settings, data: EvalData, *, bundled: bool) -> EvalSet:

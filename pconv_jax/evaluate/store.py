@@ -6,9 +6,11 @@ image's index) and ``seconds``. It also has the metrics or, if the method failed
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -83,15 +85,16 @@ class Store:
             self._directory.mkdir(parents=True, exist_ok=True)
             with path.open("ab+") as file:
                 file.seek(0)
-                lines = file.read().splitlines(keepends=True)
-                if lines and not lines[-1].endswith(b"\n"):
-                    file.write(b"\n")  # A kill cut the last line short.
+                data = file.read()
+                end = data.rfind(b"\n") + 1
+                if end < len(data):  # A kill cut the last line short.
+                    file.truncate(end)
         except OSError as error:
             raise _cannot_write(path, error) from error
+        lines = data[:end].splitlines()
         read = [_unseal(line) for line in lines]
         records = [record for record in read if record is not None]
-        # A kill cuts one line short. More are damaged, or of an older version.
-        if len(lines) - len(records) > 1:
+        if len(records) < len(lines):  # They are damaged, or of an older version.
             _logger.warning(
                 "%d of %d records in %s have no right checksum, and are made again.",
                 len(lines) - len(records),
@@ -180,7 +183,7 @@ class Store:
                 kept = self._load_features(path)
                 if kept.shape == shape and kept.dtype == np.uint32:
                     return kept
-            return np.lib.format.open_memmap(path, "w+", np.dtype(np.uint32), shape)
+            return _create_features(path, shape)
         except OSError as error:
             raise _cannot_write(path, error) from error
 
@@ -189,6 +192,41 @@ class Store:
             return np.load(path, mmap_mode="r+")
         except ValueError as error:
             raise _damaged(path) from error
+
+
+def _create_features(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Create a file of zeros and map it into memory.
+
+    Raises:
+      OSError: If it cannot be written; there is no file then.
+    """
+    try:
+        kept = np.lib.format.open_memmap(path, "w+", np.dtype(np.uint32), shape)
+        _reserve(path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return kept
+
+
+def _reserve(path: Path) -> None:
+    """Reserve the space of a file on the disk.
+
+    A full disk would end the process with a signal, if it filled up while the file was
+    written through memory.
+
+    Raises:
+      OSError: If there is not enough space.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("rb+") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            # Some file systems cannot reserve space.
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
 
 
 def _seal(record: Record) -> bytes:

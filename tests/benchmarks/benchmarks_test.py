@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, check, inputs, run, timing
+from benchmarks import cases, check, inputs, jax_programs, run, timing
 from pconv_jax import losses, unet, vgg
 from tests.helpers import ROOT
 
@@ -77,6 +77,18 @@ def test_the_report_says_under_which_conditions(report):
     layer = next(c for c in report["cases"] if c["suite"] == "layer")
     assert layer["settings"]["PartialConv"]["conv"] == "partial"
     assert layer["results"]["nn.Conv"]["relative"]["median"] == 1
+
+
+def test_every_stage_and_part_runs(fast_compilation_once):
+    profile = cases.make("profile", platform="cpu", torch=False, smoke=True)
+    variants = [variant for case in profile for variant in case.variants.values()]
+    ran = []
+    for variant in variants:
+        settings = {k: v for k, v in variant.items() if k != "framework"}
+        if settings["program"] in ("stage", "part"):
+            jax_programs.build(**settings).call()
+            ran.append(settings.get("stage", settings.get("part")))
+    assert ran[:4] == [0, 1, 2, 3] and len(set(ran)) == 4 + 6
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 import time
@@ -136,6 +137,33 @@ def test_worker_keeps_to_its_time_budget():
         assert time.monotonic() - start < 20  # With the start of the process.
         assert late.image is None and late.error == "took over 0.3 s"
         assert worker.fill(photo(16), border_mask(64)[:16, 30:46]).error == ""
+
+
+def test_a_late_image_is_late_whatever_the_clock_says(monkeypatch):
+    image, mask = photo(256), np.ones((256, 256), np.uint8)
+    mask[20:236, 20:236] = 0
+    with Worker("patchmatch", time_budget=0.3) as worker:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "perf_counter", lambda: 0.0)
+            assert worker.fill(image, mask).error == "took over 0.3 s"
+        assert worker._process is None
+
+
+def test_an_answer_just_in_time_counts_and_the_next_image_is_filled(monkeypatch):
+    load = pickle.load
+
+    def load_and_wait(file):
+        answer = load(file)
+        if answer:  # Not that of the start.
+            time.sleep(1)
+        return answer
+
+    with Worker("telea", time_budget=0.7) as worker:
+        with monkeypatch.context() as patch:
+            patch.setattr(pickle, "load", load_and_wait)
+            assert worker.fill(photo(), border_mask()).error == ""
+        assert worker._process is None  # It was killed.
+        assert worker.fill(photo(), border_mask()).error == ""
 
 
 def test_the_worker_starts_without_jax_and_the_packages_of_training():

@@ -1,3 +1,5 @@
+import pathlib
+
 import cv2
 import numpy as np
 import pytest
@@ -55,6 +57,7 @@ def test_masks_of_a_folder_are_sorted_into_their_classes(tmp_path):
     written = write_mask_folder(tmp_path / "m", BIN_CLASSES)
     pairs = make_eval_set(mask_folder=MaskFolder(tmp_path / "m"), image_size=128)
     assert pairs.classes == BIN_CLASSES and not pairs.left_out
+    assert pairs.describe()["masks"]["hole_color"] == "white"
     for hole, border in BIN_CLASSES:
         drawn = pairs.masks(np.arange(3), hole, border)
         for i in range(3):  # Cyclically: the third is the first again.
@@ -75,6 +78,50 @@ def test_masks_of_any_shape_become_squares(tmp_path):
     pairs = make_eval_set(mask_folder=MaskFolder(tmp_path / "m"))
     assert pairs.classes == ((BINS[0], False),)
     assert pairs.masks(np.arange(1), BINS[0], False).shape == (1, SIZE, SIZE, 1)
+
+
+def write_photos(folder, count, damaged):
+    folder.mkdir()
+    for i in range(count):
+        path = folder / f"{i:02}.png"
+        cv2.imwrite(str(path), np.full((16, 16, 3), 5 * i, np.uint8))
+    (folder / f"{damaged:02}.png").write_bytes(b"no image")
+    return sources.open_images(str(folder))
+
+
+def test_an_image_in_the_place_of_an_unreadable_one_counts_as_itself(tmp_path):
+    source = write_photos(tmp_path / "photos", 20, damaged=3)
+
+    def make(examples=4, source=source):
+        one = BIN_CLASSES[:1]
+        return EvalSet(source, image_size=16, examples=examples, classes=one)
+
+    for read_first in (False, True):
+        pairs = make()
+        shown = [image.mean() / 5 for _, x in pairs.batches(4) for image in x]
+        assert shown == [0, 1, 2, 4]
+        pairs = pairs if read_first else make()
+        assert [pairs.image_index(i) for i in range(4)] == shown
+        assert pairs.image_index(24) == 4
+        about = pairs.describe()["pictures"]
+        assert about["names"] == ["00.png", "01.png", "02.png", "04.png"]
+    # Two examples show the same image, which counts once.
+    assert [make(5).image_index(i) for i in (3, 4)] == [4, 4]
+    assert make(5).describe()["pictures"]["count"] == 4
+    before = make().fingerprint
+    (tmp_path / "photos/04.png").write_bytes((tmp_path / "photos/07.png").read_bytes())
+    after = make().fingerprint
+    (tmp_path / "photos/05.png").write_bytes(b"not shown")
+    assert before != after == make().fingerprint
+
+
+def test_too_many_unreadable_images_have_no_fingerprint(tmp_path):
+    source = write_photos(tmp_path / "photos", 20, damaged=3)
+    for path in pathlib.Path(tmp_path / "photos").glob("0[456].png"):
+        path.write_bytes(b"no image")
+    pairs = EvalSet(source, image_size=16, examples=5)
+    with pytest.raises(UserError, match="of 20 images cannot be read"):
+        pairs.fingerprint  # noqa: B018
 
 
 @pytest.mark.slow

@@ -119,3 +119,36 @@ def test_learned_metrics_compare_the_composites(stand_ins, tmp_path):
     output.write_results(tmp_path, again, pairs, [half], about={})
     page = (tmp_path / "report.html").read_text()
     assert page.count('<figure class="plot">') == 8
+
+
+def test_records_with_other_learned_metrics_are_not_reused(
+    stand_ins, tmp_path, monkeypatch
+):
+    def evaluate(learned):
+        half = FakeMethod("half", lambda image, mask: image // 2)
+        result = comparison.compare(
+            [half],
+            make_eval_set(examples=1),
+            learned=learned,
+            directory=tmp_path,
+            progress=False,
+        )
+        return result, len(half.given)
+
+    without, count = evaluate(None)
+    assert count == 12 and "lpips" not in without.metrics
+    learned = LearnedMetrics(image_size=SIZE)
+    first, count = evaluate(learned)
+    assert count == 12 and "lpips" in first.metrics
+    # Other weights give other distances.
+    monkeypatch.setattr(
+        learned_lib, "load_lpips_params", lambda: {"gain": np.float32(4)}
+    )
+    other, count = evaluate(LearnedMetrics(image_size=SIZE))
+    assert count == 12
+    for a, b in zip(first.examples, other.examples, strict=True):
+        assert b["lpips"] == pytest.approx(2 * a["lpips"], rel=1e-5)
+    # The records of all three are still there.
+    for networks, expected in ((None, without), (learned, first)):
+        again, count = evaluate(networks)
+        assert count == 0 and again.examples == expected.examples

@@ -1,10 +1,13 @@
 import json
+import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from pconv_jax.evaluate import comparison, output
-from tests.helpers.evaluation import FakeMethod, make_eval_set
+from pconv_jax.evaluate import comparison, examples, output
+from pconv_jax.evaluate.eval_set import BINS
+from tests.helpers.evaluation import SIZE, FakeMethod, make_eval_set
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -51,3 +54,61 @@ def test_the_page_is_self_contained(tmp_path):
     assert not any(x in links for x in outside)
     assert page.count('<figure class="plot">') == 4  # A plot of each metric.
     assert page.count('<img src="data:image/png') == 18 * 4
+
+
+def change_by(error):
+    """Make a method whose every value in a hole is wrong by this much."""
+    return lambda image, mask: np.where(image < 128, image + error, image - error)
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """The results of a bad method and a good one, and the folder of their files."""
+    folder = tmp_path_factory.mktemp("graded")
+    both = [FakeMethod("bad", change_by(51)), FakeMethod("good", change_by(5))]
+    pairs = make_eval_set()
+    evaluation = comparison.compare(both, pairs, progress=False)
+    output.write_results(folder, evaluation, pairs, both, about={})
+    return evaluation, folder
+
+
+def test_the_page_marks_the_better_method(graded):
+    _, folder = graded
+    page = (folder / "report.html").read_text()
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    best = {
+        name: [row.count('class="best"') for row in rows if f"{name}</th>" in row]
+        for name in ("bad", "good")
+    }
+    # All four metrics in the first table; then, for each, all bins by border.
+    assert best == {"bad": [0] * 9, "good": [4] + [6] * 8}
+
+
+def test_captions_have_psnr_and_ssim(graded):
+    evaluation, folder = graded
+    page = (folder / "report.html").read_text()
+    for name in ("bad", "good"):
+        records = {
+            (e["hole"], e["border"], e["index"]): e
+            for e in evaluation.select(method=name)
+        }
+        shown = [record for _, record in examples.choose_examples(evaluation)]
+        scores = [records[e["hole"], e["border"], e["index"]] for e in shown]
+        assert re.findall(rf"{name}<br><small>(.*?)</small></figcaption>", page) == [
+            f"{e['psnr']:.2f} / {e['ssim']:.3f}" for e in scores
+        ]
+
+
+@pytest.mark.parametrize(("name", "place"), [("pictures", 4), ("worst", 0)])
+def test_pictures_show_the_median_and_the_worst_example(graded, name, place):
+    evaluation, folder = graded
+    grid = np.asarray(Image.open(folder / f"{name}.png"))
+    captions, step = 18, SIZE + 2
+    assert grid.shape == (captions + 6 * step - 2, 4 * step - 2, 3)
+    for row, hole in enumerate(BINS):
+        strip = grid[captions + row * step :][:SIZE] / 255
+        _, bad, _, truth = (strip[:, i * step :][:, :SIZE] for i in range(4))
+        scores = sorted(e["psnr"] for e in evaluation.select(method="bad", hole=hole))
+        assert len(scores) == 10
+        shown = -10 * np.log10(((bad - truth) ** 2).mean())
+        assert shown == pytest.approx(scores[place], rel=1e-4)

@@ -75,3 +75,10 @@ def test_means_are_those_of_one_method():
         both.mean(methd="a")
     with pytest.raises(UserError, match="method must be one of a, b, got 'c'"):
         both.intervals(method="c")
+
+
+def test_the_median_of_uneven_times():
+    evaluation = make_evaluation([1, 2, 3], range(3), seconds={"a": [1, 9, 2], "b": []})
+    expected = {"median_seconds": 2, "mean_seconds": 4, "examples": 3}
+    assert evaluation.timing() == {"a": expected}
+    assert evaluation.overview(["l1"])[0]["s/image"] == "2"

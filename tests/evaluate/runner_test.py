@@ -1,5 +1,6 @@
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from pconv_jax import masks, vgg
+from pconv_jax._errors import UserError
 from pconv_jax.data import pipeline
 from pconv_jax.evaluate import methods, runner
 from pconv_jax.evaluate.eval_set import (
@@ -149,7 +151,7 @@ def test_a_run_is_evaluated_as_it_was_trained(run):
     page = (out / "report.html").read_text()
     assert "<td>–</td>" in page and '<td class="best">–' not in page
     timing = json.loads((out / "timing.json").read_text())
-    assert timing["methods"]["telea"]["pictures"] == 28
+    assert timing["methods"]["telea"]["examples"] == 28
     assert "seconds" not in (out / "results.json").read_text()
     files = {path.name for path in out.iterdir()}
     assert files == {
@@ -210,6 +212,56 @@ def test_weights_are_evaluated_on_the_bundled_images(variables, tmp_path):
     assert results["protocol"]["pictures"]["names"] == ["coffee.png"]
     with pytest.raises(ValueError, match="photos/of/whoever"):
         runner.evaluate_run(**options, config=config)
+
+
+def save_networks(folder, variables):
+    """Write two networks that differ in one bias, with files of the same name."""
+    for name, shift in (("a", 0), ("b", 1)):
+        other = jax.tree.map(np.copy, variables)
+        other["params"]["pconv4"]["bias"] += shift
+        (folder / name).mkdir()
+        pretrained.save_pretrained(folder / name / "net.safetensors", MODEL, other)
+    return [str(folder / name / "net.safetensors") for name in ("a", "b")]
+
+
+def test_results_of_other_weights_are_not_replaced(variables, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b = save_networks(tmp_path, variables)
+    options = dict(methods=["mean"], config=tiny_config(), learned=False)
+    options["data"] = EvalData(examples=1, classes=["wide"])
+    runner.evaluate_run(weights=a, **options)
+    results = tmp_path / "runs/net-evaluation/results.json"
+    before = results.read_bytes()
+    with pytest.raises(
+        UserError, match=r"net-evaluation has the results of .* than .*b/net.*\(--out\)"
+    ):
+        runner.evaluate_run(weights=b, **options)
+    assert results.read_bytes() == before
+    shutil.copy(a, tmp_path / "b")  # The same weights may be anywhere.
+    runner.evaluate_run(weights=b, **options)
+    assert results.read_bytes() == before
+    runner.evaluate_run(weights=b, **options, out=tmp_path / "out")
+    # Results of older versions do not tell their weights; nor does half a file.
+    for text in ('{"step": null}', '{"weights_digest": "0', "[]"):
+        results.write_text(text)
+        runner.evaluate_run(weights=a, **options)
+        assert results.read_bytes() == before
+
+
+def test_records_of_other_weights_are_not_reused(variables, tmp_path):
+    options = dict(methods=["network"], config=tiny_config(), learned=False)
+    options["data"] = EvalData(examples=2, classes=["wide"])
+    one, other = save_networks(tmp_path, variables)
+    first = runner.evaluate_run(weights=one, **options, out=tmp_path / "out")
+    second = runner.evaluate_run(weights=other, **options, out=tmp_path / "out")
+    alone = runner.evaluate_run(weights=other, **options, out=tmp_path / "alone")
+    assert second.examples == alone.examples != first.examples
+    assert len(list((tmp_path / "out/records").glob("*.jsonl"))) == 2
+    digests = {
+        json.loads((tmp_path / name / "results.json").read_text())["weights_digest"]
+        for name in ("out", "alone")
+    }
+    assert len(digests) == 1
 
 
 @pytest.mark.slow
@@ -298,6 +350,30 @@ def test_repair_is_what_the_inpainter_does():
         assert methods.get_methods([name], network, time_budget=60.0) == [network]
     with pytest.raises(ValueError, match="'repair' is unknown"):
         methods.get_methods(["repair"], None, time_budget=60.0)
+
+
+def test_the_time_of_repair_is_without_compilation(monkeypatch):
+    repair = methods.Repair(methods.Network("tiny", *make_network()))
+    shapes = []
+
+    @jax.jit
+    def double(image):
+        time.sleep(0.5)  # While it is traced.
+        return image * 2
+
+    def inpaint(image, hole, sharp):
+        shapes.append(image.shape)
+        return np.asarray(double(image[: 5 + hole.sum()]))
+
+    monkeypatch.setattr(repair, "_inpainter", inpaint)
+    images = np.ones((3, 8, 8, 3), np.uint8)
+    mask = np.ones((3, 8, 8, 1), np.uint8)
+    result = repair.fill(images, mask)
+    assert (result.images == 2).all() and result.errors == [""] * 3
+    assert len(shapes) == 4 and (result.seconds < 0.4).all()
+    mask[1, 0, 0] = 0  # Other holes of equal images may need other programs.
+    result = repair.fill(images[1:2], mask[1:2])
+    assert len(shapes) == 6 and (result.seconds < 0.4).all()
 
 
 def write_images(folder, count=3, size=48):

@@ -1,3 +1,6 @@
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -26,6 +29,21 @@ def test_a_store_resumes_after_a_kill(tmp_path):
     assert [r["l1"] for r in third.get("a", keys)] == [0.1, 0.3]
     third.open("a", "other images")
     assert not third.has("a", keys[:1])
+
+
+def test_a_line_cut_short_leaves_no_trace(tmp_path, caplog):
+    place = {"method": "a", "hole": "1%-10%", "border": True}
+    for i in range(3):  # Each start is killed while it writes its second record.
+        store = Store(tmp_path)
+        store.open("a", "x")
+        whole = b"".join(p.read_bytes() for p in tmp_path.iterdir())
+        assert whole.count(b"\n") == i and (not whole or whole.endswith(b"\n"))
+        store.add("a", [place | {"index": i}, place | {"index": 9}])
+        (path,) = tmp_path.iterdir()
+        path.write_bytes(path.read_bytes()[:-9])
+    store.open("a", "x")
+    assert store.has("a", [("1%-10%", True, i) for i in range(3)])
+    assert not caplog.records
 
 
 def test_two_evaluations_cannot_share_a_directory(tmp_path):
@@ -79,3 +97,31 @@ def test_changed_features_are_an_error(tmp_path):
         damaged.open("a", "x")
         with pytest.raises(RunError, match=f"{path} is damaged: delete it"):
             damaged.get_features("a", np.array([0, 2, 3]))
+
+
+def test_a_full_disk_is_noticed_before_features_are_written(tmp_path, monkeypatch):
+    def add(store):
+        store.open("a", "x")
+        features = np.ones((2, 5), np.float32)
+        store.add_features("a", np.arange(2), features, capacity=100)
+
+    def fail_with(number):
+        def reserve(descriptor, offset, size):
+            reserved.append((os.fstat(descriptor).st_size, offset, size))
+            raise OSError(number, os.strerror(number))
+
+        return reserve
+
+    reserved = []
+    monkeypatch.setattr(os, "posix_fallocate", fail_with(errno.ENOSPC), raising=False)
+    with pytest.raises(RunError, match=r"write to .*npy: No space left on device\."):
+        add(Store(tmp_path))
+    assert not list(tmp_path.glob("*.npy"))
+    # File systems that cannot reserve space are used as they are.
+    monkeypatch.setattr(
+        os, "posix_fallocate", fail_with(errno.EOPNOTSUPP), raising=False
+    )
+    add(Store(tmp_path))
+    (path,) = tmp_path.glob("*.npy")
+    size = path.stat().st_size
+    assert reserved == [(size, 0, size)] * 2 and size > 100 * 6 * 4

@@ -65,13 +65,13 @@ class Worker:
 
     def fill(self, image: np.ndarray, mask: np.ndarray) -> WorkerResult:
         """Fill an image as `classical.fill` does; report failures in the result."""
-        timer = None
+        timer, late = None, threading.Event()
         start = time.perf_counter()
         try:
             process = self._start()
-            timer = threading.Timer(self._budget, process.kill)
-            timer.start()
+            timer = threading.Timer(self._budget, _kill_late, (process, late))
             start = time.perf_counter()
+            timer.start()
             requests, answers = _pipes(process)
             pickle.dump((image, mask), requests)
             requests.flush()
@@ -79,12 +79,16 @@ class Worker:
         except (EOFError, OSError, pickle.UnpicklingError):
             seconds = time.perf_counter() - start
             self.close()
-            late = seconds >= self._budget
-            error = f"took over {self._budget:g} s" if late else "its process crashed"
+            error = "its process crashed"
+            if late.is_set():
+                error = f"took over {self._budget:g} s"
             return WorkerResult(None, seconds, error)
         finally:
             if timer:
                 timer.cancel()
+                timer.join()
+            if late.is_set():  # Even if the answer came just before.
+                self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Start the process, unless it is running, and wait until it is ready."""
@@ -103,6 +107,12 @@ class Worker:
         _, answers = _pipes(self._process)
         pickle.load(answers)  # It sends this when everything is imported.
         return self._process
+
+
+def _kill_late(process: subprocess.Popen[bytes], late: threading.Event) -> None:
+    """Kill a process that is over its budget, and note why."""
+    late.set()
+    process.kill()
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
