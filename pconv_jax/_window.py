@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from jax import lax
@@ -192,8 +192,9 @@ def _parse_padding(
 def _per_axis(name: str, value: IntOrSequence, ndim: int) -> tuple[int, ...]:
     if value is None:  # Flax accepts None for 1.
         value = 1
-    many = isinstance(value, Sequence) or np.ndim(value) == 1
-    values = tuple(cast(Sequence[int], value)) if many else (value,) * ndim
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
     if len(values) != ndim or not all(is_int(v) and v > 0 for v in values):
         raise ValueError(
             f"{name} must be a positive number, or one for each of {ndim} spatial axes,"

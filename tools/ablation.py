@@ -44,7 +44,7 @@ from pconv_jax.runs.checkpoint import restore_network
 from pconv_jax.runs.config import read_settings
 from pconv_jax.runs.settings import Settings, differences
 from pconv_jax.runs.tables import format_table
-from pconv_jax.train import loop
+from pconv_jax.train import experiment, loop
 from pconv_jax.unet import PConvUNet
 
 _RESAMPLES = 2000
@@ -181,14 +181,16 @@ def train(
     Returns:
       Its variables; None if the run was asked to stop.
     """
-    if not _is_finished(settings, workdir):
+    restored = None
+    if _is_finished(settings, workdir):
+        restored = restore_network(workdir / "checkpoints")
+    if not restored or not _has_same_images(settings, restored[2]):
         summary = loop.train_and_evaluate(settings, workdir, model=model)
         if not summary["finished"]:
             return None
-    restored = restore_network(workdir / "checkpoints")
+        restored = restore_network(workdir / "checkpoints")
     assert restored is not None  # A finished run has a checkpoint.
-    _, variables, _ = restored
-    return variables
+    return restored[1]
 
 
 def summarize(
@@ -292,6 +294,16 @@ def _is_finished(settings: Settings, workdir: Path) -> bool:
     done = Settings.from_json(json.loads((workdir / "config.json").read_text()))
     same_end = done.phase2.steps == settings.phase2.steps
     return same_end and not differences(done, settings)
+
+
+def _has_same_images(settings: Settings, meta: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint is of the images of the settings."""
+    images = experiment.identify_images(
+        opening.get_source(settings.data, "train"),
+        opening.get_source(settings.data, "validation"),
+        experiment.open_mask_folder(settings.masks),
+    )
+    return {**images, **meta.get("images", {})}.items() >= images.items()
 
 
 def _values(

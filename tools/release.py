@@ -9,7 +9,8 @@ batch as it is, a double batch, and float32), trains by the fastest within the m
 that are left, and stops by itself 20 seconds before they are over. OUT gets the average
 of the weights, every minute and in parts of 14 MiB, the log, the newest images, and
 release.json, which says what was measured, chosen and tried. Everything else, such as
-checkpoints and compiled programs, is in --work.
+checkpoints and compiled programs, is in --work. The exit status is 0 if weights were
+written.
 
 If an update fails, training goes on from the last weights that were written, with the
 phases that are left: with half the learning rate where a loss is not finite, half the
@@ -19,6 +20,7 @@ batch where memory is too small, and else in float32, and then without a VGG.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -39,13 +41,20 @@ from pconv_jax.runs import logs, opening, parallel
 from pconv_jax.runs.config import read_settings
 from pconv_jax.runs.settings import Settings
 from pconv_jax.train import export, plan
-from pconv_jax.train.experiment import Experiment, open_experiment
+from pconv_jax.train.experiment import (
+    Experiment,
+    check_feature_fraction,
+    open_experiment,
+)
 from pconv_jax.train.hooks import TrainingDivergedError
 from pconv_jax.train.loop import train_and_evaluate
 from pconv_jax.weights.pretrained import from_pretrained, save_pretrained
 from tools.widen import widen
 
+FILE = "release.json"
+
 _EARLY = 20.0  # Seconds before the end at which everything stops.
+_PATIENCE = 3.0  # Seconds for the last event.
 # Part of the time for opening the images and for the last checkpoint, and again for a
 # validation.
 _RESERVE = 0.05
@@ -57,16 +66,37 @@ class Report:
 
     def __init__(self, path: Path):
         self._path, self._started = path, time.monotonic()
-        devices = [device.device_kind for device in jax.devices()]
-        self._content: dict[str, Any] = {"jax": jax.__version__, "devices": devices}
-        self._content["events"] = []
+        self._content: dict[str, Any] = {"jax": jax.__version__, "events": []}
+        self._lock = threading.Lock()  # The end is reported from another thread.
+
+    def note(self, **facts: Any) -> None:
+        """Note facts that hold for all events."""
+        self._content = facts | self._content
 
     def add(self, event: str, **facts: Any) -> None:
         """Add an event, with the seconds since the start."""
         seconds = round(time.monotonic() - self._started, 1)
-        self._content["events"].append({"seconds": seconds, "event": event} | facts)
-        _files.write_json(self._path, self._content)
+        with self._lock:
+            events = self._content["events"]
+            events.append({"seconds": seconds, "event": event} | facts)
+            _files.write_json(self._path, self._content)
         print(f"{seconds:7.1f} s  {event}  {json.dumps(facts)}", flush=True)
+
+
+class Weights:
+    """The weights in a folder, whole or in parts, and whether they are new."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._before = self._find()
+
+    def are_written(self) -> bool:
+        """Return whether there are others than at first."""
+        return not self._find() <= self._before
+
+    def _find(self) -> set[tuple[str, int]]:
+        paths = (self._folder / export.NAME, self._folder / f"{export.NAME}.1")
+        return {(p.name, p.stat().st_mtime_ns) for p in paths if p.exists()}
 
 
 def release(
@@ -77,6 +107,7 @@ def release(
     deadline: float,
     measure_seconds: float = 120.0,
     part_mib: float = 14.0,
+    report: Report | None = None,
 ) -> Mapping[str, Any] | None:
     """Choose a candidate and train it until a deadline.
 
@@ -88,6 +119,7 @@ def release(
       measure_seconds: Seconds after which no other candidate is tried; 0 takes the
         first unmeasured.
       part_mib: Size of the parts of the weights in MiB.
+      report: Where events go, ``release.json`` in ``out`` by default.
 
     Returns:
       The summary of the last run, or None if there was no time for one.
@@ -95,7 +127,8 @@ def release(
     Raises:
       Exception: The failure of a run, if no remedy is left.
     """
-    report = Report(out / "release.json")
+    report = report or Report(out / FILE)
+    report.note(devices=[device.device_kind for device in jax.devices()])
     total = deadline - time.monotonic()
     reserve = _RESERVE * total * (2 if settings.validate_every else 1)
     until = time.monotonic() + min(measure_seconds, total / 3)
@@ -111,6 +144,7 @@ def release(
     )
     if measure_seconds:
         settings = choose(settings, report, until=until)
+    failed = False
     for number in itertools.count(1):
         workdir = work / f"run-{number}"
         if workdir.exists():  # Of an earlier call.
@@ -129,7 +163,13 @@ def release(
             report.add("training failed", error=str(error)[:500], remedy=remedy)
             if remedy is None:
                 raise
+            failed = True
             continue
+        except plan.NoTimeError as error:
+            if not failed:  # More minutes would help; later, there may be weights.
+                raise
+            report.add("no time is left", error=str(error))
+            return None
         facts = {"step": summary["step"], "finished": summary["finished"]}
         report.add("training ended", **facts, validation=summary["validation"])
         return summary
@@ -246,15 +286,24 @@ def recover(
         }
         return dataclasses.replace(settings, **halves), "half the learning rates"
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
-        half = settings.batch_size // 2
-        if half % (parallel.device_count() * settings.accumulate) or not half:
-            return settings, None
-        return dataclasses.replace(settings, batch_size=half), "half the batch"
+        half = dataclasses.replace(settings, batch_size=settings.batch_size // 2)
+        return (half, "half the batch") if _is_divisible(half) else (settings, None)
     if exact != settings.model:
         return dataclasses.replace(settings, model=exact), "float32"
     if settings.vgg:
         return dataclasses.replace(settings, vgg=None), "no VGG"
     return settings, None
+
+
+def _is_divisible(settings: Settings) -> bool:
+    """Return whether the devices can share the batch."""
+    try:
+        parallel.check_batch_size(settings.batch_size, parts=settings.accumulate)
+        if settings.vgg:
+            check_feature_fraction(settings)
+    except UserError:
+        return False
+    return True
 
 
 def _remaining(settings: Settings, workdir: Path) -> Settings:
@@ -350,8 +399,10 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     compiled = str(arguments.work.absolute() / "compiled")
     jax.config.update("jax_compilation_cache_dir", compiled)
+    report, weights = Report(arguments.out / FILE), Weights(arguments.out)
     # Validation at the end may take longer than there is; its weights are written.
-    last = threading.Timer(max(0.0, end - early / 2 - time.monotonic()), os._exit, (0,))
+    seconds = max(0.0, end - early / 2 - time.monotonic())
+    last = threading.Timer(seconds, _end, (report, weights))
     last.daemon = True
     last.start()
     logs.log_to_stderr()
@@ -363,9 +414,23 @@ def main() -> None:
             work=arguments.work,
             deadline=end - early,
             measure_seconds=arguments.measure_seconds,
+            report=report,
         )
     except (UserError, RunError) as error:
         parser.error(str(error))
+    if not weights.are_written():
+        parser.exit(1, "release.py: no weights were written.\n")
+
+
+def _end(report: Report, weights: Weights) -> None:
+    """End the process, with success if it wrote weights."""
+    written = weights.are_written()
+    # In a thread of its own, since it must not fail or wait for a disk.
+    event = functools.partial(report.add, "ended before training did", weights=written)
+    thread = threading.Thread(target=event, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    os._exit(0 if written else 1)
 
 
 if __name__ == "__main__":

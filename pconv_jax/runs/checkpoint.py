@@ -311,28 +311,38 @@ class Checkpoints:
             ) from error
 
     def _put_aside_damaged_notes(self) -> None:
-        """Rename the steps at whose notes Orbax would stop."""
-        for notes in sorted(self._directory.glob(f"[0-9]*/{_NOTES_FILE}")):
-            step = notes.parent.name  # Or what was put aside before.
-            if step.isdecimal() and (problem := _notes_problem(notes)):
-                self._put_aside(int(step), f"{notes}: {problem}")
+        """Rename the steps at whose notes Orbax would stop, on the first process."""
+        if parallel.process_index() == 0:
+            for notes in sorted(self._directory.glob(f"[0-9]*/{_NOTES_FILE}")):
+                step = notes.parent.name  # Or what was put aside before.
+                if step.isdecimal() and (problem := _notes_problem(notes)):
+                    self._put_aside(int(step), f"{notes}: {problem}")
+        # The others wait, whatever they see of it.
+        parallel.gather(np.zeros(1))
+
+    def _put_aside_damaged_steps(self) -> None:
+        """Rename the newer steps that could not be read, on the first process."""
+        if parallel.process_index() == 0:
+            for step in sorted(s for s in self._damaged if s > (self._current or 0)):
+                self._put_aside(step, "it could not be read")
+        if parallel.gather(np.array([len(self._damaged)])).any():
+            self._damaged.clear()
+            self._manager.reload()
 
     def _put_aside(self, step: int, reason: str) -> None:
-        """Rename the folder of a damaged step, on the first process."""
+        """Rename the folder of a damaged step."""
         folder = self._directory / str(step)
         place = folder.with_name(f"{step}.unreadable")
         for number in itertools.count(1):
             if not place.exists():
                 break
             place = folder.with_name(f"{step}.unreadable-{number}")
-        if parallel.process_index() == 0:
-            try:
-                folder.rename(place)
-            except OSError as error:
-                raise RunError(
-                    f"cannot put aside {folder}, which is damaged ({reason}): {error}."
-                ) from error
-        parallel.gather(np.zeros(1))  # Wait for the first process.
+        try:
+            folder.rename(place)
+        except OSError as error:
+            raise RunError(
+                f"cannot put aside {folder}, which is damaged ({reason}): {error}."
+            ) from error
         _logger.warning(
             "The damaged checkpoint of step %d is now %s (%s).", step, place, reason
         )
@@ -354,11 +364,7 @@ class Checkpoints:
                 f"restored, got {step}."
             )
         else:
-            for other in [s for s in self._damaged if s > self._current]:
-                self._put_aside(other, "it could not be read")
-            if self._damaged:
-                self._damaged.clear()
-                self._manager.reload()
+            self._put_aside_damaged_steps()
             for other in [other for other in self.steps() if other > self._current]:
                 _logger.warning(
                     "Deleting the checkpoint of step %d: the run was resumed "
@@ -503,7 +509,7 @@ def _os_error(error: Exception) -> int | None:
 def _notes_problem(path: pathlib.Path) -> str | None:
     try:
         notes = json.loads(path.read_bytes())
-    except FileNotFoundError:  # Another process has just renamed it.
+    except FileNotFoundError:  # Another program has just renamed it.
         return None
     except ValueError:
         return None  # Orbax takes such a file for none.

@@ -1,7 +1,7 @@
 """Devices and processes: the only module that uses ``jax.pmap`` and JAX's hosts.
 
 A process holds a state once, without a leading device axis, and a call divides its
-batch among the devices. So no code outside this module depends on their number.
+batch among the devices. So code outside this module never handles a device axis.
 """
 
 import contextlib

@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
+import math
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +23,7 @@ from pconv_jax.data.device_cache import DeviceCache
 from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.runs import opening, parallel
 from pconv_jax.runs.inference import Batch, Metrics
-from pconv_jax.runs.settings import DataSettings, Settings
+from pconv_jax.runs.settings import DataSettings, MaskSettings, Settings
 from pconv_jax.train import optim
 from pconv_jax.train.mask_sampling import choose_mask, draw_pool, mask_sampler
 from pconv_jax.train.phases import Phase, get_phases
@@ -70,6 +73,7 @@ class Experiment:
       validation_source: The images to validate on.
       features: The network of the perceptual and style terms, or None to leave these
         terms out, or if no phase has them.
+      mask_folder: The mask images to train on, or None to draw masks.
       cache: The images to train on, on every device, or None to read them from files.
       mask_pool: Masks to choose from, bool ``[P, S, S, 1]``, on every device, or None
         to draw one for every example.
@@ -82,6 +86,7 @@ class Experiment:
     model: PConvUNet
     train_source: ImageSource
     validation_source: ImageSource
+    mask_folder: MaskFolder | None
     features: Features | None
     cache: DeviceCache | None
     mask_pool: jax.Array | None
@@ -178,7 +183,7 @@ class Experiment:
         self, start_step: int
     ) -> pipeline.TrainBatches | device_cache.IndexBatches:
         """Open this process's share of the batches from a step on."""
-        settings, mask_folder = self.settings, None
+        settings = self.settings
         if self.cache is not None:
             return device_cache.IndexBatches(
                 len(self.cache.sizes),
@@ -187,12 +192,6 @@ class Experiment:
                 start_step=start_step,
                 process_index=parallel.process_index(),
                 process_count=parallel.process_count(),
-            )
-        if settings.masks.folder:
-            mask_folder = MaskFolder(
-                settings.masks.folder,
-                hole_color=settings.masks.hole_color,
-                hole_ratio=settings.masks.hole_ratio,
             )
         return pipeline.train_batches(
             self.train_source,
@@ -204,7 +203,7 @@ class Experiment:
             process_count=parallel.process_count(),
             workers=settings.data.workers,
             scale=settings.data.scale,
-            mask_folder=mask_folder,
+            mask_folder=self.mask_folder,
         )
 
 
@@ -223,36 +222,41 @@ def open_experiment(
       model: The network, if it is not the one that the settings describe.
 
     Raises:
-      UserError: If images or weights cannot be found, if the batch cannot be divided
-        among the devices, or if several processes open different experiments.
+      UserError: If images, masks or weights cannot be found, if the batch, or the part
+        of it that the VGG sees, cannot be divided among the devices, or if several
+        processes open different experiments.
     """
     parallel.check_batch_size(settings.batch_size, parts=settings.accumulate)
     model = model or opening.get_model(settings.model)
     _check_batch_norm(settings, model)
     phases = get_phases(settings)
     warnings: list[str] = []
+    # Before the VGG, which may be downloaded: images are missing more often.
+    train_source = opening.get_source(settings.data, "train")
+    validation_source = opening.get_source(settings.data, "validation")
     features = digest = None
     if any(phase.use_features and phase.start < phase.stop for phase in phases):
         features, digest = _open_features(settings.vgg, model, warnings)
-    train_source = opening.get_source(settings.data, "train")
-    validation_source = opening.get_source(settings.data, "validation")
+    if features:
+        check_feature_fraction(settings)
+    mask_folder = open_mask_folder(settings.masks)
+    images = identify_images(train_source, validation_source, mask_folder)
+    cache, readable = _open_cache(settings.data, train_source, warnings)
     experiment = Experiment(
         settings=settings,
         model=model,
         train_source=train_source,
         validation_source=validation_source,
+        mask_folder=mask_folder,
         features=features,
-        cache=_open_cache(settings.data, train_source, warnings),
+        cache=cache,
         mask_pool=_draw_pool(settings),
         phases=phases,
         identity={
             "network": type(model).__name__,
             "model": model_config(model),
             "features": digest,
-            "images": {
-                "train": _identify(train_source),
-                "validation": _identify(validation_source),
-            },
+            "images": images | readable,
         },
         warnings=warnings,
     )
@@ -260,17 +264,68 @@ def open_experiment(
     return experiment
 
 
+def open_mask_folder(settings: MaskSettings) -> MaskFolder | None:
+    """Open the mask images of an experiment, if it has some.
+
+    Raises:
+      UserError: As `MaskFolder`.
+    """
+    if not settings.folder:
+        return None
+    return MaskFolder(
+        settings.folder,
+        hole_color=settings.hole_color,
+        hole_ratio=settings.hole_ratio,
+    )
+
+
+def identify_images(
+    train_source: ImageSource,
+    validation_source: ImageSource,
+    mask_folder: MaskFolder | None,
+) -> dict[str, Any]:
+    """Describe the images and masks of an experiment, wherever they are."""
+    sources = {"train": train_source, "validation": validation_source}
+    images = {
+        name: {"count": len(source), "digest": source.digest()}
+        for name, source in sources.items()
+    }
+    if mask_folder:
+        root = os.path.commonpath(path.parent for path in mask_folder.paths)
+        names = [path.relative_to(root).as_posix() for path in mask_folder.paths]
+        images["masks"] = _identify(names)
+    return images
+
+
+def _identify(names: Sequence[str]) -> dict[str, Any]:
+    """Describe images by their names, as `ImageSource.digest` does."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    return {"count": len(names), "digest": digest.hexdigest()}
+
+
 def _open_cache(
     settings: DataSettings, source: ImageSource, warnings: list[str]
-) -> DeviceCache | None:
-    """Put the images on every device, if the settings ask for it."""
+) -> tuple[DeviceCache | None, dict[str, Any]]:
+    """Put the images on every device, if the settings ask for it; also identify them.
+
+    The order of the images in an epoch depends on the number of those that can be read.
+    """
     if settings.cache == "none":
-        return None
+        return None, {}
     images, unreadable = device_cache.read_cache(source, side=settings.cache_side)
     if unreadable:
         names = ", ".join(unreadable)
         warnings.append(f"{len(unreadable)} unreadable image(s): {names}")
-    return parallel.replicate(images)
+    left_out = set(unreadable)
+    readable = [
+        source.key(index)
+        for index in range(len(source))
+        if source.name(index) not in left_out
+    ]
+    identity = _identify(readable) | {"count": len(images.sizes)}
+    return parallel.replicate(images), {"cached": identity}
 
 
 def _draw_pool(settings: Settings) -> jax.Array | None:
@@ -283,8 +338,27 @@ def _draw_pool(settings: Settings) -> jax.Array | None:
     return parallel.replicate(pool)
 
 
-def _identify(source: ImageSource) -> dict[str, Any]:
-    return {"count": len(source), "digest": source.digest()}
+def check_feature_fraction(settings: Settings) -> None:
+    """Check that every part of a batch has a whole number of images for the VGG.
+
+    Otherwise the loss would depend on the number of devices.
+
+    Raises:
+      UserError: If it has not; the message suggests the nearest fractions that do.
+    """
+    devices, fraction = parallel.device_count(), settings.feature_fraction
+    images = settings.batch_size // (devices * settings.accumulate)
+    seen = fraction * images
+    if seen >= 0.999 and abs(seen - round(seen)) < 1e-3:  # Up to rounding.
+        return
+    counts = sorted({max(1, int(seen)), max(1, math.ceil(seen))})
+    fractions = " or ".join(f"{count / images:.6g}" for count in counts)
+    raise UserError(
+        f"config: feature_fraction = {fraction:g} of batch_size = "
+        f"{settings.batch_size}, divided among {devices} device(s) with accumulate = "
+        f"{settings.accumulate}, is {seen:g} images of {images}, which must be a "
+        f"whole number: use feature_fraction = {fractions}."
+    )
 
 
 def _check_batch_norm(settings: Settings, model: PConvUNet) -> None:
@@ -333,15 +407,18 @@ def _open_features(
 
 def _check_processes(experiment: Experiment) -> None:
     """Check that all processes train the same network by the same loss."""
-    counts = len(experiment.train_source), len(experiment.validation_source)
-    settings = experiment.settings.to_dict()
-    del settings["data"]  # Each host may have its own path.
-    about = json.dumps([settings, experiment.identity, counts])
+    settings, images = experiment.settings.to_dict(), experiment.identity["images"]
+    for name in ("path", "validation_path", "data_dir", "workers"):
+        del settings["data"][name]  # Each host may have its own.
+    about = json.dumps([settings, experiment.identity])
     digest = np.array([zlib.crc32(about.encode())], np.uint32)
     if any(parallel.gather(digest) != digest):
         raise UserError(
             "the processes of this run differ in the configuration, in the VGG "
-            f"features (here: {experiment.identity['features']}), or in the number of "
-            f"images (here: {counts[0]} to train on, {counts[1]} to validate on): "
-            "start all of them with the same."
+            f"features (here: {experiment.identity['features']}), or in the images "
+            f"(here: {_format_counts(images)}): start all of them with the same."
         )
+
+
+def _format_counts(images: Mapping[str, Mapping[str, Any]]) -> str:
+    return ", ".join(f"{name} {about['count']}" for name, about in images.items())

@@ -79,10 +79,16 @@ class Export:
 
 
 def split(path: pathlib.Path, folder: pathlib.Path, size: int) -> None:
-    """Write parts of a file of a size in bytes, ``NAME.1``, ``NAME.2``, ..."""
-    data = path.read_bytes()
+    """Write parts of a file of a size in bytes, ``NAME.1``, ``NAME.2``, ...
+
+    If the file before had more of them, the rest is removed.
+    """
+    data, number = path.read_bytes(), 0
     for number, start in enumerate(range(0, len(data), size), 1):
         write_bytes(folder / f"{path.name}.{number}", data[start : start + size])
+    while (rest := folder / f"{path.name}.{number + 1}").exists():
+        rest.unlink()
+        number += 1
 
 
 def join(path: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -244,11 +244,30 @@ class _Run:
                 self._state, scalars = call(self._state, inputs, scales)
                 self.step += count
                 log.add(*scalars)
-                # Processes agree on a call, not on a step within it.
-                self.stopped = self._stop_requested(self.step // count)
+                self._warn_of(batches.unreadable)
+                self.stopped = self._is_stop_requested()
                 rate = float(scales[-1].learning_rate) * phase.learning_rate
                 self._after_call(phase, learning_rate=rate)
-            self._unreadable |= set(batches.unreadable)
+                if not self.stopped and self.step < self._phase_ends[-1]:
+                    # What was due may have taken as long as many steps.
+                    self.stopped = self._is_stop_requested()
+                    if self.stopped:
+                        self._save_last()
+
+    def _is_stop_requested(self) -> bool:
+        # Processes agree on a call, not on a step within it.
+        return self._stop_requested(self.step // self._settings.steps_per_call)
+
+    def _warn_of(self, unreadable: Sequence[str]) -> None:
+        """Name images that could not be read in one warning, for checkpoints too."""
+        if self._unreadable.issuperset(unreadable):
+            return
+        warnings = self._experiment.warnings
+        if (before := _format_unreadable(self._unreadable)) in warnings:
+            warnings.remove(before)
+        self._unreadable.update(unreadable)
+        if (now := _format_unreadable(self._unreadable)) not in warnings:
+            warnings.append(now)
 
     def _after_call(self, phase: Phase, *, learning_rate: float) -> None:
         """Do what is due after a call."""
@@ -257,12 +276,12 @@ class _Run:
         if self.stopped or self._is_due(settings.log_every):
             log.write(learning_rate=learning_rate)
         ended = phase.name if self.step == phase.stop else None
-        if self.stopped or ended or export.is_due():
+        if self.stopped:
+            self._save_last(ended)
+            return
+        if ended or export.is_due():
             with log.paused():
                 export(self._state, phase=ended)
-        if self.stopped:  # A validation may take longer than a scheduler waits.
-            save(self._state, pending=log.pending)
-            return
         draw_now = self._is_due(settings.picture_every)
         validate_now = self._is_due(settings.validate_every)
         save_now = validate_now or self._is_due(settings.checkpoint_every)
@@ -276,6 +295,13 @@ class _Run:
             if validate_now:
                 self._evaluation = validate(self._state)
 
+    def _save_last(self, ended: str | None = None) -> None:
+        """Save the state of a stopped run, and then write its weights."""
+        log, save, _, _, export = self._hooks
+        # First of all, since a scheduler may soon kill the process.
+        save(self._state, pending=log.pending)
+        export(self._state, phase=ended)
+
     def _is_due(self, every: int) -> bool:
         at_end = self.step in self._phase_ends
         return every > 0 and (self.step % every == 0 or at_end)
@@ -283,23 +309,24 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Make the content of ``summary.json``, with metrics of a finished run alone.
 
-        A run that was stopped at its last step is validated here, when it is resumed.
+        A finished run that is started again has been validated and logged; it is
+        validated once more, for the summary alone.
         """
         finished = self.step >= self._phase_ends[-1] and not self.stopped
         if finished and self._evaluation is None and self._settings.validate_every:
             self._evaluation = self._hooks.validate(self._state, write=False)
-        warnings = self._experiment.warnings
-        if self._unreadable:
-            names = ", ".join(sorted(self._unreadable))
-            warnings.append(f"{len(self._unreadable)} unreadable image(s): {names}")
         shown = self._evaluation if finished else None
         return {
             "step": self.step,
             "finished": finished,
             "validation": shown.mean() if shown else {},
             "table": shown.table() if shown else [],
-            "warnings": warnings,
+            "warnings": self._experiment.warnings,
         }
+
+
+def _format_unreadable(names: Collection[str]) -> str:
+    return f"{len(names)} unreadable image(s): {', '.join(sorted(names))}"
 
 
 def _reset_optimizer(

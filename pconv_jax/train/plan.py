@@ -7,6 +7,7 @@ them: a run that is resumed reads them.
 
 import contextlib
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,11 @@ from pconv_jax.train.step import Metrics, TrainState
 FILE = "phases.json"
 
 _SECONDS = 3.0  # Of measuring each phase, after it is compiled.
+_FIRST, _MOST = 2, 50  # Calls that are measured.
+
+
+class NoTimeError(UserError):
+    """The minutes of a run are over before its first step."""
 
 
 def plan_phases(
@@ -41,8 +47,8 @@ def plan_phases(
       workdir: Directory of the run, which keeps the phases of a run with minutes.
 
     Raises:
-      UserError: If the run has taken steps, but its phases are not in the workdir; or
-        if the minutes are over before the first step.
+      UserError: If the run has taken steps, but its phases are not in the workdir.
+      NoTimeError: If the minutes are over before the first step.
     """
     minutes, path = experiment.settings.minutes, workdir / FILE
     if not minutes:
@@ -83,14 +89,29 @@ def measure_paces(
         if phase.start == phase.stop:
             continue
         with open_calls(experiment, phase, state, compile_step(phase)) as call:
-            started, number = 0.0, 0
-            while number <= 50 and (number < 3 or _since(started) < _SECONDS):
-                jax.block_until_ready(call())
-                number += 1
-                if number == 1:  # This one was compiled.
-                    started = time.monotonic()
-        paces[phase.name] = _since(started) / ((number - 1) * count)
+            paces[phase.name] = _measure_call(call) / count
     return paces
+
+
+def _measure_call(call: Callable[[], list[Metrics]]) -> float:
+    """Measure the seconds of a call after the first one, which compiles.
+
+    A call waits for the calls of the other processes, whose clocks differ. So the
+    slowest process sets the number of calls of all.
+    """
+    _time_calls(call, 1)
+    seconds = _time_calls(call, _FIRST)
+    slowest = float(parallel.gather(np.array([seconds])).max()) / _FIRST
+    wanted = min(_MOST, math.ceil(_SECONDS / max(slowest, 1e-9)))
+    more = max(0, wanted - _FIRST)
+    return (seconds + _time_calls(call, more)) / (_FIRST + more)
+
+
+def _time_calls(call: Callable[[], list[Metrics]], count: int) -> float:
+    started = time.monotonic()
+    for _ in range(count):
+        jax.block_until_ready(call())
+    return time.monotonic() - started
 
 
 @contextlib.contextmanager
@@ -121,10 +142,6 @@ def open_calls(
         yield call
 
 
-def _since(started: float) -> float:
-    return time.monotonic() - started
-
-
 def fit_phases(
     phases: Sequence[Phase],
     paces: Mapping[str, float],
@@ -141,23 +158,23 @@ def fit_phases(
       multiple: Number that the steps of a phase are a multiple of. The default is 1.
 
     Raises:
-      UserError: If no phase has steps, or there is no time for ``multiple`` steps of
-        each phase that has.
+      UserError: If no phase has steps.
+      NoTimeError: If there is no time for ``multiple`` steps of each phase that has.
     """
-    wanted = sum(paces[p.name] * (p.stop - p.start) for p in phases if p.name in paces)
-    if not wanted:
+    wanted = {p.name: p.stop - p.start for p in phases if p.name in paces}
+    if not sum(wanted.values()):
         raise UserError("minutes: no phase has steps.")
     least = sum(multiple * pace for pace in paces.values())
     if seconds < least:
-        raise UserError(
+        raise NoTimeError(
             f"minutes: {max(0.0, seconds):.0f} s are left after compiling and "
             f"measuring, and the shortest run takes {least:.1f} s: use more minutes."
         )
-    factor, start, fitted = seconds / wanted, 0, []
+    factor, start, fitted = _fit_factor(wanted, paces, seconds, multiple), 0, []
     for phase in phases:
         steps = 0
-        if phase.name in paces:
-            steps = int(factor * (phase.stop - phase.start)) // multiple * multiple
+        if phase.name in wanted:
+            steps = int(factor * wanted[phase.name]) // multiple * multiple
             steps = max(multiple, steps)
         fitted.append(
             phase._replace(
@@ -169,3 +186,20 @@ def fit_phases(
         )
         start += steps
     return tuple(fitted)
+
+
+def _fit_factor(
+    wanted: Mapping[str, int], paces: Mapping[str, float], seconds: float, multiple: int
+) -> float:
+    """Find the factor of the steps of phases that are longer than ``multiple``.
+
+    Those that it would make shorter take ``multiple`` steps; the others share the rest
+    of the time.
+    """
+    factor, names = 0.0, sorted(wanted, key=lambda name: wanted[name])
+    for number, name in enumerate(names):
+        factor = seconds / sum(paces[n] * wanted[n] for n in names[number:])
+        if factor * wanted[name] >= multiple:
+            break
+        seconds -= multiple * paces[name]
+    return factor

@@ -68,6 +68,7 @@ def restore_or_create(
         _check_network(experiment, meta, f"workdir {workdir}")
         _check_features(experiment, meta, workdir)
         _check_images(experiment, meta, workdir, allow=allow_other_images)
+        _keep_warnings(experiment, meta)
         _logger.info("Resuming from step %d.", step)
         state = TrainState(step=jnp.asarray(step, jnp.int32), **items)
         return state, meta.get("pending", [])
@@ -141,13 +142,13 @@ def _check_images(
     allow: bool,
 ) -> None:
     ours = experiment.identity["images"]
-    theirs = meta.get("images", ours)  # Older checkpoints do not say.
-    changed = [split for split in ours if theirs.get(split) != ours[split]]
+    theirs = {**ours, **meta.get("images", {})}  # Older checkpoints do not say all.
+    changed = [split for split in ours if theirs[split] != ours[split]]
     if not changed:
         return
     changes = []
     for split in changed:
-        before, now = (x.get(split, {}).get("count") for x in (theirs, ours))
+        before, now = (images[split]["count"] for images in (theirs, ours))
         other = f", now {now}" if before != now else ", now with other names"
         changes.append(f"{split}: {before} images{other}")
     counts = "; ".join(changes)
@@ -159,3 +160,10 @@ def _check_images(
         )
     experiment.warnings.append(message + "The run went on with these.")
     _logger.warning(experiment.warnings[-1])
+
+
+def _keep_warnings(experiment: Experiment, meta: Mapping[str, Any]) -> None:
+    """Put the warnings of a checkpoint before those of this process, each once."""
+    # In place, since the checkpoints to come hold the same list.
+    warnings = experiment.warnings
+    warnings[:] = dict.fromkeys([*meta.get("warnings", ()), *warnings])

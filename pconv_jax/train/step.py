@@ -3,8 +3,8 @@
 A batch is a dict of arrays, as `pconv_jax.data.pipeline` yields them: ``image``, uint8
 ``[N, H, W, 3]``; ``mask``, ``[N, H, W, 1]`` with 1 = valid; and ``seed``, uint32
 ``[N]``, from which all random numbers of an example are drawn on the device, also its
-mask if there is none in the batch. The result for an example depends neither on its
-place in the batch nor on its device.
+mask if there is none in the batch. The random numbers of an example depend neither on
+its place in the batch nor on its device.
 """
 
 import functools
@@ -145,7 +145,7 @@ def train_step(
         `vgg.vgg16_features`. None leaves these terms out.
       loss_weights: Weights of the loss terms. The defaults are the paper's.
       feature_fraction: Part of the images that the perceptual and style terms see, at
-        least one: the first of the batch. The default is 1.
+        least one: the first of each part that is computed at once. The default is 1.
       draw_mask: Draws a mask ``[H, W, 1]`` from a key, for a batch without masks. By
         default the batch must have them.
       color_jitter: Largest relative change of brightness, contrast and saturation, see

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from pconv_jax._errors import RunError
+from pconv_jax.runs import parallel
 from pconv_jax.runs.checkpoint import Checkpoints
 from tests.helpers import ROOT
 
@@ -502,3 +503,50 @@ def test_damaged_notes_of_orbax_fall_back_to_the_older_step(
             assert checkpoints.restore(["params"])[0] == 1
     assert f"{path}: its {field} is {value!r}" in caplog.text
     assert sorted(os.listdir(tmp_path)) == ["1", "2.unreadable"]
+
+
+def damage_notes(step):
+    path = step / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": -1}))
+
+
+@pytest.mark.parametrize("damage", [damage_notes, CORRUPTIONS["meta another"]])
+def test_processes_meet_once_whether_they_see_damage_or_not(
+    tmp_path, monkeypatch, damage
+):
+    """One of them may look when another has renamed the folder."""
+    meetings, gather = [], parallel.gather
+
+    def meet(tree):
+        meetings[-1] += 1
+        return gather(tree)
+
+    save_steps(tmp_path, [1, 2])
+    damage(tmp_path / "2")
+    monkeypatch.setattr(parallel, "gather", meet)
+    for _ in range(2):  # The second time, nothing is damaged any more.
+        meetings.append(0)
+        with Checkpoints(tmp_path) as checkpoints:
+            step, items, _ = checkpoints.restore(["params"])
+            checkpoints.save(step + 1, items)
+    assert (tmp_path / "2.unreadable").exists()
+    assert meetings[0] == meetings[1] == 2
+
+
+def test_the_first_process_alone_renames(tmp_path, monkeypatch, caplog):
+    save_steps(tmp_path, [1, 2])
+    damage_notes(tmp_path / "2")
+
+    def meet(tree):
+        """What the first process has done by then."""
+        assert (tmp_path / "2").exists()
+        os.rename(tmp_path / "2", tmp_path / "2.unreadable")
+        return tree
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "process_index", lambda: 1)
+        patch.setattr(parallel, "gather", meet)
+        checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore(["params"])[0] == 1
+    checkpoints.close()
+    assert not own_records(caplog)

@@ -10,8 +10,8 @@ import pytest
 
 from pconv_jax.runs import parallel
 
-# Training on one and on several devices is compared in steps_test, and on several
-# processes in trainer_test.
+# Training on one and on several devices is compared in train/step_test.py, and on
+# several processes in train/loop_test.py.
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,13 @@ def test_batch_sizes_that_cannot_be_shared(size, advice):
     parallel.check_batch_size(8)
     with pytest.raises(ValueError, match=f"batch_size = {size} .* 4 devices: {advice}"):
         parallel.check_batch_size(size)
+
+
+def test_batches_that_devices_cannot_divide_into_parts():
+    parallel.check_batch_size(8, parts=2)
+    message = "batch_size = 12 .* 4 devices of 2 parts each: use 8 or 16"
+    with pytest.raises(ValueError, match=message):
+        parallel.check_batch_size(12, parts=2)
 
 
 def test_replicated_trees_are_everywhere_and_share_nothing():

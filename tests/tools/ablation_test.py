@@ -1,11 +1,12 @@
 import json
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pconv_jax import ops
+from pconv_jax import UserError, ops
 from pconv_jax.evaluate import results
 from pconv_jax.runs.config import default_config, read_settings
 from pconv_jax.train import loop
@@ -93,11 +94,21 @@ def test_differences_are_of_the_same_seed_and_image():
     assert 0.9 < row["difference"]["mean"] < 1.1
 
 
+def make_photos(folder, count):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        image = rng.integers(0, 256, (24, 24, 3), np.uint8)
+        cv2.imwrite(str(folder / f"{number}.png"), image)
+    return folder
+
+
 @pytest.mark.slow
 def test_runs_go_on_and_end_in_a_table(tmp_path, monkeypatch):
-    config = default_config()
+    config, photos = default_config(), make_photos(tmp_path / "photos", 30)
     config.update_from_flattened_dict(
-        {"image_size": 16, "batch_size": 4, "model.depth": 2, "model.width": 4}
+        {"data.source": "folder", "data.path": (str(photos),)}
+        | {"image_size": 16, "batch_size": 4, "model.depth": 2, "model.width": 4}
         | {"masks.kind": "rectangles", "vgg": None, "phase1.steps": 2}
         | {"phase2.steps": 0, "validation_examples": 1, "evaluation_examples": 2}
     )
@@ -125,3 +136,8 @@ def test_runs_go_on_and_end_in_a_table(tmp_path, monkeypatch):
     text = (tmp_path / "ablation.md").read_text()
     assert text.startswith("# Ablation") and "| pconv_v1 |" in text
     assert "seeds [3]" in ablation.describe(found)
+    # A run on other images has not finished: training would tell how they differ.
+    (photos / "30.png").write_bytes((photos / "0.png").read_bytes())
+    with pytest.raises(UserError, match="was trained on other images"):
+        ablation.run(settings, tmp_path, seeds=seeds, variants=variants)
+    assert trained == ["pconv_v1-seed3"] * 3

@@ -1,11 +1,16 @@
+import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
+import threading
 import time
+from unittest import mock
 
 import jax
 import pytest
 
+from pconv_jax import UserError
 from pconv_jax.runs.config import read_settings
 from pconv_jax.train import export, plan
 from pconv_jax.train.hooks import TrainingDivergedError
@@ -118,6 +123,13 @@ def test_a_failure_without_a_remedy_is_raised(tmp_path, monkeypatch, start):
         run_release(make_settings(init_from=start, batch_size=4), tmp_path)
 
 
+def test_half_a_batch_must_leave_whole_images_for_the_vgg(tmp_path):
+    settings = make_settings(batch_size=16, vgg="auto", feature_fraction=0.5)
+    settings, remedy = release.recover(settings, OUT_OF_MEMORY, tmp_path)
+    assert (settings.batch_size, remedy) == (8, "half the batch")
+    assert release.recover(settings, OUT_OF_MEMORY, tmp_path) == (settings, None)
+
+
 def test_a_failure_after_the_last_phase_is_raised(tmp_path, monkeypatch, start):
     runs = Runs((NO_ALGORITHM, 10))
     monkeypatch.setattr(release, "train_and_evaluate", runs)
@@ -125,6 +137,87 @@ def test_a_failure_after_the_last_phase_is_raised(tmp_path, monkeypatch, start):
     settings = make_settings(init_from=start, **{"model.dtype": "bfloat16"})
     with pytest.raises(Failure, match="No valid algorithm"):
         run_release(settings, tmp_path)
+
+
+NO_TIME = plan.NoTimeError("minutes: 0 s are left")
+
+
+def test_too_few_minutes_for_a_remedy_end_in_the_weights_so_far(
+    tmp_path, monkeypatch, start
+):
+    runs = Runs((NO_ALGORITHM, 4), (NO_TIME, None))
+    monkeypatch.setattr(release, "train_and_evaluate", runs)
+    settings = make_settings(init_from=start, **{"model.dtype": "bfloat16"})
+    events = run_release(settings, tmp_path, measure_seconds=0)
+    names = [event["event"] for event in events[-2:]]
+    assert names == ["training starts", "no time is left"]
+    assert events[-1]["error"] == str(NO_TIME)
+
+
+@pytest.mark.parametrize("error", [NO_TIME, UserError("batch_size")])
+def test_mistakes_in_the_settings_are_raised(tmp_path, monkeypatch, start, error):
+    monkeypatch.setattr(release, "train_and_evaluate", Runs((error, None)))
+    with pytest.raises(UserError, match=str(error)):
+        run_release(make_settings(init_from=start), tmp_path, measure_seconds=0)
+
+
+def test_a_mistake_in_a_remedy_is_not_taken_for_the_end(tmp_path, monkeypatch, start):
+    runs = Runs((NO_ALGORITHM, 4), (UserError("batch_size"), None))
+    monkeypatch.setattr(release, "train_and_evaluate", runs)
+    settings = make_settings(init_from=start, **{"model.dtype": "bfloat16"})
+    with pytest.raises(UserError, match="batch_size"):
+        run_release(settings, tmp_path, measure_seconds=0)
+
+
+@pytest.mark.parametrize("before", ["weights.safetensors.1", None])
+@pytest.mark.parametrize("written", ["weights.safetensors", None])
+def test_the_last_resort_succeeds_with_weights_alone(
+    tmp_path, monkeypatch, before, written
+):
+    codes = []
+    monkeypatch.setattr(release.os, "_exit", codes.append)
+    if before:  # By an earlier command.
+        (tmp_path / before).touch()
+    weights = release.Weights(tmp_path)
+    if written:
+        (tmp_path / written).touch()
+    path = tmp_path / release.FILE
+    release._end(release.Report(path), weights)
+    (event,) = json.loads(path.read_text())["events"]
+    assert event["event"] == "ended before training did"
+    assert event["weights"] == bool(written)
+    assert codes == [0 if written else 1]
+
+
+def test_the_last_resort_waits_for_no_disk(tmp_path, monkeypatch):
+    codes, ended = [], threading.Event()
+    monkeypatch.setattr(release.os, "_exit", codes.append)
+    monkeypatch.setattr(release, "_PATIENCE", 0.01)
+    monkeypatch.setattr(release._files, "write_json", lambda *_: ended.wait(60))
+    report = release.Report(tmp_path / release.FILE)
+    release._end(report, release.Weights(tmp_path))
+    assert codes == [1] and not ended.is_set()
+    ended.set()
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_exit_status_says_whether_there_are_weights(tmp_path, monkeypatch, writes):
+    out = tmp_path / "out"
+
+    def train(settings, *, out, report, **options):
+        if writes:
+            (out / "weights.safetensors.1").touch()
+
+    monkeypatch.setattr(release, "release", train)
+    monkeypatch.setattr(release.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(release.threading, "Timer", mock.Mock())
+    monkeypatch.setattr(release.logs, "log_to_stderr", lambda: None)
+    argv = ["release", str(out), "--minutes=1", f"--work={tmp_path / 'work'}"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--config=pconv:quickstart"])
+    expected = contextlib.nullcontext() if writes else pytest.raises(SystemExit)
+    with expected as error:
+        release.main()
+    assert writes or error.value.code == 1
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,17 @@ def test_parts_of_two_files_are_told_apart(tmp_path, state):
         export.join(tmp_path / "other.safetensors")
 
 
+def test_larger_parts_leave_none_of_the_smaller_ones(tmp_path, state):
+    make_export(tmp_path, part_mib=0.001)(state)
+    count = len(list(tmp_path.glob("*.safetensors.*")))
+    make_export(tmp_path, part_mib=0.002)(state)
+    numbers = sorted(int(path.suffix[1:]) for path in tmp_path.glob("*.safetensors.*"))
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) < count
+    whole = (tmp_path / export.NAME).read_bytes()
+    export.join(tmp_path / export.NAME)
+    assert (tmp_path / export.NAME).read_bytes() == whole
+
+
 def test_it_is_due_when_the_minutes_have_passed(tmp_path, state, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(export.time, "monotonic", lambda: clock[0])

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import cv2
 import jax
@@ -18,7 +19,7 @@ from pconv_jax.evaluate import runner
 from pconv_jax.runs import opening, parallel
 from pconv_jax.runs.checkpoint import Checkpoints
 from pconv_jax.runs.config import default_config, default_workdir, read_settings
-from pconv_jax.train import experiment, hooks, loop
+from pconv_jax.train import experiment, export, hooks, loop, restore
 from pconv_jax.train.loggers import MetricWriter
 from pconv_jax.unet import IMAGENET, PConvUNet
 from pconv_jax.weights import hub
@@ -61,6 +62,11 @@ def read_checkpoint(workdir, step=None):
             ("params", "batch_stats", "opt_state", "average"), step=step
         )
     return step, items
+
+
+def read_meta(workdir):
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        return checkpoints.restore([])[2]
 
 
 def read_metrics(workdir):
@@ -253,6 +259,56 @@ def test_a_stop_where_validation_is_due_only_puts_it_off(
     assert pictures[0] == pictures[1]
 
 
+def stop_where(monkeypatch, is_asked):
+    """Asks for a stop where a function of the step says so."""
+    requests = contextlib.nullcontext(is_asked)
+    monkeypatch.setattr(parallel, "stop_requests", lambda: requests)
+
+
+def test_a_stopped_run_saves_before_it_writes_its_weights(tmp_path, monkeypatch):
+    events = []
+    for hook in (hooks.Save, export.Export):
+        call, name = hook.__call__, hook.__name__
+
+        def record(*args, call=call, name=name, **options):
+            events.append((name, options.get("phase")))
+            return call(*args, **options)
+
+        monkeypatch.setattr(hook, "__call__", record)
+    stop_where(monkeypatch, lambda step: step == 1)
+    fields = {"phase1.steps": 1, "export.minutes": 60.0}
+    assert loop.train_and_evaluate(tiny(**fields), tmp_path)["step"] == 1
+    assert events == [("Save", None), ("Export", "phase1")]
+    assert (tmp_path / "weights-phase1.safetensors").exists()
+    monkeypatch.undo()
+    loop.train_and_evaluate(tiny(**fields), tmp_path)
+    assert (tmp_path / "weights-phase2.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_a_stop_during_validation_takes_no_further_step(
+    finished, step, tmp_path, monkeypatch
+):
+    """Within a phase, where one ends, and at the last step, where nothing is left."""
+    whole, summary = finished
+    validated, validate = [], hooks.Validate.__call__
+
+    def record(self, state, **options):
+        validated.append(int(state.step))
+        return validate(self, state, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks.Validate, "__call__", record)
+        stop_where(patch, lambda _: step in validated)
+        stopped = loop.train_and_evaluate(tiny(), tmp_path)
+    assert (stopped["step"], stopped["finished"]) == (step, step == 6)
+    assert read_checkpoint(tmp_path)[0] == step
+    assert loop.train_and_evaluate(tiny(), tmp_path) == summary
+    assert_same_checkpoint(tmp_path, whole)
+    assert read_validation(tmp_path) == read_validation(whole)
+
+
 @pytest.mark.slow
 def test_an_end_during_validation_costs_no_step(finished, tmp_path, monkeypatch):
     whole, summary = finished
@@ -310,9 +366,18 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished):
     assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 4
 
 
-def test_what_never_took_a_step_can_be_mended(tmp_path):
+def fail(*_):
+    raise UserError("no batches")
+
+
+def test_what_never_took_a_step_can_be_mended(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="there is no such folder"):
         loop.train_and_evaluate(tiny(**{"masks.folder": "/nowhere"}), tmp_path)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Experiment, "open_batches", fail)
+        with pytest.raises(UserError, match="no batches"):
+            loop.train_and_evaluate(tiny(**{"loss.hole": 5.0}), tmp_path)
     assert (tmp_path / "config.json").exists()
     fields = {"phase1.steps": 1, "phase2.steps": 0}
     assert loop.train_and_evaluate(tiny(**fields), tmp_path)["finished"]
@@ -433,6 +498,42 @@ def test_other_images_need_a_decision(tmp_path, capsys):
         loop.train_and_evaluate(config, workdir)
     summary = loop.train_and_evaluate(config, workdir, allow_other_images=True)
     assert "was trained on other images" in summary["warnings"][0]
+    # What the run went on with is not forgotten when it is resumed once more.
+    config.phase2.steps = 1
+    again = loop.train_and_evaluate(config, workdir, allow_other_images=True)
+    assert again["warnings"] == summary["warnings"]
+    assert read_meta(workdir)["warnings"] == summary["warnings"]
+    assert loop.train_and_evaluate(config, workdir)["warnings"] == summary["warnings"]
+
+
+def test_other_masks_need_a_decision(tmp_path):
+    folder = photos(tmp_path / "masks", range(3))
+    fields = {"masks.folder": str(folder), "phase1.steps": 1, "phase2.steps": 0}
+    config = tiny(**fields, validate_every=0, picture_every=0)
+    workdir = tmp_path / "run"
+    loop.train_and_evaluate(config, workdir)
+    assert loop.train_and_evaluate(config, workdir)["warnings"] == []
+    (folder / "0.png").rename(folder / "3.png")
+    with pytest.raises(UserError, match=r"\(masks: 3 images, now with other names\)"):
+        loop.train_and_evaluate(config, workdir)
+    (folder / "3.png").unlink()
+    with pytest.raises(UserError, match=r"\(masks: 3 images, now 2\)"):
+        loop.train_and_evaluate(config, workdir)
+    summary = loop.train_and_evaluate(config, workdir, allow_other_images=True)
+    assert "masks: 3 images, now 2" in summary["warnings"][0]
+
+
+def test_checkpoints_of_older_versions_say_less_of_their_images():
+    one, other = ({"count": n, "digest": f"{n}"} for n in (1, 2))
+    identity = {"images": {"train": one, "masks": one, "cached": one}}
+    opened = types.SimpleNamespace(identity=identity, warnings=[])
+    path = pathlib.Path("run")
+    for images in ({}, {"images": {"train": one}}, identity):
+        restore._check_images(opened, images, path, allow=False)
+    for name in identity["images"]:
+        with pytest.raises(UserError, match=rf"\({name}: 2 images, now 1\)"):
+            meta = {"images": {name: other}}
+            restore._check_images(opened, meta, path, allow=False)
 
 
 def test_a_workdir_without_its_settings_is_compared_by_its_checkpoint(
@@ -536,6 +637,21 @@ def test_unreadable_images_are_in_the_summary(tmp_path):
     summary = loop.train_and_evaluate(config, tmp_path / "run")
     assert summary["finished"]
     assert summary["warnings"] == [f"1 unreadable image(s): {name}"]
+    # Checkpoints have it, and so has a run that does not read the image again.
+    assert read_meta(tmp_path / "run")["warnings"] == summary["warnings"]
+    again = loop.train_and_evaluate(config, tmp_path / "run")
+    assert again["warnings"] == summary["warnings"]
+
+
+def test_unreadable_images_are_named_once_though_more_are_found(tmp_path):
+    opened = types.SimpleNamespace(warnings=["a"], settings=None)
+    run_ = loop._Run(opened, [], types.SimpleNamespace(step=0), None, None)
+    run_._warn_of([])
+    assert opened.warnings == ["a"]
+    run_._warn_of(["y"])
+    run_._warn_of(["x"])  # In the next phase.
+    run_._warn_of(["y", "x"])
+    assert opened.warnings == ["a", "2 unreadable image(s): x, y"]
 
 
 @pytest.mark.slow
@@ -725,6 +841,21 @@ def test_two_processes_stop_together_though_one_is_asked(tmp_path):
     for process, output in zip(processes, outputs):
         assert process.returncode == 0, output
         assert f"Stopped at step {step}. The same command" in output
+
+
+@pytest.mark.slow
+def test_two_processes_put_a_damaged_checkpoint_aside(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    notes = workdir / "checkpoints" / "6" / "_CHECKPOINT_METADATA"
+    notes.write_text(json.dumps(json.loads(notes.read_text()) | {"metrics": -1}))
+    long = ("phase1.steps", "phase2.steps", "picture_every", "validate_every")
+    fields = {"average_decay": 0.0} | {name: TINY[name] for name in long}
+    for process in start_two(workdir, fields):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output.decode()
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    assert {"6", "6.unreadable"} <= set(names)
 
 
 @pytest.mark.slow
