@@ -193,8 +193,9 @@ def _per_axis(name: str, value: IntOrSequence, ndim: int) -> tuple[int, ...]:
     if value is None:  # Flax accepts None for 1.
         value = 1
     if isinstance(value, np.ndarray):
-        value = value.tolist()
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
+        values = tuple(np.atleast_1d(value))
+    else:
+        values = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
     if len(values) != ndim or not all(is_int(v) and v > 0 for v in values):
         raise ValueError(
             f"{name} must be a positive number, or one for each of {ndim} spatial axes,"

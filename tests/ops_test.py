@@ -931,6 +931,7 @@ X, M, K, B = make_case()
         ((X, M, K, B[None]), {}, r"bias must be of shape \(6,\), got \(1, 6\)"),
         ((X, M, K), dict(strides=0), "strides must be a positive number"),
         ((X, M, K), dict(strides=np.array([2, 0])), "strides must be .* 2 spatial"),
+        ((X, M, K), dict(strides=np.array(2)), "strides must be .* 2 spatial"),
         ((M, X, K), {}, "are inputs and mask swapped"),
         ((X, M, K), dict(strides=(1, 2, 1)), "strides must be .* each of 2 spatial"),
         ((X, M, K), dict(strides=1.5), "strides must be a positive number"),
