@@ -45,8 +45,8 @@ _RUNS = {
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in _RUNS:
         raise UserError(
-            f"name one of the variants {', '.join(_RUNS)}, as in release.py:coarse, "
-            f"got {variant!r}"
+            f"the variants are {', '.join(_RUNS)}, got {variant!r}; name one, as in "
+            "release.py:coarse"
         )
     before, scale, first, second = _RUNS[variant]
     config = default_config()
