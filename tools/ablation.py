@@ -44,7 +44,7 @@ from pconv_jax.runs.checkpoint import restore_network
 from pconv_jax.runs.config import read_settings
 from pconv_jax.runs.settings import Settings, differences
 from pconv_jax.runs.tables import format_table
-from pconv_jax.train import experiment, loop
+from pconv_jax.train import experiment, loop, restore
 from pconv_jax.unet import PConvUNet
 
 _RESAMPLES = 2000
@@ -297,13 +297,13 @@ def _is_finished(settings: Settings, workdir: Path) -> bool:
 
 
 def _has_same_images(settings: Settings, meta: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint is of the images of the settings."""
+    """Return whether a checkpoint was trained on the images that settings name."""
     images = experiment.identify_images(
         opening.get_source(settings.data, "train"),
         opening.get_source(settings.data, "validation"),
         experiment.open_mask_folder(settings.masks),
     )
-    return {**images, **meta.get("images", {})}.items() >= images.items()
+    return not restore.changed_images(images, meta)
 
 
 def _values(

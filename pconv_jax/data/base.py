@@ -3,6 +3,7 @@
 import abc
 import hashlib
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -36,10 +37,7 @@ class ImageSource(abc.ABC):
 
     def digest(self) -> str:
         """Compute a digest of the keys of all images, in their order."""
-        digest = hashlib.blake2b(digest_size=16)
-        for index in range(len(self)):
-            digest.update(os.fsencode(self.key(index)) + b"\0")
-        return digest.hexdigest()
+        return digest_names(map(self.key, range(len(self))))
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
@@ -48,6 +46,14 @@ class ImageSource(abc.ABC):
             message = f"cannot read {self.name(index)}: {_files.describe_error(error)}."
             raise UnreadableImageError(message) from error
         return decode_image(data, self.name(index))
+
+
+def digest_names(names: Iterable[str]) -> str:
+    """Compute a digest of names, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    return digest.hexdigest()
 
 
 class Span(NamedTuple):

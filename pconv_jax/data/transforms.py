@@ -1,7 +1,8 @@
 """From an encoded image to an example: crop, resize, flip, mask."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -58,14 +59,22 @@ class TrainTransform:
 
 def _readable(source: ImageSource, wanted: int) -> tuple[int, np.ndarray]:
     """Read an image or, if it is unreadable, the next readable one, and its index."""
-    skipped = []
-    while len(skipped) <= max_unreadable(source):
-        index = (wanted + len(skipped)) % len(source)
-        try:
+    for index in candidates(source, wanted):
+        with contextlib.suppress(UnreadableImageError):
             return index, source[index]
-        except UnreadableImageError:
-            skipped.append(source.name(index))
-    raise too_many_unreadable(source, skipped)
+    raise AssertionError  # `candidates` raises first.
+
+
+def candidates(source: ImageSource, wanted: int) -> Iterator[int]:
+    """Yield the index of an image, and those that take its place if it is unreadable.
+
+    Raises:
+      UserError: If there are no more, since too many are unreadable.
+    """
+    last = wanted + max_unreadable(source)
+    indices = [index % len(source) for index in range(wanted, last + 1)]
+    yield from indices
+    raise too_many_unreadable(source, [source.name(index) for index in indices])
 
 
 def eval_example(

@@ -175,14 +175,8 @@ class EvalSet:
         Raises:
           UserError: If too many images cannot be read.
         """
-        wanted = int(index) % len(self.source)
-        skipped = []
-        while len(skipped) <= transforms.max_unreadable(self.source):
-            used = (wanted + len(skipped)) % len(self.source)
-            if self._images.is_readable(used):
-                return used
-            skipped.append(self.source.name(used))
-        raise transforms.too_many_unreadable(self.source, skipped)
+        found = transforms.candidates(self.source, int(index) % len(self.source))
+        return next(filter(self._images.is_readable, found))
 
     def describe(self) -> dict[str, Any]:
         """Describe the pairs, as a JSON-able dict."""

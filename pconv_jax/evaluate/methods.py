@@ -124,7 +124,7 @@ class Network:
             return f"{self.digest} {self.device_batch} at a time"
         return self.digest
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """A digest of the network and its weights."""
         digest = hashlib.blake2b(digest_size=16)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ import optax
 from pconv_jax import losses, vgg
 from pconv_jax._errors import UserError
 from pconv_jax.data import device_cache, pipeline
-from pconv_jax.data.base import ImageSource
+from pconv_jax.data.base import ImageSource, digest_names
 from pconv_jax.data.device_cache import DeviceCache
 from pconv_jax.data.mask_folder import MaskFolder
 from pconv_jax.runs import opening, parallel
@@ -298,11 +297,8 @@ def identify_images(
 
 
 def _identify(names: Sequence[str]) -> dict[str, Any]:
-    """Describe images by their names, as `ImageSource.digest` does."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in names:
-        digest.update(os.fsencode(name) + b"\0")
-    return {"count": len(names), "digest": digest.hexdigest()}
+    """Describe images by their names."""
+    return {"count": len(names), "digest": digest_names(names)}
 
 
 def _open_cache(

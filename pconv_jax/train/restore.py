@@ -141,9 +141,8 @@ def _check_images(
     *,
     allow: bool,
 ) -> None:
-    ours = experiment.identity["images"]
-    theirs = {**ours, **meta.get("images", {})}  # Older checkpoints do not say all.
-    changed = [split for split in ours if theirs[split] != ours[split]]
+    ours, theirs = experiment.identity["images"], meta.get("images", {})
+    changed = changed_images(ours, meta)
     if not changed:
         return
     changes = []
@@ -160,6 +159,17 @@ def _check_images(
         )
     experiment.warnings.append(message + "The run went on with these.")
     _logger.warning(experiment.warnings[-1])
+
+
+def changed_images(images: Mapping[str, Any], meta: Mapping[str, Any]) -> list[str]:
+    """List the kinds of images that are others than those of a checkpoint.
+
+    Args:
+      images: From `experiment.identify_images`.
+      meta: What the checkpoint says. Older ones do not say all.
+    """
+    theirs = meta.get("images", {})
+    return [kind for kind in images if theirs.get(kind, images[kind]) != images[kind]]
 
 
 def _keep_warnings(experiment: Experiment, meta: Mapping[str, Any]) -> None:
